@@ -1,0 +1,248 @@
+"""The couplings: invertible maps of one position's latents to standard normal noise, each beside its inverse.
+
+Every op takes plain tensors with any leading shape, checks them, and computes in float32 or better: bfloat16 and
+float16 arguments are cast up, results are float32 (float64 where any argument is). Gradients flow to every argument,
+through the inverses too (by the implicit function theorem). Nothing here runs in low precision under autocast.
+
+`implementation` says who computes: "reference" is plain PyTorch and runs anywhere, "auto" the fastest that can run.
+
+References:
+    Zhang et al., *Flexible Language Modeling in Continuous Space with Transformer-based Autoregressive Flows*,
+    NeurIPS 2025, arXiv:2507.00425.
+    Rosenblatt, *Remarks on a Multivariate Transformation*, Annals of Mathematical Statistics 23(3), 1952.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .coupling_reference import affine as affine_reference
+from .coupling_reference import affine_inverse as affine_inverse_reference
+from .coupling_reference import mixture_cdf as mixture_cdf_reference
+from .coupling_reference import mixture_cdf_inverse as mixture_cdf_inverse_reference
+from .coupling_reference import mixture_cdf_log_prob as mixture_cdf_log_prob_reference
+from .coupling_reference import mixture_rosenblatt as mixture_rosenblatt_reference
+from .coupling_reference import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
+from .coupling_reference import mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_reference
+
+
+# ----------------------------------------------------------------------------------------------------------- affine
+
+
+def affine(z: Tensor, loc: Tensor, log_scale: Tensor, *, implementation: str = "auto") -> tuple[Tensor, Tensor]:
+    """Affine coupling, ``u = (z - loc) exp(-log_scale)``, element by element.
+
+    Args:
+        z: Latents, any shape.
+        loc, log_scale: Parameters, broadcastable to the shape of `z`.
+        implementation: "auto" or "reference".
+
+    Returns:
+        `u` and `log_det` of **each element**, in nats, both of the shape of `z`: ``log du/dz = -log_scale``.
+
+    Raises:
+        ValueError: shapes, devices or the implementation do not fit; TypeError: not floating point.
+
+    Example:
+        >>> affine(torch.tensor([3.0]), torch.tensor([1.0]), torch.tensor([0.0]))
+        (tensor([2.]), tensor([-0.]))
+    """
+    run = _choose(implementation, affine_reference)
+    return run(*_prepare_affine(z=z, loc=loc, log_scale=log_scale))
+
+
+def affine_inverse(u: Tensor, loc: Tensor, log_scale: Tensor, *, implementation: str = "auto") -> Tensor:
+    """Inverse of `affine`, ``z = loc + exp(log_scale) u``; same arguments with `u` for `z`, returns z alone.
+
+    Example:
+        >>> affine_inverse(torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor([0.0]))
+        tensor([3.])
+    """
+    run = _choose(implementation, affine_inverse_reference)
+    return run(*_prepare_affine(u=u, loc=loc, log_scale=log_scale))
+
+
+# ------------------------------------------------------------------------------------------------------ mixture CDF
+
+
+def mixture_cdf(
+    z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor, *, implementation: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Mixture-CDF coupling ("Mix-1") of scalars, ``u = Phi^-1(sum_k pi_k Phi((z - m_k) exp(-s_k)))``.
+
+    Both tails are kept in log space: u neither saturates nor decreases in z.
+
+    Args:
+        z: Latents, shape (...).
+        logits: Unnormalised log-weights of the K components, shape (..., K); pi = softmax(logits).
+        loc, log_scale: Means m_k and log standard deviations s_k, shape (..., K).
+        implementation: "auto" or "reference".
+
+    Returns:
+        `u` (...) and `log_det` (...) = ``log du/dz = log p_mix(z) - log phi(u)``, in nats.
+
+    Raises:
+        ValueError: shapes, devices or the implementation do not fit; TypeError: not floating point.
+
+    Example:
+        >>> z, loc = torch.tensor([0.5]), torch.tensor([[-1.0, 1.0]])
+        >>> mixture_cdf(z, torch.zeros(1, 2), loc, torch.zeros(1, 2))
+        (tensor([0.3078]), tensor([-0.4575]))
+    """
+    run = _choose(implementation, mixture_cdf_reference)
+    return run(*_prepare_mixture_cdf(z=z, logits=logits, loc=loc, log_scale=log_scale))
+
+
+def mixture_cdf_inverse(
+    u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor, *, implementation: str = "auto"
+) -> Tensor:
+    """Inverse of `mixture_cdf`; same arguments with `u` for `z`, returns z alone.
+
+    The root lies between ``min_k(m_k + exp(s_k) u)`` and the maximum; it is found by Newton steps in u, safeguarded by
+    bisection. Where u falls into a gap between components, dz/du can exceed the dtype's range: it saturates.
+
+    Example:
+        >>> u, loc = torch.tensor([0.3078]), torch.tensor([[-1.0, 1.0]])
+        >>> mixture_cdf_inverse(u, torch.zeros(1, 2), loc, torch.zeros(1, 2)).round(decimals=3)
+        tensor([0.5000])
+    """
+    run = _choose(implementation, mixture_cdf_inverse_reference)
+    return run(*_prepare_mixture_cdf(u=u, logits=logits, loc=loc, log_scale=log_scale))
+
+
+def mixture_cdf_log_prob(
+    z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor, *, implementation: str = "auto"
+) -> Tensor:
+    """Log-density ``log p_mix(z)`` (...) in nats, of the arguments of `mixture_cdf`. No distribution function.
+
+    Equals `log_det` of `mixture_cdf` plus ``log phi(u)``: all that the last flow of a stack is asked for.
+
+    Example:
+        >>> mixture_cdf_log_prob(torch.zeros(1), torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
+        tensor([-0.9189])
+    """
+    run = _choose(implementation, mixture_cdf_log_prob_reference)
+    return run(*_prepare_mixture_cdf(z=z, logits=logits, loc=loc, log_scale=log_scale))
+
+
+# ----------------------------------------------------------------------------------------------- mixture Rosenblatt
+
+
+def mixture_rosenblatt(
+    z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor, *, implementation: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Rosenblatt coupling ("Mix-d") of d-vectors under ``p(z) = sum_k pi_k N(z; mean_k, exp(log_scale_k)^2 I)``.
+
+    ``u_i = Phi^-1(F(z_i | z_<i))``: dimension i is the mixture-CDF coupling with the weights
+    ``alpha_k proportional to pi_k prod_{j<i} N(z_j; mean_kj, exp(log_scale_k)^2)``.
+
+    Args:
+        z: Latents, shape (..., d).
+        logits: Unnormalised log-weights, shape (..., K); pi = softmax(logits).
+        mean: Means of the components, shape (K, d), shared by all positions.
+        log_scale: Their log standard deviations, shape (K,).
+        implementation: "auto" or "reference".
+
+    Returns:
+        `u` (..., d) and `log_det` (...) = ``log p(z) - sum_i log phi(u_i)``, in nats.
+
+    Raises:
+        ValueError: shapes, devices or the implementation do not fit; TypeError: not floating point.
+
+    Example:
+        >>> u, log_det = mixture_rosenblatt(torch.ones(1, 2), torch.zeros(1, 3), torch.zeros(3, 2), torch.zeros(3))
+        >>> u.round(decimals=4), log_det.abs().round(decimals=4)
+        (tensor([[1., 1.]]), tensor([0.]))
+    """
+    return _run_rosenblatt(_choose(implementation, mixture_rosenblatt_reference), z, logits, mean, log_scale)
+
+
+def mixture_rosenblatt_inverse(
+    u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor, *, implementation: str = "auto"
+) -> Tensor:
+    """Inverse of `mixture_rosenblatt`, solved dimension by dimension; `u` for `z`, returns z (..., d) alone.
+
+    Example:
+        >>> z = mixture_rosenblatt_inverse(torch.ones(1, 2), torch.zeros(1, 3), torch.zeros(3, 2), torch.zeros(3))
+        >>> z.round(decimals=4)
+        tensor([[1., 1.]])
+    """
+    return _run_rosenblatt(_choose(implementation, mixture_rosenblatt_inverse_reference), u, logits, mean, log_scale)
+
+
+def mixture_rosenblatt_log_prob(
+    z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor, *, implementation: str = "auto"
+) -> Tensor:
+    """Log-density ``log p(z)`` (...) in nats, of the arguments of `mixture_rosenblatt`. No distribution function.
+
+    Example:
+        >>> mixture_rosenblatt_log_prob(torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(3, 2), torch.zeros(3))
+        tensor([-1.8379])
+    """
+    return _run_rosenblatt(_choose(implementation, mixture_rosenblatt_log_prob_reference), z, logits, mean, log_scale)
+
+
+# ------------------------------------------------------------------------------------------ what the ops above check
+
+
+def _choose(implementation: str, reference: Callable) -> Callable:
+    if implementation not in ("auto", "reference"):
+        raise ValueError(f'implementation={implementation!r} is not available: use "auto" or "reference".')
+    return reference
+
+
+def _cast(**tensors: Tensor) -> dict[str, Tensor]:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, not {kind}.")
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"All tensors must be on one device: {devices}.")
+    is_double = any(tensor.dtype == torch.float64 for tensor in tensors.values())
+    return {name: tensor.to(torch.float64 if is_double else torch.float32) for name, tensor in tensors.items()}
+
+
+def _shapes(**tensors: Tensor) -> str:
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+
+
+def _prepare_affine(**tensors: Tensor) -> list[Tensor]:
+    first, *parameters = _cast(**tensors).values()
+    try:
+        return [first, *(parameter.expand_as(first) for parameter in parameters)]
+    except RuntimeError:
+        raise ValueError(f"loc and log_scale must broadcast to the first shape of {_shapes(**tensors)}.") from None
+
+
+def _prepare_mixture_cdf(**tensors: Tensor) -> list[Tensor]:
+    first, *parameters = _cast(**tensors).values()
+    num_components = {parameter.shape[-1] if parameter.ndim else 0 for parameter in parameters}
+    if len(num_components) > 1 or 0 in num_components:
+        raise ValueError(f"logits, loc and log_scale need the same K >= 1 components: {_shapes(**tensors)}.")
+    shape = (*first.shape, *num_components)
+    try:
+        return [first, *(parameter.expand(shape) for parameter in parameters)]
+    except RuntimeError:
+        raise ValueError(f"logits, loc and log_scale must broadcast to (..., K) = {shape}: {_shapes(**tensors)}.") from None
+
+
+def _run_rosenblatt(run: Callable, first: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor):
+    """Checks, then runs `run` on positions in one row, (n, d) and (n, K), and gives back the leading shape."""
+    tensors = {"latents": first, "logits": logits, "mean": mean, "log_scale": log_scale}
+    if first.ndim == 0 or mean.ndim != 2 or mean.shape[0] == 0 or mean.shape[1] != first.shape[-1]:
+        raise ValueError(f"latents must be (..., d) and mean (K, d), K >= 1: {_shapes(**tensors)}.")
+    num_components, latent_size = mean.shape
+    if log_scale.shape != (num_components,) or logits.ndim == 0 or logits.shape[-1] != num_components:
+        raise ValueError(f"logits must be (..., K), log_scale (K,), K = {num_components}: {_shapes(**tensors)}.")
+    leading = first.shape[:-1]
+    first, logits, mean, log_scale = _cast(**tensors).values()
+    try:
+        logits = logits.expand(*leading, num_components)
+    except RuntimeError:
+        raise ValueError(f"logits must broadcast to (..., K) = {(*leading, num_components)}: {_shapes(**tensors)}.") from None
+    out = run(first.reshape(-1, latent_size), logits.reshape(-1, num_components), mean, log_scale)
+    if isinstance(out, tuple):  # (u, log_det)
+        return out[0].reshape(*leading, latent_size), out[1].reshape(leading)
+    return out.reshape(*leading, latent_size) if out.ndim == 2 else out.reshape(leading)

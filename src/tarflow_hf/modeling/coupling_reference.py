@@ -1,0 +1,360 @@
+"""The couplings in plain PyTorch: the specification, which runs anywhere and never gets clever.
+
+Each coupling is a monotone map ``z -> u`` of one position to standard normal noise, and stands beside its inverse.
+phi, Phi: density and distribution function of N(0, 1). t_k = (z - m_k) exp(-s_k) is z as component k sees it.
+Tensors are float32 or float64 and broadcast already: `coupling.py` is the door that checks and casts.
+
+References:
+    Zhang et al., *Flexible Language Modeling in Continuous Space with Transformer-based Autoregressive Flows*,
+    NeurIPS 2025, arXiv:2507.00425. The gradients and the log-space forms are derived here.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .normal import LOG_SQRT_2PI, find_root, log_ndtr_tails, log_reversed_hazard, ndtri_exp, normal_log_prob
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Affine: u = (z - m) exp(-s)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def affine(z: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    return (z - loc) * torch.exp(-log_scale), -log_scale.expand_as(z)
+
+
+def affine_inverse(u: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    return loc + torch.exp(log_scale) * u
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One scalar through the distribution function of a mixture: u = Phi^-1(F(z)), F(z) = sum_k pi_k Phi(t_k)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Transformed(NamedTuple):
+    """u(z) with what its gradients are made of. `tail` is the smaller of F and 1 - F, `sign` is -1 where it is 1 - F."""
+
+    u: Tensor  # (...)
+    log_det: Tensor  # (...)  log du/dz
+    sign: Tensor  # (...)
+    t: Tensor  # (..., K)
+    log_tail_weight: Tensor  # (..., K)  log r_k: the share of component k in the tail
+    log_slope: Tensor  # (..., K)  log of the share of component k in the derivative of log(tail)
+
+
+def _transform(z: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> _Transformed:
+    """u = Phi^-1(F(z)) from the smaller tail; nothing saturates and nothing cancels.
+
+    In the smaller tail, F = sum_k pi_k Phi(t_k) (mirrored where that is 1 - F), with r_k = pi_k Phi(t_k) / F and the
+    reversed hazard h = phi / Phi:
+
+        du/dz = p(z) / phi(u) = sum_k r_k h(t_k) exp(-s_k) / h(u)
+
+    which, unlike log p(z) - log phi(u), is not the difference of two huge numbers. It is at most max_k exp(-s_k),
+    because phi(Phi^-1(q)) is concave in q.
+    """
+    t = (z.unsqueeze(-1) - loc) * torch.exp(-log_scale)
+    lower, upper = log_ndtr_tails(t)
+    log_cdf = torch.logsumexp(log_weight + lower, -1)
+    log_sf = torch.logsumexp(log_weight + upper, -1)
+    is_lower = log_cdf <= log_sf
+    sign = torch.where(is_lower, 1.0, -1.0).to(z.dtype)
+    quantile = ndtri_exp(torch.minimum(log_cdf, log_sf))  # <= 0
+    log_tail_weight = torch.log_softmax(log_weight + torch.where(is_lower.unsqueeze(-1), lower, upper), -1)
+    log_slope = log_tail_weight + log_reversed_hazard(sign.unsqueeze(-1) * t) - log_scale
+    log_det = torch.logsumexp(log_slope, -1) - log_reversed_hazard(quantile)
+    return _Transformed(sign * quantile, log_det, sign, t, log_tail_weight, log_slope)
+
+
+def _invert(u: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    """The z with u(z) = u. Each component alone would put it at z_k = m_k + exp(s_k) u: it lies between those."""
+    candidates = loc + torch.exp(log_scale) * u.unsqueeze(-1)
+
+    def residual(z: Tensor) -> tuple[Tensor, Tensor]:
+        transformed = _transform(z, log_weight, loc, log_scale)
+        return transformed.u - u, transformed.log_det
+
+    return find_root(
+        residual,
+        lower=candidates.amin(-1),
+        upper=candidates.amax(-1),
+        initial=(log_weight.exp() * candidates).sum(-1).clamp(candidates.amin(-1), candidates.amax(-1)),
+        tolerance=torch.finfo(u.dtype).eps * (1 + u.abs()),
+    )
+
+
+def _reciprocal_slope(log_det: Tensor) -> Tensor:
+    """dz/du = exp(-log_det), kept within the square root of the dtype's range.
+
+    In a gap between two far components du/dz underflows and dz/du has no floating-point value: it saturates.
+    """
+    limit = 0.5 * torch.finfo(log_det.dtype).max ** 0.5
+    return torch.exp(-log_det).clamp(max=limit)
+
+
+class _LocalGradients(NamedTuple):
+    z: Tensor  # (...)
+    log_weight: Tensor  # (..., K), before the normalisation of the weights
+    loc: Tensor  # (..., K)
+    log_scale: Tensor  # (..., K)
+
+
+def _cdf_gradients(
+    at: _Transformed, log_weight: Tensor, log_scale: Tensor, grad_u: Tensor, grad_u_times_slope: Tensor
+) -> _LocalGradients:
+    """Gradients of sum(grad_u * u), for u of `_transform`. With rho_k = pi_k N(z; m_k, s_k) / p(z) and D = du/dz:
+
+        du/dz = D,   du/dm_k = -rho_k D,   du/ds_k = -rho_k D (z - m_k),   du/dlog pi_k = +-(r_k - pi_k) / h(u)
+
+    `grad_u_times_slope` is grad_u D, passed beside grad_u because the inverse knows it without multiplying by D.
+    """
+    rho = torch.softmax(at.log_slope, -1)
+    grad_loc = -rho * grad_u_times_slope.unsqueeze(-1)
+    grad_weight = (at.sign * grad_u * torch.exp(-log_reversed_hazard(-at.u.abs()))).unsqueeze(-1)
+    return _LocalGradients(
+        z=grad_u_times_slope,
+        log_weight=grad_weight * (at.log_tail_weight.exp() - log_weight.exp()),
+        loc=grad_loc,
+        log_scale=grad_loc * at.t * torch.exp(log_scale),
+    )
+
+
+class _MixtureCDF(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, logits, loc, log_scale):
+        ctx.save_for_backward(z, logits, loc, log_scale)
+        at = _transform(z, torch.log_softmax(logits, -1), loc, log_scale)
+        return at.u, at.log_det
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_u, grad_log_det):
+        z, logits, loc, log_scale = ctx.saved_tensors
+        log_weight = torch.log_softmax(logits, -1)
+        at = _transform(z, log_weight, loc, log_scale)
+        # log du/dz = log p(z) - log phi(u), so its gradient is that of log p plus u times that of u.
+        grad_u = grad_u + grad_log_det * at.u
+        cdf = _cdf_gradients(at, log_weight, log_scale, grad_u, grad_u * at.log_det.exp())
+        rho = grad_log_det.unsqueeze(-1) * torch.softmax(at.log_slope, -1)
+        rho_t = rho * at.t
+        pull = rho_t * torch.exp(-log_scale)
+        return (
+            cdf.z - pull.sum(-1),
+            cdf.log_weight + rho - grad_log_det.unsqueeze(-1) * log_weight.exp(),
+            cdf.loc + pull,
+            cdf.log_scale + rho_t * at.t - rho,
+        )
+
+
+class _MixtureCDFInverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, logits, loc, log_scale):
+        z = _invert(u, torch.log_softmax(logits, -1), loc, log_scale)
+        ctx.save_for_backward(z, logits, loc, log_scale)
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_z):
+        # u(z, theta) = u held fixed: dz = (du - du/dtheta dtheta) / D. The same gradients, at -grad_z / D.
+        z, logits, loc, log_scale = ctx.saved_tensors
+        log_weight = torch.log_softmax(logits, -1)
+        at = _transform(z, log_weight, loc, log_scale)
+        grad_u = grad_z * _reciprocal_slope(at.log_det)
+        cdf = _cdf_gradients(at, log_weight, log_scale, -grad_u, -grad_z)
+        return grad_u, cdf.log_weight, cdf.loc, cdf.log_scale
+
+
+def mixture_cdf(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    return _MixtureCDF.apply(z, logits, loc, log_scale)
+
+
+def mixture_cdf_inverse(u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    return _MixtureCDFInverse.apply(u, logits, loc, log_scale)
+
+
+def mixture_cdf_log_prob(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    """log p(z) = LSE_k(log pi_k + log phi(t_k) - s_k)."""
+    t = (z.unsqueeze(-1) - loc) * torch.exp(-log_scale)
+    return torch.logsumexp(torch.log_softmax(logits, -1) + normal_log_prob(t) - log_scale, -1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rosenblatt transform of a d-dimensional mixture: dimension by dimension the same scalar map, with weights
+# alpha^(1) = pi and alpha^(i+1)_k proportional to alpha^(i)_k N(z_i; mu_ki, sigma_k^2)
+# --------------------------------------------------------------------------------------------------------------------
+
+# K times d times the positions handled at once: what bounds the memory of a vocabulary-sized mixture (64 MiB a tensor
+# in float32), and the only state that would otherwise grow as positions times K.
+_CHUNK_ELEMENTS = 2**24
+
+
+def _chunks(num_positions: int, elements_per_position: int) -> Iterator[slice]:
+    size = max(1, _CHUNK_ELEMENTS // max(1, elements_per_position))
+    for start in range(0, num_positions, size):
+        yield slice(start, start + size)
+
+
+def _log_normal(z: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    """log N(z; m_k, exp(s_k)^2) of scalars (n,) under K components, (n, K)."""
+    return normal_log_prob((z.unsqueeze(-1) - loc) * torch.exp(-log_scale)) - log_scale
+
+
+def _add_mixture_gradients(
+    gradients: "_RosenblattGradients", rows: slice, i: int, z: Tensor, weight: Tensor, mean: Tensor, log_scale: Tensor
+) -> None:
+    """Adds the gradients of sum_nk weight_nk log N(z_ni; mu_ki, sigma_k^2) for dimension i of some positions."""
+    inverse_scale = torch.exp(-log_scale)
+    t = (z[:, i].unsqueeze(-1) - mean[:, i]) * inverse_scale
+    weight_t = weight * t
+    pull = weight_t * inverse_scale
+    gradients.z[rows, i] -= pull.sum(-1)
+    gradients.mean[:, i] += pull.sum(0)
+    gradients.log_scale.add_((weight_t * t - weight).sum(0))
+
+
+class _RosenblattGradients(NamedTuple):
+    z: Tensor  # (n, d)
+    logits: Tensor  # (n, K)
+    mean: Tensor  # (K, d)
+    log_scale: Tensor  # (K,)
+
+
+def _rosenblatt_backward(
+    z: Tensor,
+    logits: Tensor,
+    mean: Tensor,
+    log_scale: Tensor,
+    grad_u: Tensor | None = None,
+    grad_log_det: Tensor | None = None,
+    grad_z: Tensor | None = None,
+) -> _RosenblattGradients:
+    """Gradients of the transform (given grad_u and grad_log_det) or of its inverse (given grad_z), (n, d) positions.
+
+    From the last dimension to the first. The weights of dimension i are log pi_k + sum_{j<i} log N(z_j; mu_kj), so what
+    the later dimensions ask of their weights, summed up in `grad_weight`, falls on log N(z_i; mu_ki), to which dimension
+    i then adds its own demand. Of the log-determinant, log p(z) starts the sum with rho_k = alpha^(d+1)_k.
+
+    The inverse z(u, theta) has dz = J^-1 (du - du/dtheta dtheta), J = du/dz lower triangular: grad_u = J^-T grad_z, one
+    row of back substitution a dimension, and the parameters' gradients are those of the transform at -grad_u.
+    """
+    gradients = _RosenblattGradients(*(torch.zeros_like(x) for x in (z, logits, mean, log_scale)))
+    num_components, latent_size = mean.shape
+    for rows in _chunks(len(z), num_components * latent_size):
+        log_weights = [torch.log_softmax(logits[rows], -1)]
+        for i in range(latent_size):
+            update = _log_normal(z[rows, i], mean[:, i], log_scale)
+            log_weights.append(torch.log_softmax(log_weights[-1] + update, -1))
+        grad_weight = torch.zeros_like(log_weights[0])
+        if grad_log_det is not None:
+            grad_weight += grad_log_det[rows].unsqueeze(-1) * log_weights[-1].exp()
+            gradients.logits[rows] -= grad_log_det[rows].unsqueeze(-1) * log_weights[0].exp()
+        for i in reversed(range(latent_size)):
+            _add_mixture_gradients(gradients, rows, i, z[rows], grad_weight, mean, log_scale)
+            at = _transform(z[rows, i], log_weights[i], mean[:, i], log_scale)
+            if grad_z is None:
+                grad_ui = grad_u[rows, i] + grad_log_det[rows] * at.u
+                grad_ui_times_slope = grad_ui * at.log_det.exp()
+            else:
+                grad_ui_times_slope = -(grad_z[rows, i] + gradients.z[rows, i])
+                grad_ui = grad_ui_times_slope * _reciprocal_slope(at.log_det)
+                gradients.z[rows, i] = -grad_ui  # from here on the place of u's gradient: z_i is done with
+            cdf = _cdf_gradients(at, log_weights[i], log_scale, grad_ui, grad_ui_times_slope)
+            if grad_z is None:
+                gradients.z[rows, i] += cdf.z
+            gradients.mean[:, i] += cdf.loc.sum(0)
+            gradients.log_scale.add_(cdf.log_scale.sum(0))
+            grad_weight += cdf.log_weight
+        gradients.logits[rows] += grad_weight
+    return gradients
+
+
+class _MixtureRosenblatt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, logits, mean, log_scale):
+        ctx.save_for_backward(z, logits, mean, log_scale)
+        u, log_det = torch.empty_like(z), z.new_zeros(len(z))
+        num_components, latent_size = mean.shape
+        for rows in _chunks(len(z), num_components):
+            log_weight = torch.log_softmax(logits[rows], -1)
+            for i in range(latent_size):
+                at = _transform(z[rows, i], log_weight, mean[:, i], log_scale)
+                u[rows, i] = at.u
+                log_det[rows] += at.log_det
+                log_weight = torch.log_softmax(log_weight + _log_normal(z[rows, i], mean[:, i], log_scale), -1)
+        return u, log_det
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_u, grad_log_det):
+        return tuple(_rosenblatt_backward(*ctx.saved_tensors, grad_u=grad_u, grad_log_det=grad_log_det))
+
+
+class _MixtureRosenblattInverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, logits, mean, log_scale):
+        z = torch.empty_like(u)
+        num_components, latent_size = mean.shape
+        for rows in _chunks(len(u), num_components):
+            log_weight = torch.log_softmax(logits[rows], -1)
+            for i in range(latent_size):
+                z[rows, i] = _invert(u[rows, i], log_weight, mean[:, i], log_scale)
+                log_weight = torch.log_softmax(log_weight + _log_normal(z[rows, i], mean[:, i], log_scale), -1)
+        ctx.save_for_backward(z, logits, mean, log_scale)
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_z):
+        return tuple(_rosenblatt_backward(*ctx.saved_tensors, grad_z=grad_z))
+
+
+class _MixtureRosenblattLogProb(torch.autograd.Function):
+    """log p(z) = LSE_k(logits_k + sum_i log N(z_i; mu_ki, sigma_k^2)) - LSE_k(logits_k). No distribution function."""
+
+    @staticmethod
+    def _log_joint(z, logits, mean, log_scale):
+        joint = logits - log_scale * mean.shape[1] - LOG_SQRT_2PI * mean.shape[1]
+        for i in range(mean.shape[1]):
+            joint = joint - 0.5 * ((z[:, i].unsqueeze(-1) - mean[:, i]) * torch.exp(-log_scale)).square()
+        return joint
+
+    @classmethod
+    def forward(cls, ctx, z, logits, mean, log_scale):
+        ctx.save_for_backward(z, logits, mean, log_scale)
+        log_prob = z.new_empty(len(z))
+        for rows in _chunks(len(z), len(mean)):
+            joint = cls._log_joint(z[rows], logits[rows], mean, log_scale)
+            log_prob[rows] = torch.logsumexp(joint, -1) - torch.logsumexp(logits[rows], -1)
+        return log_prob
+
+    @classmethod
+    @once_differentiable
+    def backward(cls, ctx, grad):
+        z, logits, mean, log_scale = ctx.saved_tensors
+        gradients = _RosenblattGradients(*(torch.zeros_like(x) for x in (z, logits, mean, log_scale)))
+        for rows in _chunks(len(z), len(mean)):
+            joint = cls._log_joint(z[rows], logits[rows], mean, log_scale)
+            weight = grad[rows].unsqueeze(-1) * torch.softmax(joint, -1)
+            gradients.logits[rows] = weight - grad[rows].unsqueeze(-1) * torch.softmax(logits[rows], -1)
+            for i in range(mean.shape[1]):
+                _add_mixture_gradients(gradients, rows, i, z[rows], weight, mean, log_scale)
+        return tuple(gradients)
+
+
+def mixture_rosenblatt(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    return _MixtureRosenblatt.apply(z, logits, mean, log_scale)
+
+
+def mixture_rosenblatt_inverse(u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    return _MixtureRosenblattInverse.apply(u, logits, mean, log_scale)
+
+
+def mixture_rosenblatt_log_prob(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    return _MixtureRosenblattLogProb.apply(z, logits, mean, log_scale)

@@ -1,0 +1,652 @@
+"""TarFlowLM: a language model in continuous latent space, made of stacked transformer autoregressive flows.
+
+    tokens x  --codebook-->  latents z = h0  --flow 1-->  h1  --flow 2-->  ...  --flow L-->  noise u ~ N(0, I)
+
+A flow walks the positions in one direction. A causal decoder reads the flow's input at the positions already passed;
+its output parametrises an invertible coupling of the next one. Training maps all positions at once; sampling inverts
+them one after another. Directions alternate over the stack, which is what gives context from both sides.
+
+Shapes: B batch, T tokens, d latent size of a token, P patch size, N = T / P positions of size D = P d, w hidden size,
+V tokens in the vocabulary, K mixture components, L flows.
+
+References:
+    Zhang et al., *Flexible Language Modeling in Continuous Space with Transformer-based Autoregressive Flows*,
+    NeurIPS 2025, arXiv:2507.00425.
+    Zhai et al., *Normalizing Flows are Capable Generative Models*, ICML 2025, arXiv:2412.06329.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import ModelOutput
+
+from .codebook import Codebook
+from .configuration_tarflowlm import TarFlowLMConfig
+from .coupling import (
+    affine,
+    affine_inverse,
+    mixture_cdf,
+    mixture_cdf_inverse,
+    mixture_cdf_log_prob,
+    mixture_rosenblatt,
+    mixture_rosenblatt_inverse,
+    mixture_rosenblatt_log_prob,
+)
+from .generation_tarflowlm import TarFlowLMGenerationMixin
+from .normal import normal_log_prob
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Coupling heads: from the decoder's output at a position to the coupling of that position.
+# Each maps h (B, N, D) and context (B, N, w), by `task`, to
+#   "transform":  u (B, N, D) and log_det (B, N);   "log_prob":  log p(h | context) (B, N);   "inverse":  h, of u.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class AffineHead(nn.Module):
+    def __init__(self, config: TarFlowLMConfig, flow: dict[str, Any]):
+        super().__init__()
+        self.projection = nn.Linear(config.hidden_size, 2 * config.patch_size * config.latent_size)
+
+    def forward(self, h: Tensor, context: Tensor, codebook: Codebook | None = None, task: str = "transform"):
+        loc, log_scale = self.projection(context).chunk(2, -1)
+        if task == "inverse":
+            return affine_inverse(h, loc, log_scale)
+        u, log_det = affine(h, loc, log_scale)
+        if task == "log_prob":
+            return (log_det + normal_log_prob(u)).sum(-1)
+        return u, log_det.sum(-1)
+
+
+class MixtureCDFHead(nn.Module):
+    """Mix-1. The parameters of all D dimensions come from the context alone, or, dimension-wise autoregressive, those of
+    dimension i from the context and the dimensions before it.
+
+    The autoregressive head is that of Lippe & Gavves, *Categorical Normalizing Flows via Continuous Transformations*,
+    ICLR 2021, arXiv:2006.09790, without its masked weights: dimension i has a hidden layer of its own that reads the
+    context and the features of the dimensions j < i.
+    """
+
+    def __init__(self, config: TarFlowLMConfig, flow: dict[str, Any]):
+        super().__init__()
+        self.size = config.patch_size * config.latent_size
+        self.num_components = flow["num_components"]
+        self.autoregressive = flow["autoregressive"]
+        if not self.autoregressive:
+            self.projection = nn.Linear(config.hidden_size, self.size * 3 * self.num_components)
+            return
+        width = flow["head_hidden_size"]
+        hidden = width // 2
+        features = min(max(1, width * 9 // 16 // max(1, self.size - 1)), 96)
+        self.from_context = nn.Linear(config.hidden_size, self.size * hidden)
+        self.features = nn.ModuleList(nn.Linear(3, features) for _ in range(self.size - 1))
+        self.from_features = nn.ModuleList(
+            nn.Linear(i * features, hidden, bias=False) for i in range(1, self.size)
+        )
+        self.output = nn.ModuleList(nn.Linear(hidden, 3 * self.num_components) for _ in range(self.size))
+
+    def forward(self, h: Tensor, context: Tensor, codebook: Codebook | None = None, task: str = "transform"):
+        if task == "inverse":
+            return self._invert(h, context)
+        if self.autoregressive:
+            from_context = self._from_context(context)
+            features = [self._features(i, h[..., i]) for i in range(self.size - 1)]
+            parameters = torch.stack([self._parameters_of(i, from_context, features) for i in range(self.size)], -2)
+        else:
+            parameters = self.projection(context).unflatten(-1, (self.size, -1))
+        logits, loc, log_scale = parameters.chunk(3, -1)  # (B, N, D, K)
+        if task == "log_prob":
+            return mixture_cdf_log_prob(h, logits, loc, log_scale).sum(-1)
+        u, log_det = mixture_cdf(h, logits, loc, log_scale)
+        return u, log_det.sum(-1)
+
+    def _invert(self, u: Tensor, context: Tensor) -> Tensor:
+        if not self.autoregressive:
+            return mixture_cdf_inverse(u, *self.projection(context).unflatten(-1, (self.size, -1)).chunk(3, -1))
+        from_context = self._from_context(context)
+        features, h = [], []
+        for i in range(self.size):
+            parameters = self._parameters_of(i, from_context, features)
+            h.append(mixture_cdf_inverse(u[..., i], *parameters.chunk(3, -1)))
+            if i < self.size - 1:
+                features.append(self._features(i, h[-1]))
+        return torch.stack(h, -1)
+
+    def _from_context(self, context: Tensor) -> Tensor:
+        return self.from_context(context).unflatten(-1, (self.size, -1))  # (B, N, D, H / 2)
+
+    def _features(self, i: int, x: Tensor) -> Tensor:
+        inputs = torch.stack([x, F.elu(x), F.elu(-x)], -1)
+        return F.gelu(self.features[i](inputs.to(self.features[i].weight.dtype)))  # (B, N, E)
+
+    def _parameters_of(self, i: int, from_context: Tensor, features: list[Tensor]) -> Tensor:
+        hidden = from_context[..., i, :]
+        if i > 0:
+            hidden = hidden + self.from_features[i - 1](torch.cat(features[:i], -1))
+        return self.output[i](F.gelu(hidden))  # (B, N, 3 K)
+
+
+class MixtureRosenblattHead(nn.Module):
+    """Mix-d. The context gives each of the P tokens of a position its mixture weights over a codebook: the encoder's
+    (tied), or one of the flow's own.
+    """
+
+    # Positions times components handled at once: the logits of a large vocabulary are made, used and remade in the
+    # backward pass, so many rows at a time.
+    max_logits = 2**25
+
+    def __init__(self, config: TarFlowLMConfig, flow: dict[str, Any]):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.num_components = flow["num_components"]
+        self.projection = nn.Linear(config.hidden_size, config.patch_size * self.num_components)
+        self.codebook = None if flow["tie_codebook"] else Codebook(self.num_components, config.latent_size)
+
+    def forward(self, h: Tensor, context: Tensor, codebook: Codebook | None = None, task: str = "transform"):
+        mean, log_scale = (codebook if self.codebook is None else self.codebook)()
+        run = {
+            "transform": mixture_rosenblatt,
+            "log_prob": mixture_rosenblatt_log_prob,
+            "inverse": mixture_rosenblatt_inverse,
+        }[task]
+
+        def apply(tokens: Tensor, context: Tensor):
+            logits = self.projection(context).unflatten(-1, (self.patch_size, self.num_components))
+            return run(tokens, logits, mean, log_scale)
+
+        tokens = h.unflatten(-1, (self.patch_size, -1)).flatten(0, 1)  # (B N, P, d)
+        rows = max(1, self.max_logits // (self.patch_size * self.num_components))
+        chunks = list(zip(tokens.split(rows), context.flatten(0, 1).split(rows), strict=True))
+        if len(chunks) == 1:
+            outputs = [apply(*chunks[0])]
+        else:
+            outputs = [checkpoint(apply, *chunk, use_reentrant=False) for chunk in chunks]
+        if task == "transform":
+            u, log_det = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+            return u.reshape(h.shape), log_det.sum(-1).reshape(h.shape[:-1])
+        output = torch.cat(outputs)
+        return output.sum(-1).reshape(h.shape[:-1]) if task == "log_prob" else output.reshape(h.shape)
+
+
+COUPLING_HEADS = {
+    "affine": AffineHead,
+    "mixture_cdf": MixtureCDFHead,
+    "mixture_rosenblatt": MixtureRosenblattHead,
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One flow
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class FlowLayer(nn.Module):
+    """One autoregressive flow: a causal decoder over the positions, and a coupling.
+
+    Position n is transformed with parameters that read positions < n in the flow's own order (a learned start vector
+    stands before the first), so the Jacobian is block triangular and its log-determinant the sum over positions.
+    """
+
+    def __init__(self, config: TarFlowLMConfig, index: int):
+        super().__init__()
+        flow = config.flows[index]
+        self.direction = flow["direction"]
+        self.patch_size = config.patch_size
+        # Between flows the channels of a position are shuffled once more, so that later flows mix the tokens of a patch.
+        self.num_shuffles = index if config.patch_size > 1 else 0
+        if flow["context"] == "posterior":
+            self.posterior_top_k = config.posterior_top_k
+            self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+            input_size = config.patch_size * config.hidden_size if config.patch_size > 1 else None
+        else:
+            self.embedding = None
+            input_size = config.patch_size * config.latent_size
+        self.input_projection = None if input_size is None else nn.Linear(input_size, config.hidden_size)
+        self.start = nn.Parameter(torch.empty(config.hidden_size))
+        self.decoder = AutoModel.from_config(_decoder_config(config, flow["num_hidden_layers"]))
+        self.decoder.set_input_embeddings(None)
+        self.head = COUPLING_HEADS[flow["coupling"]](config, flow)
+
+    def forward(
+        self,
+        h: Tensor,
+        codebook: Codebook,
+        lengths: Tensor | None = None,
+        log_prob_only: bool = False,
+        reverse: bool = False,
+        prefix: Tensor | None = None,
+        on_position: Callable[[Tensor], None] | None = None,
+    ):
+        """Maps positions (B, N, D) to noise, or with `reverse` back.
+
+        Args:
+            h: Input of the flow (its output if `reverse`), (B, N, D).
+            codebook: The encoder's.
+            lengths: Number of real positions of each sequence, (B,), where some are padded.
+            log_prob_only: Return just log p(h) (B, N): no distribution function is computed.
+            reverse: Invert, one position after another, with a key-value cache.
+            prefix: With `reverse`, the flow's input at its first positions (B, n, D), where it is known.
+            on_position: With `reverse`, called with each new position (B, D).
+
+        Returns:
+            Output (B, N, D) and log_det (B, N); or log p (B, N); or, with `reverse`, the input (B, N, D).
+        """
+        h = self._arrange(h, lengths)
+        if reverse:
+            return self._rearrange(self._invert(h, codebook, prefix, on_position), lengths)
+        context = self.decoder(inputs_embeds=self._inputs(h[:, :-1], codebook), use_cache=False).last_hidden_state
+        if log_prob_only:
+            return self.head(h, context, codebook, task="log_prob")
+        u, log_det = self.head(h, context, codebook)
+        return self._rearrange(u, lengths), log_det
+
+    def _invert(self, u: Tensor, codebook: Codebook, prefix: Tensor | None, on_position) -> Tensor:
+        known = u[:, :0] if prefix is None else self._arrange(prefix)
+        positions = [known]
+        inputs = self._inputs(known, codebook)
+        cache = DynamicCache(config=self.decoder.config)
+        for n in range(known.shape[1], u.shape[1]):
+            context = self.decoder(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state
+            position = self.head(u[:, n : n + 1], context[:, -1:], codebook, task="inverse")
+            positions.append(position)
+            if on_position is not None:
+                on_position(self._rearrange(position)[:, 0])
+            inputs = self._embed(position, codebook)
+        return torch.cat(positions, 1)
+
+    def _inputs(self, h: Tensor, codebook: Codebook) -> Tensor:
+        """What the decoder reads to predict the positions after 0, ..., n: start, h_1, ..., h_n, (B, n + 1, w)."""
+        start = self.start.expand(len(h), 1, -1)
+        return start if h.shape[1] == 0 else torch.cat([start, self._embed(h, codebook)], 1)
+
+    def _embed(self, h: Tensor, codebook: Codebook) -> Tensor:
+        if self.embedding is not None:
+            tokens = h.unflatten(-1, (self.patch_size, -1))
+            h = codebook.posterior_average(tokens, self.embedding, self.posterior_top_k).flatten(-2)
+        h = h.to(self.start.dtype)
+        return h if self.input_projection is None else self.input_projection(h).to(self.start.dtype)
+
+    def _arrange(self, h: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Into the flow's own order of positions and channels."""
+        for _ in range(self.num_shuffles):
+            h = torch.cat([h[..., 0::2], h[..., 1::2]], -1)
+        return _flip(h, lengths) if self.direction == "right_to_left" else h
+
+    def _rearrange(self, h: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Back from `_arrange`."""
+        h = _flip(h, lengths) if self.direction == "right_to_left" else h
+        for _ in range(self.num_shuffles):
+            half = (h.shape[-1] + 1) // 2
+            unshuffled = torch.empty_like(h)
+            unshuffled[..., 0::2], unshuffled[..., 1::2] = h[..., :half], h[..., half:]
+            h = unshuffled
+        return h
+
+
+def _flip(h: Tensor, lengths: Tensor | None) -> Tensor:
+    """Reverses the real positions of each sequence and leaves its padding at the end. Its own inverse."""
+    if lengths is None:
+        return h.flip(1)
+    n = torch.arange(h.shape[1], device=h.device)
+    index = torch.where(n < lengths[:, None], lengths[:, None] - 1 - n, n)
+    return h.gather(1, index.unsqueeze(-1).expand_as(h))
+
+
+def _decoder_config(config: TarFlowLMConfig, num_hidden_layers: int):
+    """The block config at one flow's depth. Its token table is not used, so it gets the smallest one."""
+    fields = config.block_config.to_dict()
+    for name in ("model_type", "num_hidden_layers", "layer_types", "dtype", "transformers_version"):
+        fields.pop(name, None)
+    fields.update(vocab_size=1, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    decoder_config = CONFIG_MAPPING[config.block_config.model_type](**fields, num_hidden_layers=num_hidden_layers)
+    decoder_config._attn_implementation = config._attn_implementation
+    return decoder_config
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The stack
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FlowOutput(ModelOutput):
+    """Output of [`FlowStack`]. `states` are h0 (the latents), ..., hL (the noise), each (B, T, d), in that order."""
+
+    latents: Tensor | None = None  # (B, T, d)
+    noise: Tensor | None = None  # (B, T, d)
+    log_det: Tensor | None = None  # (B,) nats, summed over positions and dimensions
+    log_prob: Tensor | None = None  # (B,) nats, log p(latents)
+    states: tuple[Tensor, ...] | None = None
+
+
+class FlowStack(nn.Module):
+    """The prior p(z): flows from the data side to the noise side, with the codebook that the first may read."""
+
+    def __init__(self, config: TarFlowLMConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.codebook = Codebook(config.vocab_size, config.latent_size)
+        self.layers = nn.ModuleList(FlowLayer(config, index) for index in range(len(config.flows)))
+
+    def forward(
+        self,
+        latents: Tensor,
+        attention_mask: Tensor | None = None,
+        reverse: bool = False,
+        num_flows: int | None = None,
+        output_noise: bool = True,
+        prefix: Tensor | None = None,
+        on_position: Callable[[Tensor], None] | None = None,
+    ) -> FlowOutput:
+        """Maps latents to noise, or with `reverse` noise to latents.
+
+        log p(z) = sum_l log|det dh_l/dh_(l-1)| + log N(h_L; 0, I). A mixture coupling's log-determinant is
+        log p_mix(h_(l-1)) - log N(h_l; 0, I), so that the last flow's share is its log p_mix: without `output_noise`
+        that flow computes no distribution function.
+
+        Args:
+            latents: (B, T, d); the noise, with `reverse`.
+            attention_mask: (B, T), 1 for real tokens and 0 for padding on the right.
+            num_flows: Cut the stack after its first flows; it is a model of its own, with base N(0, I).
+            output_noise: Whether to compute `noise`, `log_det` and the last of the `states`, or `log_prob` alone.
+            prefix: With `reverse`, known latents (B, n, d) of the first tokens. Exact where every flow runs left to
+                right; otherwise held fixed in the first flow alone.
+            on_position: With `reverse`, called with the latents (B, P, d) of each position the first flow completes.
+
+        Returns:
+            A `FlowOutput`. At padding, noise and states are 0.
+
+        Raises:
+            ValueError: T is no multiple of the patch size, the mask has holes or padding on the left, or a real length
+                is no multiple of the patch size, `num_flows` is not in 1, ..., L.
+        """
+        batch_size, length, _ = latents.shape
+        if length % self.patch_size or length == 0:
+            raise ValueError(f"The sequence length must be a positive multiple of patch_size: {length}, {self.patch_size}.")
+        if num_flows is not None and not 1 <= num_flows <= len(self.layers):
+            raise ValueError(f"num_flows must be in 1, ..., {len(self.layers)}, not {num_flows}.")
+        layers = self.layers[:num_flows]
+        lengths, is_real = None, None
+        if attention_mask is not None:
+            lengths = _real_lengths(attention_mask, latents.shape[:2], self.patch_size)
+            is_real = torch.arange(length // self.patch_size, device=lengths.device) < lengths[:, None]
+
+        def at_real(x: Tensor) -> Tensor:  # positions (B, N, ...), 0 at padding
+            return x if is_real is None else x.masked_fill(~is_real.reshape(*is_real.shape, *[1] * (x.ndim - 2)), 0)
+
+        def to_positions(x: Tensor) -> Tensor:
+            return x.reshape(batch_size, -1, self.patch_size * x.shape[-1])
+
+        h = at_real(to_positions(latents.to(torch.promote_types(latents.dtype, torch.float32))))
+        states = [h]
+        if reverse:
+            prefixes: list[Tensor | None] = [None] * len(layers)
+            if prefix is not None:
+                prefixes[0] = prefix
+                if all(layer.direction == "left_to_right" for layer in layers):
+                    prefixes = list(self(prefix, num_flows=num_flows).states[:-1])
+            for index, layer in reversed(list(enumerate(layers))):
+                known = None if prefixes[index] is None else to_positions(prefixes[index])
+                callback = None
+                if index == 0 and on_position is not None:
+                    callback = lambda x: on_position(x.unflatten(-1, (self.patch_size, -1)))  # noqa: E731
+                h = layer(h, self.codebook, lengths, reverse=True, prefix=known, on_position=callback)
+                h = at_real(h)
+                states.insert(0, h)
+            states = tuple(state.reshape(latents.shape) for state in states)
+            return FlowOutput(latents=states[0], noise=states[-1], states=states)
+
+        log_det = 0.0
+        last = len(layers) if output_noise else len(layers) - 1
+        for layer in layers[:last]:
+            h, layer_log_det = layer(h, self.codebook, lengths)
+            h = at_real(h)
+            log_det = log_det + at_real(layer_log_det).sum(-1)
+            states.append(h)
+        states = tuple(state.reshape(latents.shape) for state in states)
+        if output_noise:
+            log_prob = log_det + at_real(normal_log_prob(h).sum(-1)).sum(-1)
+            return FlowOutput(states[0], states[-1], log_det, log_prob, states)
+        last_log_prob = layers[-1](h, self.codebook, lengths, log_prob_only=True)
+        return FlowOutput(latents=states[0], log_prob=log_det + at_real(last_log_prob).sum(-1), states=states)
+
+
+def _require(condition: Tensor, message: str) -> None:
+    """Raises where looking at the data is free; on an accelerator asserts without waiting for it."""
+    if torch.compiler.is_compiling():
+        return
+    if condition.device.type == "cpu":
+        if not bool(condition):
+            raise ValueError(message)
+    elif condition.device.type != "meta":
+        torch._assert_async(condition, message)
+
+
+def _real_lengths(attention_mask: Tensor, shape: torch.Size, patch_size: int) -> Tensor:
+    """The number of real positions of each sequence, (B,), from a right-padding mask (B, T)."""
+    if attention_mask.shape != shape:
+        raise ValueError(f"attention_mask must have shape (B, T) = {tuple(shape)}, not {tuple(attention_mask.shape)}.")
+    mask = attention_mask != 0
+    lengths = mask.sum(-1)
+    is_right_padded = (mask == (torch.arange(shape[1], device=mask.device) < lengths[:, None])).all()
+    _require(is_right_padded, "attention_mask has holes or padding on the left: only right padding is possible.")
+    _require((lengths > 0).all(), "attention_mask has a sequence without any real token.")
+    _require(
+        (lengths % patch_size == 0).all(), f"Every real length must be a multiple of patch_size, {patch_size}."
+    )
+    return lengths // patch_size
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TarFlowLMOutput(ModelOutput):
+    """Output of [`TarFlowLMModel`]; everything in nats, and elbo = reconstruction + prior - posterior."""
+
+    loss: Tensor | None = None  # scalar, -elbo per real token
+    elbo: Tensor | None = None  # (B,)
+    reconstruction_log_prob: Tensor | None = None  # (B,) log p(x | z)
+    prior_log_prob: Tensor | None = None  # (B,) log p(z)
+    posterior_log_prob: Tensor | None = None  # (B,) log q(z | x)
+    latents: Tensor | None = None  # (B, T, d)
+    noise: Tensor | None = None  # (B, T, d)
+
+
+class TarFlowLMPreTrainedModel(PreTrainedModel):
+    config_class = TarFlowLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean over this batch's real tokens; Trainer averages the batches
+    _no_split_modules = ["FlowLayer"]
+    _keep_in_fp32_modules_strict = ["codebook"]  # its scales are far finer than bfloat16's steps
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Codebook):
+            init.normal_(module.mean)
+            init.constant_(module.log_scale, self.config.initial_log_scale)
+        elif isinstance(module, FlowLayer):
+            init.normal_(module.start, std=self.config.initializer_range)
+            if module.embedding is not None:
+                init.normal_(module.embedding, std=self.config.initializer_range)
+        elif isinstance(module, MixtureCDFHead):
+            # Near the identity: components spread over half a standard deviation, each as wide as makes the mixture's
+            # variance 1. Apart from each other from the start, or they would never part.
+            k = module.num_components
+            loc = 0.5 * torch.special.ndtri((torch.arange(k, device="cpu", dtype=torch.float32) + 0.5) / k)
+            log_scale = 0.5 * torch.log(1 - loc.square().mean())
+            bias = torch.cat([torch.zeros(k), loc, log_scale.expand(k)])
+            outputs = module.output if module.autoregressive else [module.projection]
+            for output in outputs:
+                init.copy_(output.bias, bias.repeat(output.bias.numel() // bias.numel()).to(output.bias.device))
+
+
+class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, GenerationMixin):
+    """A language model that flows: tokens to latents by a codebook, latents to noise by a stack of flows.
+
+    `model.flow` is the stack, `model.codebook` the encoder and decoder. `generate` inverts the stack.
+
+    Example:
+        >>> import torch
+        >>> config = TarFlowLMConfig(vocab_size=27, latent_size=2, hidden_size=32, num_attention_heads=4, flows=[
+        ...     {"coupling": "mixture_rosenblatt", "direction": "left_to_right", "num_hidden_layers": 1},
+        ...     {"coupling": "mixture_cdf", "direction": "right_to_left", "num_hidden_layers": 1},
+        ... ])
+        >>> model = TarFlowLMModel(config)
+        >>> input_ids = torch.randint(27, (2, 10))
+        >>> out = model(input_ids, labels=input_ids)
+        >>> torch.allclose(out.loss, -out.elbo.sum() / 20)
+        True
+        >>> z = model.encode(input_ids)
+        >>> u = model.flow(z).noise
+        >>> torch.allclose(model.flow(u, reverse=True).latents, z, atol=1e-3)
+        True
+    """
+
+    def __init__(self, config: TarFlowLMConfig):
+        super().__init__(config)
+        self.flow = FlowStack(config)
+        self.post_init()
+
+    @property
+    def codebook(self) -> Codebook:
+        return self.flow.codebook
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        latents: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        num_flows: int | None = None,
+        output_noise: bool = False,
+    ) -> TarFlowLMOutput:
+        """The evidence lower bound of each sequence, from one sample of its latents.
+
+        Args:
+            input_ids: Token ids (B, T), T a multiple of the patch size.
+            attention_mask: (B, T), 1 for real tokens and 0 for padding on the right.
+            labels: Asks for the loss: `input_ids`, where padding may be -100. The bound is that of whole sequences,
+                so no real token can be left out of it.
+            latents: Latents (B, T, d) to take instead of a sample of q(z | x).
+            generator: Source of the sample's noise.
+            num_flows: Score the stack cut after its first flows.
+            output_noise: Compute `noise` too, which the likelihood does not need.
+
+        Returns:
+            [`TarFlowLMOutput`].
+
+        Raises:
+            ValueError: Ids outside the vocabulary, labels other than the ids, an empty or too long sequence, a length
+                that is no multiple of the patch size, or a mask that is not right padding.
+        """
+        input_ids = self._check_ids(input_ids, attention_mask)
+        if labels is not None:
+            is_real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            _require(
+                ((labels == input_ids) | (is_real == 0)).all(),
+                "labels must equal input_ids at every real token: the bound is that of whole sequences.",
+            )
+        if latents is None:
+            latents = self.codebook.sample(input_ids, generator)
+        flow = self.flow(latents, attention_mask, num_flows=num_flows, output_noise=output_noise)
+
+        def total(per_token: Tensor) -> Tensor:
+            return (per_token if attention_mask is None else per_token.masked_fill(attention_mask == 0, 0)).sum(-1)
+
+        posterior_log_prob = total(self.codebook.log_prob(latents, input_ids))
+        # log p(x | z) - log q(z | x) is the same for all x: no term of the bound but the sum over the codebook.
+        reconstruction_minus_posterior = -total(self.codebook.log_total(latents))
+        elbo = flow.log_prob + reconstruction_minus_posterior
+        loss = None
+        if labels is not None:
+            num_tokens = input_ids.numel() if attention_mask is None else attention_mask.sum()
+            loss = -elbo.sum() / num_tokens
+        return TarFlowLMOutput(
+            loss=loss,
+            elbo=elbo,
+            reconstruction_log_prob=reconstruction_minus_posterior + posterior_log_prob,
+            prior_log_prob=flow.log_prob,
+            posterior_log_prob=posterior_log_prob,
+            latents=latents,
+            noise=flow.noise,
+        )
+
+    def encode(self, input_ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A sample of q(z | x), reparametrised: ids (B, T) to latents (B, T, d)."""
+        return self.codebook.sample(self._check_ids(input_ids), generator)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """log p(x | z) in nats, normalised over the vocabulary: latents (B, T, d) to (B, T, V)."""
+        return torch.log_softmax(self.codebook.log_prob_all(latents), -1)
+
+    def importance_weighted_bound(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        num_samples: int = 16,
+        generator: torch.Generator | None = None,
+        num_flows: int | None = None,
+    ) -> Tensor:
+        """The bound log((1 / S) sum_s exp(elbo_s)) <= log p(x) of each sequence, (B,) in nats.
+
+        S = `num_samples` independent samples of the latents; with S = 1 it is the ELBO. Its expectation rises with S
+        towards log p(x) (Burda et al., *Importance Weighted Autoencoders*, ICLR 2016, arXiv:1509.00519).
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, not {num_samples}.")
+        samples = [
+            self(input_ids, attention_mask, generator=generator, num_flows=num_flows).elbo for _ in range(num_samples)
+        ]
+        return torch.logsumexp(torch.stack(samples), 0) - math.log(num_samples)
+
+    def _check_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Checks ids (B, T), and replaces those at padding, which may be anything, by 0."""
+        if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+            raise ValueError(
+                f"input_ids must be integers of shape (B, T), not empty: {input_ids.dtype}, {tuple(input_ids.shape)}."
+            )
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"A sequence of {input_ids.shape[1]} tokens is longer than max_position_embeddings, "
+                f"{self.config.max_position_embeddings}."
+            )
+        if input_ids.shape[1] % self.config.patch_size:
+            raise ValueError(
+                f"The sequence length must be a multiple of patch_size: {input_ids.shape[1]}, {self.config.patch_size}."
+            )
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"attention_mask must have the shape of input_ids: {tuple(attention_mask.shape)}, "
+                    f"{tuple(input_ids.shape)}."
+                )
+            input_ids = input_ids.masked_fill(attention_mask == 0, 0)
+        _require(
+            ((input_ids >= 0) & (input_ids < self.config.vocab_size)).all(),
+            f"input_ids must be in 0, ..., vocab_size - 1 = {self.config.vocab_size - 1}.",
+        )
+        return input_ids
+
+
+__all__ = ["TarFlowLMModel", "TarFlowLMPreTrainedModel"]

@@ -1,0 +1,138 @@
+"""The standard normal in log space, and root finding: what the couplings are made of.
+
+Notation: phi and Phi are the density and the distribution function of N(0, 1). Every function works element by
+element in the dtype of its argument (float32 or float64) and is accurate to a few units in the last place. None of
+them is meant to be differentiated through: the couplings derive their gradients by hand.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+
+
+def normal_log_prob(x: Tensor) -> Tensor:
+    """Log-density of the standard normal, ``log phi(x)``, in nats. Differentiable.
+
+    Example:
+        >>> normal_log_prob(torch.tensor([0.0, 2.0]))
+        tensor([-0.9189, -2.9189])
+    """
+    return -0.5 * x.square() - LOG_SQRT_2PI
+
+
+def _log_small_tail(x: Tensor) -> Tensor:
+    # log Phi(-|x|). erfc is the more exact of the two but underflows; erfcx(a) = exp(a^2) erfc(a) decays only as 1/a.
+    a = x.abs() * math.sqrt(0.5)
+    near = torch.log(0.5 * torch.erfc(a))
+    far = torch.log(0.5 * torch.special.erfcx(a)) - a.square()
+    return torch.where(a < 0.75, near, far)
+
+
+def log_ndtr_tails(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tails of the standard normal, ``(log Phi(x), log Phi(-x))``.
+
+    The larger tail is ``log(1 - smaller)``: neither ever cancels.
+
+    Example:
+        >>> log_ndtr_tails(torch.tensor([0.0, -10.0]))
+        (tensor([ -0.6931, -53.2313]), tensor([-6.9315e-01, -7.6199e-24]))
+    """
+    small = _log_small_tail(x)
+    large = torch.log1p(-small.exp())
+    is_negative = x < 0
+    return torch.where(is_negative, small, large), torch.where(is_negative, large, small)
+
+
+def log_reversed_hazard(x: Tensor) -> Tensor:
+    """``log(phi(x) / Phi(x))``, the log of the reversed hazard rate (the inverse Mills ratio at -x).
+
+    Close to ``log(-x)`` far to the left and to ``log phi(x)`` far to the right.
+
+    Example:
+        >>> log_reversed_hazard(torch.tensor([-1e8, 0.0]))
+        tensor([18.4207, -0.2258])
+    """
+    left = 0.5 * math.log(2 / math.pi) - torch.special.erfcx(x.abs() * math.sqrt(0.5)).log()
+    right = normal_log_prob(x) - torch.log1p(-_log_small_tail(x).exp())
+    return torch.where(x < 0, left, right)
+
+
+def ndtri_exp(log_p: Tensor) -> Tensor:
+    """Standard normal quantile of a log-probability, ``Phi^-1(exp(log_p))``, without ever forming ``exp(log_p)``.
+
+    Newton's method on ``log Phi``, which is concave and increasing: from any start the iterates approach the root
+    from the left, quadratically. The start is the asymptotic expansion of the tail,
+    ``x^2 = w - log(w) - log(2 pi)`` with ``w = -2 log_p``, cut at 0. Same function as ``scipy.special.ndtri_exp``.
+
+    Args:
+        log_p: Natural logarithms of probabilities, at most 0.
+
+    Returns:
+        Quantiles, shape of ``log_p``; infinite at ``log_p`` of 0 and minus infinity, NaN above 0.
+
+    Example:
+        >>> ndtri_exp(torch.tensor([-1e4, -1.0, -1e-6]))
+        tensor([-141.3798,   -0.3375,    4.7534])
+    """
+    # Above one half the other tail is the small one; log(1 - p) from log p without cancellation.
+    is_upper = log_p > -math.log(2)
+    log_tail = torch.where(is_upper, torch.log(-torch.expm1(log_p)), log_p)
+    w = -2 * log_tail
+    x = -(w - w.log() - 2 * LOG_SQRT_2PI).clamp(min=0).sqrt()
+    for _ in range(4 if log_p.dtype == torch.float32 else 5):
+        x = x - (log_ndtr_tails(x)[0] - log_tail) * torch.exp(-log_reversed_hazard(x))
+    x = torch.where(log_tail == -math.inf, log_tail, x)
+    return torch.where(is_upper, -x, x)
+
+
+def find_root(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]],
+    lower: Tensor,
+    upper: Tensor,
+    initial: Tensor,
+    tolerance: Tensor,
+) -> Tensor:
+    """Root of an increasing function in a bracket, element by element: Newton steps, safeguarded by bisection.
+
+    A Newton step is taken where it stays in the bracket and is at most half as long as the step before; the bracket
+    is halved otherwise (so convergence is never slower than bisection's). An element rests once its value is within
+    ``tolerance`` or its bracket has no number left inside. The number of steps is fixed by the dtype and nothing is
+    read back from the device; only on a CPU, where looking is free, the loop ends when every element rests.
+
+    Args:
+        function: Maps x to ``(value, log of the derivative)``; its root is where the value is 0.
+        lower, upper: The bracket, ``value(lower) <= 0 <= value(upper)``.
+        initial: Where to start, inside the bracket.
+        tolerance: An absolute value of the function taken for 0: its rounding error.
+
+    Returns:
+        The roots, shape of ``initial``.
+
+    Example:
+        >>> cube = lambda x: (x**3 - 8, torch.log(3 * x**2))
+        >>> start = torch.tensor([1.0, 4.0])
+        >>> find_root(cube, torch.zeros(2), torch.full((2,), 9.0), start, torch.full((2,), 1e-6))
+        tensor([2., 2.])
+    """
+    x, last_step = initial, upper - lower
+    eps = torch.finfo(x.dtype).eps
+    done = torch.zeros_like(x, dtype=torch.bool)
+    for _ in range(2 * (24 if x.dtype == torch.float32 else 53)):
+        value, log_slope = function(x)
+        lower = torch.where(value <= 0, x, lower)
+        upper = torch.where(value >= 0, x, upper)
+        newton = x - value * torch.exp(-log_slope)
+        # A comparison with NaN or infinity (a slope of 0) is false, which means bisection.
+        is_good = (newton >= lower) & (newton <= upper) & (2 * (newton - x).abs() <= last_step)
+        is_root = value.abs() <= tolerance  # a last Newton step may still polish it; a bisection would lose it
+        new_x = torch.where(is_good, newton, torch.where(is_root, x, lower + 0.5 * (upper - lower)))
+        last_step = (new_x - x).abs()
+        x = torch.where(done, x, new_x)
+        done = done | is_root | (last_step <= 0.5 * eps * x.abs())
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(done.all()):
+            break
+    return x
