@@ -287,9 +287,10 @@ class StreamingPackedTokens(IterableDataset):
 
     Each process that iterates reads all documents: let accelerate's main process read and dispatch, its default.
 
-    Exact resume: load `{"epoch": epoch, "blocks": number of blocks used}`. The next iteration tokenizes these blocks
-    again, to the same tokens in the same shuffled order, and skips them. `state_dict` counts the blocks handed out; a
-    DataLoader asks ahead of the training, so save `{"epoch": epoch, "blocks": steps * blocks_per_step}` instead.
+    Exact resume: load `{"epoch": epoch, "blocks": number of blocks used}` (and tell accelerate's loader: it calls
+    `set_epoch` with its own count). The next iteration tokenizes these blocks again, to the same tokens in the same
+    shuffled order, and skips them. `state_dict` counts the blocks handed out; a DataLoader asks ahead of the training,
+    so save `{"epoch": epoch, "blocks": steps * blocks_per_step}` instead.
 
     A stream has no total to divide by: bits per character need the `characters_per_token` of a held-out `PackedTokens`.
 

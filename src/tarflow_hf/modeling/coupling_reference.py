@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .normal import LOG_SQRT_2PI, find_root, log_ndtr_tails, log_reversed_hazard, ndtri_exp, normal_log_prob
+from .normal import LOG_SQRT_2PI, find_root, log_reversed_hazard, ndtri_exp, normal_log_prob, normal_tails
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -60,14 +60,15 @@ def _transform(z: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) ->
     because phi(Phi^-1(q)) is concave in q.
     """
     t = (z.unsqueeze(-1) - loc) * torch.exp(-log_scale)
-    lower, upper = log_ndtr_tails(t)
-    log_cdf = torch.logsumexp(log_weight + lower, -1)
-    log_sf = torch.logsumexp(log_weight + upper, -1)
+    tails = normal_tails(t)
+    log_cdf = torch.logsumexp(log_weight + tails.log_cdf, -1)
+    log_sf = torch.logsumexp(log_weight + tails.log_sf, -1)
     is_lower = log_cdf <= log_sf
     sign = torch.where(is_lower, 1.0, -1.0).to(z.dtype)
     quantile = ndtri_exp(torch.minimum(log_cdf, log_sf))  # <= 0
-    log_tail_weight = torch.log_softmax(log_weight + torch.where(is_lower.unsqueeze(-1), lower, upper), -1)
-    log_slope = log_tail_weight + log_reversed_hazard(sign.unsqueeze(-1) * t) - log_scale
+    in_lower = is_lower.unsqueeze(-1)
+    log_tail_weight = torch.log_softmax(log_weight + torch.where(in_lower, tails.log_cdf, tails.log_sf), -1)
+    log_slope = log_tail_weight + torch.where(in_lower, tails.log_cdf_hazard, tails.log_sf_hazard) - log_scale
     log_det = torch.logsumexp(log_slope, -1) - log_reversed_hazard(quantile)
     return _Transformed(sign * quantile, log_det, sign, t, log_tail_weight, log_slope)
 
@@ -190,9 +191,9 @@ def mixture_cdf_log_prob(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tens
 # alpha^(1) = pi and alpha^(i+1)_k proportional to alpha^(i)_k N(z_i; mu_ki, sigma_k^2)
 # --------------------------------------------------------------------------------------------------------------------
 
-# K times d times the positions handled at once: what bounds the memory of a vocabulary-sized mixture (64 MiB a tensor
+# K times d times the positions handled at once: what bounds the memory of a vocabulary-sized mixture (16 MiB a tensor
 # in float32), and the only state that would otherwise grow as positions times K.
-_CHUNK_ELEMENTS = 2**24
+_CHUNK_ELEMENTS = 2**22
 
 
 def _chunks(num_positions: int, elements_per_position: int) -> Iterator[slice]:
@@ -201,9 +202,19 @@ def _chunks(num_positions: int, elements_per_position: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _log_normal(z: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
-    """log N(z; m_k, exp(s_k)^2) of scalars (n,) under K components, (n, K)."""
-    return normal_log_prob((z.unsqueeze(-1) - loc) * torch.exp(-log_scale)) - log_scale
+def _first_weight(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits.double(), -1)
+
+
+def _next_weight(log_weight: Tensor, z: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    """log alpha^(i+1) (n, K) from log alpha^(i) and z_i (n,), normalised.
+
+    In float64 for float32 as well: 30 scales from every component, log N is -450 and its rounding alone would cost the
+    ratios of the weights 1e-4.
+    """
+    log_scale = log_scale.double()
+    t = (z.double().unsqueeze(-1) - loc.double()) * torch.exp(-log_scale)
+    return torch.log_softmax(log_weight + normal_log_prob(t) - log_scale, -1)
 
 
 def _add_mixture_gradients(
@@ -247,10 +258,11 @@ def _rosenblatt_backward(
     gradients = _RosenblattGradients(*(torch.zeros_like(x) for x in (z, logits, mean, log_scale)))
     num_components, latent_size = mean.shape
     for rows in _chunks(len(z), num_components * latent_size):
-        log_weights = [torch.log_softmax(logits[rows], -1)]
+        log_weight = _first_weight(logits[rows])
+        log_weights = [log_weight.to(z.dtype)]
         for i in range(latent_size):
-            update = _log_normal(z[rows, i], mean[:, i], log_scale)
-            log_weights.append(torch.log_softmax(log_weights[-1] + update, -1))
+            log_weight = _next_weight(log_weight, z[rows, i], mean[:, i], log_scale)
+            log_weights.append(log_weight.to(z.dtype))
         grad_weight = torch.zeros_like(log_weights[0])
         if grad_log_det is not None:
             grad_weight += grad_log_det[rows].unsqueeze(-1) * log_weights[-1].exp()
@@ -282,12 +294,12 @@ class _MixtureRosenblatt(torch.autograd.Function):
         u, log_det = torch.empty_like(z), z.new_zeros(len(z))
         num_components, latent_size = mean.shape
         for rows in _chunks(len(z), num_components):
-            log_weight = torch.log_softmax(logits[rows], -1)
+            log_weight = _first_weight(logits[rows])
             for i in range(latent_size):
-                at = _transform(z[rows, i], log_weight, mean[:, i], log_scale)
+                at = _transform(z[rows, i], log_weight.to(z.dtype), mean[:, i], log_scale)
                 u[rows, i] = at.u
                 log_det[rows] += at.log_det
-                log_weight = torch.log_softmax(log_weight + _log_normal(z[rows, i], mean[:, i], log_scale), -1)
+                log_weight = _next_weight(log_weight, z[rows, i], mean[:, i], log_scale)
         return u, log_det
 
     @staticmethod
@@ -302,10 +314,10 @@ class _MixtureRosenblattInverse(torch.autograd.Function):
         z = torch.empty_like(u)
         num_components, latent_size = mean.shape
         for rows in _chunks(len(u), num_components):
-            log_weight = torch.log_softmax(logits[rows], -1)
+            log_weight = _first_weight(logits[rows])
             for i in range(latent_size):
-                z[rows, i] = _invert(u[rows, i], log_weight, mean[:, i], log_scale)
-                log_weight = torch.log_softmax(log_weight + _log_normal(z[rows, i], mean[:, i], log_scale), -1)
+                z[rows, i] = _invert(u[rows, i], log_weight.to(u.dtype), mean[:, i], log_scale)
+                log_weight = _next_weight(log_weight, z[rows, i], mean[:, i], log_scale)
         ctx.save_for_backward(z, logits, mean, log_scale)
         return z
 

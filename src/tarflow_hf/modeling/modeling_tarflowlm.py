@@ -53,6 +53,15 @@ from .normal import normal_log_prob
 # --------------------------------------------------------------------------------------------------------------------
 
 
+MAX_LOG_SCALE = 10.0
+
+
+def _bounded(log_scale: Tensor) -> Tensor:
+    """Predicted log scales within the range for which the couplings promise finite results; the identity around 0."""
+    log_scale = log_scale.to(torch.promote_types(log_scale.dtype, torch.float32))
+    return MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)
+
+
 class AffineHead(nn.Module):
     def __init__(self, config: TarFlowLMConfig, flow: dict[str, Any]):
         super().__init__()
@@ -60,12 +69,36 @@ class AffineHead(nn.Module):
 
     def forward(self, h: Tensor, context: Tensor, codebook: Codebook | None = None, task: str = "transform"):
         loc, log_scale = self.projection(context).chunk(2, -1)
+        log_scale = _bounded(log_scale)
         if task == "inverse":
             return affine_inverse(h, loc, log_scale)
         u, log_det = affine(h, loc, log_scale)
         if task == "log_prob":
             return (log_det + normal_log_prob(u)).sum(-1)
         return u, log_det.sum(-1)
+
+
+class MixtureCDFParameters(nn.Linear):
+    """Logits, locations and log scales of K-component mixtures for one dimension, or several, (..., dimensions, K)."""
+
+    def __init__(self, input_size: int, num_components: int, num_dimensions: int = 1):
+        super().__init__(input_size, num_dimensions * 3 * num_components)
+        self.num_components = num_components
+        self.num_dimensions = num_dimensions
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, loc, log_scale = super().forward(x).unflatten(-1, (self.num_dimensions, 3, -1)).unbind(-2)
+        return logits, loc, _bounded(log_scale)
+
+    def init_bias(self) -> Tensor:
+        """Near the identity: locations spread over half a standard deviation, scales that make the variance 1.
+
+        Components that start alike would stay alike for ever.
+        """
+        k = self.num_components
+        loc = 0.5 * torch.special.ndtri((torch.arange(k, dtype=torch.float32) + 0.5) / k)
+        log_scale = 0.5 * torch.log(1 - loc.square().mean())
+        return torch.cat([torch.zeros(k), loc, log_scale.expand(k)]).repeat(self.num_dimensions)
 
 
 class MixtureCDFHead(nn.Module):
@@ -80,60 +113,57 @@ class MixtureCDFHead(nn.Module):
     def __init__(self, config: TarFlowLMConfig, flow: dict[str, Any]):
         super().__init__()
         self.size = config.patch_size * config.latent_size
-        self.num_components = flow["num_components"]
         self.autoregressive = flow["autoregressive"]
+        num_components = flow["num_components"]
         if not self.autoregressive:
-            self.projection = nn.Linear(config.hidden_size, self.size * 3 * self.num_components)
+            self.output = MixtureCDFParameters(config.hidden_size, num_components, self.size)
             return
         width = flow["head_hidden_size"]
         hidden = width // 2
         features = min(max(1, width * 9 // 16 // max(1, self.size - 1)), 96)
         self.from_context = nn.Linear(config.hidden_size, self.size * hidden)
         self.features = nn.ModuleList(nn.Linear(3, features) for _ in range(self.size - 1))
-        self.from_features = nn.ModuleList(
-            nn.Linear(i * features, hidden, bias=False) for i in range(1, self.size)
-        )
-        self.output = nn.ModuleList(nn.Linear(hidden, 3 * self.num_components) for _ in range(self.size))
+        self.from_features = nn.ModuleList(nn.Linear(i * features, hidden, bias=False) for i in range(1, self.size))
+        self.output = nn.ModuleList(MixtureCDFParameters(hidden, num_components) for _ in range(self.size))
 
     def forward(self, h: Tensor, context: Tensor, codebook: Codebook | None = None, task: str = "transform"):
         if task == "inverse":
             return self._invert(h, context)
         if self.autoregressive:
             from_context = self._from_context(context)
-            features = [self._features(i, h[..., i]) for i in range(self.size - 1)]
-            parameters = torch.stack([self._parameters_of(i, from_context, features) for i in range(self.size)], -2)
+            features = [self._features(i, x) for i, x in enumerate(h.unbind(-1)[:-1])]
+            each = [self._parameters_of(i, from_context, features) for i in range(self.size)]
+            parameters = [torch.cat(parts, -2) for parts in zip(*each, strict=True)]
         else:
-            parameters = self.projection(context).unflatten(-1, (self.size, -1))
-        logits, loc, log_scale = parameters.chunk(3, -1)  # (B, N, D, K)
+            parameters = self.output(context)
         if task == "log_prob":
-            return mixture_cdf_log_prob(h, logits, loc, log_scale).sum(-1)
-        u, log_det = mixture_cdf(h, logits, loc, log_scale)
+            return mixture_cdf_log_prob(h, *parameters).sum(-1)
+        u, log_det = mixture_cdf(h, *parameters)
         return u, log_det.sum(-1)
 
     def _invert(self, u: Tensor, context: Tensor) -> Tensor:
         if not self.autoregressive:
-            return mixture_cdf_inverse(u, *self.projection(context).unflatten(-1, (self.size, -1)).chunk(3, -1))
+            return mixture_cdf_inverse(u, *self.output(context))
         from_context = self._from_context(context)
         features, h = [], []
         for i in range(self.size):
-            parameters = self._parameters_of(i, from_context, features)
-            h.append(mixture_cdf_inverse(u[..., i], *parameters.chunk(3, -1)))
+            h.append(mixture_cdf_inverse(u[..., i : i + 1], *self._parameters_of(i, from_context, features)))
             if i < self.size - 1:
-                features.append(self._features(i, h[-1]))
-        return torch.stack(h, -1)
+                features.append(self._features(i, h[-1].squeeze(-1)))
+        return torch.cat(h, -1)
 
-    def _from_context(self, context: Tensor) -> Tensor:
-        return self.from_context(context).unflatten(-1, (self.size, -1))  # (B, N, D, H / 2)
+    def _from_context(self, context: Tensor) -> tuple[Tensor, ...]:
+        return self.from_context(context).chunk(self.size, -1)  # D times (B, N, H / 2)
 
     def _features(self, i: int, x: Tensor) -> Tensor:
         inputs = torch.stack([x, F.elu(x), F.elu(-x)], -1)
         return F.gelu(self.features[i](inputs.to(self.features[i].weight.dtype)))  # (B, N, E)
 
-    def _parameters_of(self, i: int, from_context: Tensor, features: list[Tensor]) -> Tensor:
-        hidden = from_context[..., i, :]
+    def _parameters_of(self, i: int, from_context: tuple[Tensor, ...], features: list[Tensor]):
+        hidden = from_context[i]
         if i > 0:
             hidden = hidden + self.from_features[i - 1](torch.cat(features[:i], -1))
-        return self.output[i](F.gelu(hidden))  # (B, N, 3 K)
+        return self.output[i](F.gelu(hidden))  # three of (B, N, 1, K)
 
 
 class MixtureRosenblattHead(nn.Module):
@@ -488,16 +518,8 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
             init.normal_(module.start, std=self.config.initializer_range)
             if module.embedding is not None:
                 init.normal_(module.embedding, std=self.config.initializer_range)
-        elif isinstance(module, MixtureCDFHead):
-            # Near the identity: components spread over half a standard deviation, each as wide as makes the mixture's
-            # variance 1. Apart from each other from the start, or they would never part.
-            k = module.num_components
-            loc = 0.5 * torch.special.ndtri((torch.arange(k, device="cpu", dtype=torch.float32) + 0.5) / k)
-            log_scale = 0.5 * torch.log(1 - loc.square().mean())
-            bias = torch.cat([torch.zeros(k), loc, log_scale.expand(k)])
-            outputs = module.output if module.autoregressive else [module.projection]
-            for output in outputs:
-                init.copy_(output.bias, bias.repeat(output.bias.numel() // bias.numel()).to(output.bias.device))
+        elif isinstance(module, MixtureCDFParameters):
+            init.copy_(module.bias, module.init_bias())
 
 
 class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, GenerationMixin):

@@ -7,6 +7,7 @@ them is meant to be differentiated through: the couplings derive their gradients
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,27 +25,47 @@ def normal_log_prob(x: Tensor) -> Tensor:
     return -0.5 * x.square() - LOG_SQRT_2PI
 
 
-def _log_small_tail(x: Tensor) -> Tensor:
-    # log Phi(-|x|). erfc is the more exact of the two but underflows; erfcx(a) = exp(a^2) erfc(a) decays only as 1/a.
+class NormalTails(NamedTuple):
+    """Both tails of the standard normal at x and, with h = phi / Phi, both (reversed) hazards, all in log space."""
+
+    log_cdf: Tensor  # log Phi(x)
+    log_sf: Tensor  # log Phi(-x)
+    log_cdf_hazard: Tensor  # log h(x)
+    log_sf_hazard: Tensor  # log h(-x)
+
+
+def normal_tails(x: Tensor) -> NormalTails:
+    """All four at once, which costs little more than one: they share the special functions.
+
+    The larger tail is ``log(1 - smaller)`` and the smaller one's hazard forgets the exponential: neither cancels.
+    """
+    # erfc is the more exact near 0 but underflows; erfcx(a) = exp(a^2) erfc(a) decays only as 1/a.
     a = x.abs() * math.sqrt(0.5)
-    near = torch.log(0.5 * torch.erfc(a))
-    far = torch.log(0.5 * torch.special.erfcx(a)) - a.square()
-    return torch.where(a < 0.75, near, far)
+    is_near = a < 0.75
+    half_square = 0.5 * x.square()
+    log_factor = torch.log(0.5 * torch.where(is_near, torch.erfc(a), torch.special.erfcx(a)))
+    log_exponential = -torch.where(is_near, 0.0, half_square)  # what log_factor leaves out
+    small = log_factor + log_exponential
+    large = torch.log1p(-small.exp())
+    small_hazard = -LOG_SQRT_2PI - log_factor - (half_square + log_exponential)
+    large_hazard = -LOG_SQRT_2PI - half_square - large
+    is_negative = x < 0
+    return NormalTails(
+        log_cdf=torch.where(is_negative, small, large),
+        log_sf=torch.where(is_negative, large, small),
+        log_cdf_hazard=torch.where(is_negative, small_hazard, large_hazard),
+        log_sf_hazard=torch.where(is_negative, large_hazard, small_hazard),
+    )
 
 
 def log_ndtr_tails(x: Tensor) -> tuple[Tensor, Tensor]:
     """Both tails of the standard normal, ``(log Phi(x), log Phi(-x))``.
 
-    The larger tail is ``log(1 - smaller)``: neither ever cancels.
-
     Example:
         >>> log_ndtr_tails(torch.tensor([0.0, -10.0]))
         (tensor([ -0.6931, -53.2313]), tensor([-6.9315e-01, -7.6199e-24]))
     """
-    small = _log_small_tail(x)
-    large = torch.log1p(-small.exp())
-    is_negative = x < 0
-    return torch.where(is_negative, small, large), torch.where(is_negative, large, small)
+    return normal_tails(x)[:2]
 
 
 def log_reversed_hazard(x: Tensor) -> Tensor:
@@ -56,9 +77,7 @@ def log_reversed_hazard(x: Tensor) -> Tensor:
         >>> log_reversed_hazard(torch.tensor([-1e8, 0.0]))
         tensor([18.4207, -0.2258])
     """
-    left = 0.5 * math.log(2 / math.pi) - torch.special.erfcx(x.abs() * math.sqrt(0.5)).log()
-    right = normal_log_prob(x) - torch.log1p(-_log_small_tail(x).exp())
-    return torch.where(x < 0, left, right)
+    return normal_tails(x).log_cdf_hazard
 
 
 def ndtri_exp(log_p: Tensor) -> Tensor:
@@ -84,7 +103,8 @@ def ndtri_exp(log_p: Tensor) -> Tensor:
     w = -2 * log_tail
     x = -(w - w.log() - 2 * LOG_SQRT_2PI).clamp(min=0).sqrt()
     for _ in range(4 if log_p.dtype == torch.float32 else 5):
-        x = x - (log_ndtr_tails(x)[0] - log_tail) * torch.exp(-log_reversed_hazard(x))
+        at = normal_tails(x)
+        x = x - (at.log_cdf - log_tail) * torch.exp(-at.log_cdf_hazard)
     x = torch.where(log_tail == -math.inf, log_tail, x)
     return torch.where(is_upper, -x, x)
 
