@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, StreamingPackedTokens, character_tokenizer, load_splits
-from tarflow_hf.evaluation import likelihood
+from tarflow_hf.evaluation import likelihood, report_table
 from tarflow_hf.training import TrainingConfig, discrete_baseline, make_accelerator, train
 
 
@@ -26,7 +26,10 @@ from tarflow_hf.training import TrainingConfig, discrete_baseline, make_accelera
 class RunConfig:
     """What to train, on what."""
 
-    model: str = field(default="tarflowlm", metadata={"help": "tarflowlm, or ar: the discrete baseline", "choices": ["tarflowlm", "ar"]})
+    model: str = field(
+        default="tarflowlm",
+        metadata={"help": "tarflowlm, or ar: the discrete baseline", "choices": ["tarflowlm", "ar"]},
+    )
     config: str = field(
         default=str(Path(__file__).parent / "configs" / "mixd.json"), metadata={"help": "TarFlowLMConfig as JSON"}
     )
@@ -79,7 +82,9 @@ def main():
 
 
 def describe(train_data) -> str:
-    return "a stream" if isinstance(train_data, StreamingPackedTokens) else f"{len(train_data.tokens):,} training tokens"
+    return (
+        "a stream" if isinstance(train_data, StreamingPackedTokens) else f"{len(train_data.tokens):,} training tokens"
+    )
 
 
 def report(model, tokenizer, test_data, run: RunConfig) -> None:
@@ -98,10 +103,7 @@ def report(model, tokenizer, test_data, run: RunConfig) -> None:
             for samples in dict.fromkeys((1, run.test_samples))
         }
     print(f"\nA sample:\n{tokenizer.decode(tokens[0], skip_special_tokens=True)}\n")
-    print(f"Test text ({next(iter(rows.values())).num_tokens:,} tokens)   nats/token    +-     bits/char  perplexity")
-    for name, row in rows.items():
-        bits = row.bits_per_character(test_data.characters_per_token)
-        print(f"{name:<28}{row.nats_per_token:>10.4f}  {row.standard_error:.4f}  {bits:>9.4f}  {row.perplexity:>10.3f}")
+    print(f"Test text:\n{report_table(rows, test_data.characters_per_token)}")
 
 
 if __name__ == "__main__":

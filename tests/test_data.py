@@ -52,9 +52,7 @@ NASTY = {
     "only symbols": "?!",
     "nothing": "",
     "markup": "[[Link|text]] &amp; <ref name='x'/> don't e-mail U.S.A.",
-    "random": "".join(
-        map(chr, random.Random(0).choices([*range(0x2200)], [100] * 128 + [1] * (0x2200 - 128), k=2000))
-    ),
+    "random": "".join(map(chr, random.Random(0).choices([*range(0x2200)], [100] * 128 + [1] * (0x2200 - 128), k=2000))),
 }
 
 

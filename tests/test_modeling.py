@@ -292,9 +292,7 @@ def test_sampled_tokens_follow_the_enumerated_distribution():
     model = make(ENUMERATED["mix-d, mix-1"], latent_size=1, vocab_size=3, initial_log_scale=-0.5)
     log_likelihood, _ = enumerate_likelihoods(model, 2)
     generator = torch.Generator().manual_seed(1)
-    tokens = model.float().generate(
-        num_return_sequences=20_000, max_new_tokens=2, decode="sample", generator=generator
-    )
+    tokens = model.float().generate(num_return_sequences=20_000, max_new_tokens=2, decode="sample", generator=generator)
     counts = torch.bincount(tokens[:, 0] * 3 + tokens[:, 1], minlength=9)
     expected = np.array([math.exp(log_likelihood[x]) for x in itertools.product(range(3), repeat=2)])
     assert expected.max() / expected.min() > 1.2  # there is something to tell apart
@@ -450,9 +448,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 def test_initial_mixture_is_close_to_the_identity_and_its_components_differ():
     model = TarFlowLMModel(
-        TarFlowLMConfig(
-            vocab_size=5, latent_size=3, hidden_size=16, num_attention_heads=2, flows=[flow("mixture_cdf")]
-        )
+        TarFlowLMConfig(vocab_size=5, latent_size=3, hidden_size=16, num_attention_heads=2, flows=[flow("mixture_cdf")])
     )
     z = torch.randn(4, 10, 3)
     out = model.flow(z)

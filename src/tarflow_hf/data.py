@@ -160,9 +160,7 @@ def load_splits(
     columns = splits["train"].column_names or next(iter(splits["train"]), {})  # a stream may not know them
     if text_column not in columns:
         names = ", ".join(map(repr, columns))
-        raise ValueError(
-            f"the dataset {source!r} has no column {text_column!r}; choose its text column among {names}."
-        )
+        raise ValueError(f"the dataset {source!r} has no column {text_column!r}; choose its text column among {names}.")
 
     missing = [name for name in ("validation", "test") if name not in splits]
     rows = MAX_HELD_OUT_DOCUMENTS

@@ -8,8 +8,8 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
@@ -62,6 +62,24 @@ def negative_log_likelihood(
 def prepend_start(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Ids (B, T) behind the discrete model's beginning-of-sequence token, (B, T + 1)."""
     return F.pad(input_ids, (1, 0), value=model.config.bos_token_id)
+
+
+def report_table(rows: dict[str, Likelihood], characters_per_token: float) -> str:
+    """A table to print, one row for each likelihood.
+
+    Example:
+        >>> print(report_table({"exact": Likelihood(nats=69.3, num_tokens=100, standard_error=0.01)}, 1.0))
+        100 tokens             nats/token      +-   bits/char  perplexity
+        exact                      0.6930  0.0100      0.9998       2.000
+    """
+    num_tokens = f"{next(iter(rows.values())).num_tokens:,} tokens"
+    lines = [f"{num_tokens:<23}{'nats/token':>10}  {'+-':>6}  {'bits/char':>10}  {'perplexity':>10}"]
+    for name, row in rows.items():
+        bits = row.bits_per_character(characters_per_token)
+        lines.append(
+            f"{name:<23}{row.nats_per_token:>10.4f}  {row.standard_error:>6.4f}  {bits:>10.4f}  {row.perplexity:>10.3f}"
+        )
+    return "\n".join(lines)
 
 
 @torch.no_grad()

@@ -40,7 +40,9 @@ class TrainingConfig:
     weight_decay: float = field(default=0.1, metadata={"help": "of weight matrices"})
     adam_beta2: float = field(default=0.95, metadata={"help": "of AdamW"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping; 0 for none"})
-    ema_decay: float = field(default=0.0, metadata={"help": "of averaged weights, which are evaluated and saved; 0: off"})
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "of averaged weights, which are evaluated and saved; 0: off"}
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations"})
     mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16; else as launched"})
     seed: int = field(default=0, metadata={"help": "of weights, order of the data, and latents"})
@@ -89,7 +91,11 @@ def discrete_baseline(config: TarFlowLMConfig) -> PreTrainedModel:
     for name in ("model_type", "num_hidden_layers", "layer_types", "dtype", "transformers_version"):
         fields.pop(name, None)
     fields |= {"vocab_size": config.vocab_size + 1, "bos_token_id": config.vocab_size}
-    fields |= {"max_position_embeddings": config.max_position_embeddings + 1, "eos_token_id": None, "pad_token_id": None}
+    fields |= {
+        "max_position_embeddings": config.max_position_embeddings + 1,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
     block_class = CONFIG_MAPPING[config.block_config.model_type]
     return AutoModelForCausalLM.from_config(block_class(**fields, num_hidden_layers=config.num_hidden_layers))
 
@@ -122,8 +128,8 @@ def train(
 ) -> PreTrainedModel:
     """Trains, and saves the model with its tokenizer to `output_dir/model`.
 
-    Every `log_every` steps a line goes to `output_dir/log.jsonl` and the trackers. With `config.resume` training goes on
-    from the newest checkpoint, and every loss equals that of the uninterrupted run: weights, optimiser, schedule and
+    Every `log_every` steps a line goes to `output_dir/log.jsonl` and the trackers. With `config.resume` training goes
+    on from the newest checkpoint, and every loss equals that of the uninterrupted run: weights, optimiser, schedule and
     average come from the checkpoint; the order of the data follows from seed and epoch, the latents' noise from seed
     and step.
 
@@ -144,7 +150,9 @@ def train(
         )
     is_stream = isinstance(train_data, IterableDataset)
     if not is_stream and len(train_data) < config.batch_size:
-        raise ValueError(f"There are {len(train_data)} sequences to train on, fewer than batch_size {config.batch_size}.")
+        raise ValueError(
+            f"There are {len(train_data)} sequences to train on, fewer than batch_size {config.batch_size}."
+        )
 
     # 1. What is trained, and what must come back on a resume.
     if config.gradient_checkpointing:
@@ -236,14 +244,20 @@ def endless(loader: DataLoader, num_used: int) -> Iterator[dict[str, Tensor]]:
 class Log:
     """A progress bar, a line of JSON for each entry, and Accelerate's trackers. Loss in nats per token."""
 
-    def __init__(self, accelerator, output_dir: Path, first_step: int, config: TrainingConfig, characters_per_token: float):
+    def __init__(
+        self, accelerator, output_dir: Path, first_step: int, config: TrainingConfig, characters_per_token: float
+    ):
         self.accelerator = accelerator
         self.nats_to_bits_per_character = 1 / (math.log(2) * characters_per_token)
         self.path = output_dir / "log.jsonl"
         self.tokens, self.seconds, self.since = 0, 0.0, time.perf_counter()
         self.last_step = first_step
         self.bar = tqdm(
-            total=config.num_steps, initial=first_step, desc="training", unit="step", disable=not accelerator.is_main_process
+            total=config.num_steps,
+            initial=first_step,
+            desc="training",
+            unit="step",
+            disable=not accelerator.is_main_process,
         )
         if accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
@@ -251,7 +265,9 @@ class Log:
             kept = [entry for entry in entries if json.loads(entry)["step"] <= first_step]
             self.path.write_text("".join(f"{entry}\n" for entry in kept))
         if config.report_to:
-            accelerator.init_trackers("tarflow_hf", {key: value for key, value in asdict(config).items() if value is not None})
+            accelerator.init_trackers(
+                "tarflow_hf", {key: value for key, value in asdict(config).items() if value is not None}
+            )
 
     def losses(self, step: int, total: float, learning_rate: float) -> None:
         loss = total / (step - self.last_step)

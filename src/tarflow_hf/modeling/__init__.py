@@ -1,1 +1,1 @@
-"""Everything that travels with a checkpoint: flat files that import torch, transformers and each other, nothing else."""
+"""Everything that travels with a checkpoint: flat files that import torch, transformers and each other."""

@@ -217,7 +217,9 @@ class TarFlowLMConfig(PreTrainedConfig):
         if flow["context"] not in CONTEXTS:
             raise ValueError(f"{where}.context must be one of {', '.join(CONTEXTS)}, not {flow['context']!r}.")
         if flow["context"] == "posterior" and index > 0:
-            raise ValueError(f"{where}.context must be latent: only the first flow's input has a posterior over tokens.")
+            raise ValueError(
+                f"{where}.context must be latent: only the first flow's input has a posterior over tokens."
+            )
         return flow
 
 

@@ -26,7 +26,6 @@ from .coupling_reference import mixture_rosenblatt as mixture_rosenblatt_referen
 from .coupling_reference import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
 from .coupling_reference import mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_reference
 
-
 # ----------------------------------------------------------------------------------------------------------- affine
 
 
@@ -225,7 +224,9 @@ def _prepare_mixture_cdf(**tensors: Tensor) -> list[Tensor]:
     try:
         return [first, *(parameter.expand(shape) for parameter in parameters)]
     except RuntimeError:
-        raise ValueError(f"logits, loc and log_scale must broadcast to (..., K) = {shape}: {_shapes(**tensors)}.") from None
+        raise ValueError(
+            f"logits, loc and log_scale must broadcast to (..., K) = {shape}: {_shapes(**tensors)}."
+        ) from None
 
 
 def _run_rosenblatt(run: Callable, first: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor):
@@ -241,7 +242,9 @@ def _run_rosenblatt(run: Callable, first: Tensor, logits: Tensor, mean: Tensor, 
     try:
         logits = logits.expand(*leading, num_components)
     except RuntimeError:
-        raise ValueError(f"logits must broadcast to (..., K) = {(*leading, num_components)}: {_shapes(**tensors)}.") from None
+        raise ValueError(
+            f"logits must broadcast to (..., K) = {(*leading, num_components)}: {_shapes(**tensors)}."
+        ) from None
     out = run(first.reshape(-1, latent_size), logits.reshape(-1, num_components), mean, log_scale)
     if isinstance(out, tuple):  # (u, log_det)
         return out[0].reshape(*leading, latent_size), out[1].reshape(leading)

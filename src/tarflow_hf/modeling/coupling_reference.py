@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from .normal import LOG_SQRT_2PI, find_root, log_reversed_hazard, ndtri_exp, normal_log_prob, normal_tails
 
-
 # --------------------------------------------------------------------------------------------------------------------
 # Affine: u = (z - m) exp(-s)
 # --------------------------------------------------------------------------------------------------------------------
@@ -38,7 +37,7 @@ def affine_inverse(u: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
 
 
 class _Transformed(NamedTuple):
-    """u(z) with what its gradients are made of. `tail` is the smaller of F and 1 - F, `sign` is -1 where it is 1 - F."""
+    """u(z) with what its gradients are made of. The tail is the smaller of F and 1 - F; `sign` is -1 for that one."""
 
     u: Tensor  # (...)
     log_det: Tensor  # (...)  log du/dz
@@ -191,13 +190,13 @@ def mixture_cdf_log_prob(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tens
 # alpha^(1) = pi and alpha^(i+1)_k proportional to alpha^(i)_k N(z_i; mu_ki, sigma_k^2)
 # --------------------------------------------------------------------------------------------------------------------
 
-# K times d times the positions handled at once: what bounds the memory of a vocabulary-sized mixture (16 MiB a tensor
-# in float32), and the only state that would otherwise grow as positions times K.
-_CHUNK_ELEMENTS = 2**22
+# K times the positions handled at once: what bounds the memory of a vocabulary-sized mixture. 4 MiB a tensor in float32,
+# of which the forward pass holds some twenty and the backward pass d + 1 more; and a CPU's cache holds one.
+_CHUNK_ELEMENTS = 2**20
 
 
-def _chunks(num_positions: int, elements_per_position: int) -> Iterator[slice]:
-    size = max(1, _CHUNK_ELEMENTS // max(1, elements_per_position))
+def _chunks(num_positions: int, num_components: int) -> Iterator[slice]:
+    size = max(1, _CHUNK_ELEMENTS // num_components)
     for start in range(0, num_positions, size):
         yield slice(start, start + size)
 
@@ -249,15 +248,15 @@ def _rosenblatt_backward(
     """Gradients of the transform (given grad_u and grad_log_det) or of its inverse (given grad_z), (n, d) positions.
 
     From the last dimension to the first. The weights of dimension i are log pi_k + sum_{j<i} log N(z_j; mu_kj), so what
-    the later dimensions ask of their weights, summed up in `grad_weight`, falls on log N(z_i; mu_ki), to which dimension
-    i then adds its own demand. Of the log-determinant, log p(z) starts the sum with rho_k = alpha^(d+1)_k.
+    the later dimensions ask of their weights, summed up in `grad_weight`, falls on log N(z_i; mu_ki); dimension i then
+    adds its own demand. Of the log-determinant, log p(z) starts the sum with rho_k = alpha^(d+1)_k.
 
     The inverse z(u, theta) has dz = J^-1 (du - du/dtheta dtheta), J = du/dz lower triangular: grad_u = J^-T grad_z, one
     row of back substitution a dimension, and the parameters' gradients are those of the transform at -grad_u.
     """
     gradients = _RosenblattGradients(*(torch.zeros_like(x) for x in (z, logits, mean, log_scale)))
     num_components, latent_size = mean.shape
-    for rows in _chunks(len(z), num_components * latent_size):
+    for rows in _chunks(len(z), num_components):
         log_weight = _first_weight(logits[rows])
         log_weights = [log_weight.to(z.dtype)]
         for i in range(latent_size):

@@ -97,7 +97,9 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         prompt = inputs if input_ids is None else input_ids
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError("attention_mask: prompts must have no padding; give prompts of different lengths one by one.")
+            raise ValueError(
+                "attention_mask: prompts must have no padding; give prompts of different lengths one by one."
+            )
         if unknown := sorted(set(kwargs) - set(OPTIONS)):
             raise ValueError(f"generate has no options {unknown}; its options are {', '.join(OPTIONS)}.")
 
@@ -186,16 +188,16 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             new = new.masked_fill(is_after_end, end_token_id if pad_token_id is None else pad_token_id)
         sequences = torch.cat([prompt, new], 1)
         if output_states or option("return_dict_in_generate", False):
-            return TarFlowLMGenerateOutput(
-                sequences, flow.latents, flow.noise, flow.states if output_states else None
-            )
+            return TarFlowLMGenerateOutput(sequences, flow.latents, flow.noise, flow.states if output_states else None)
         return sequences
 
     def _length(self, prompt_length: int, noise: Tensor | None, max_new_tokens: int | None, max_length: int | None):
         """Tokens of a sequence, prompt included."""
         longest = self.config.max_position_embeddings
         if prompt_length >= longest:
-            raise ValueError(f"A prompt of {prompt_length} tokens leaves no room: max_position_embeddings is {longest}.")
+            raise ValueError(
+                f"A prompt of {prompt_length} tokens leaves no room: max_position_embeddings is {longest}."
+            )
         if noise is not None:
             length = noise.shape[1]
             if length > longest:
@@ -208,7 +210,9 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             logger.warning_once(f"{length} tokens were asked for; the model was made for {longest}, and stops there.")
             length = longest
         if length <= prompt_length:
-            raise ValueError(f"Nothing to generate: the prompt has {prompt_length} tokens, the whole would have {length}.")
+            raise ValueError(
+                f"Nothing to generate: the prompt has {prompt_length} tokens, the whole would have {length}."
+            )
         if length % self.config.patch_size or prompt_length % self.config.patch_size:
             raise ValueError(
                 f"Prompt and whole must be multiples of patch_size, {self.config.patch_size}: "

@@ -45,7 +45,6 @@ from .coupling import (
 from .generation_tarflowlm import TarFlowLMGenerationMixin
 from .normal import normal_log_prob
 
-
 # --------------------------------------------------------------------------------------------------------------------
 # Coupling heads: from the decoder's output at a position to the coupling of that position.
 # Each maps h (B, N, D) and context (B, N, w), by `task`, to
@@ -102,8 +101,8 @@ class MixtureCDFParameters(nn.Linear):
 
 
 class MixtureCDFHead(nn.Module):
-    """Mix-1. The parameters of all D dimensions come from the context alone, or, dimension-wise autoregressive, those of
-    dimension i from the context and the dimensions before it.
+    """Mix-1. The parameters of all D dimensions come from the context alone or, dimension-wise autoregressive, those
+    of dimension i from the context and the dimensions before it.
 
     The autoregressive head is that of Lippe & Gavves, *Categorical Normalizing Flows via Continuous Transformations*,
     ICLR 2021, arXiv:2006.09790, without its masked weights: dimension i has a hidden layer of its own that reads the
@@ -232,7 +231,7 @@ class FlowLayer(nn.Module):
         flow = config.flows[index]
         self.direction = flow["direction"]
         self.patch_size = config.patch_size
-        # Between flows the channels of a position are shuffled once more, so that later flows mix the tokens of a patch.
+        # Each flow finds the channels of a position shuffled once more, so that later flows mix the tokens of a patch.
         self.num_shuffles = index if config.patch_size > 1 else 0
         if flow["context"] == "posterior":
             self.posterior_top_k = config.posterior_top_k
@@ -402,7 +401,9 @@ class FlowStack(nn.Module):
         """
         batch_size, length, _ = latents.shape
         if length % self.patch_size or length == 0:
-            raise ValueError(f"The sequence length must be a positive multiple of patch_size: {length}, {self.patch_size}.")
+            raise ValueError(
+                f"The sequence length must be a positive multiple of patch_size: {length}, {self.patch_size}."
+            )
         if num_flows is not None and not 1 <= num_flows <= len(self.layers):
             raise ValueError(f"num_flows must be in 1, ..., {len(self.layers)}, not {num_flows}.")
         layers = self.layers[:num_flows]
@@ -471,9 +472,7 @@ def _real_lengths(attention_mask: Tensor, shape: torch.Size, patch_size: int) ->
     is_right_padded = (mask == (torch.arange(shape[1], device=mask.device) < lengths[:, None])).all()
     _require(is_right_padded, "attention_mask has holes or padding on the left: only right padding is possible.")
     _require((lengths > 0).all(), "attention_mask has a sequence without any real token.")
-    _require(
-        (lengths % patch_size == 0).all(), f"Every real length must be a multiple of patch_size, {patch_size}."
-    )
+    _require((lengths % patch_size == 0).all(), f"Every real length must be a multiple of patch_size, {patch_size}.")
     return lengths // patch_size
 
 

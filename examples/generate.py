@@ -1,0 +1,53 @@
+"""Sample text from a checkpoint: a folder, or a repository of the Hub.
+
+python examples/generate.py runs/demo/model
+python examples/generate.py runs/demo/model --num_samples 4 --max_new_tokens 128 --temperature 0.9 --seed 1
+python examples/generate.py runs/demo/model --prompt "the function returns"
+python examples/generate.py runs/demo/model --show_states          # the text that every flow's state decodes to
+"""
+
+import argparse
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--num_samples", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, help="default: as long as the model was made for")
+    parser.add_argument("--temperature", type=float, default=1.0, help="standard deviation of the noise")
+    parser.add_argument("--decode", choices=["argmax", "sample"], default="argmax", help="from latents to tokens")
+    parser.add_argument("--show_states", action="store_true", help="decode every flow's state, from noise to text")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main():
+    arguments = parse_arguments()
+    set_seed(arguments.seed)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
+
+    prompt = tokenizer(arguments.prompt, return_tensors="pt").input_ids if arguments.prompt else None
+    out = model.generate(
+        prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        num_return_sequences=arguments.num_samples,
+        temperature=arguments.temperature,
+        decode=arguments.decode,
+        output_states=True,
+    )
+    for sample in range(arguments.num_samples):
+        if arguments.show_states:
+            for flow in range(len(out.states) - 1, 0, -1):
+                tokens = model.decode(out.states[flow][sample : sample + 1]).argmax(-1)
+                print(f"[before flow {flow}] {tokenizer.decode(tokens[0])}\n")
+        print(tokenizer.decode(out.sequences[sample], skip_special_tokens=True), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
