@@ -1,5 +1,7 @@
 """generate: determinism, options, prompts, streaming, and what it refuses."""
 
+import itertools
+
 import pytest
 import torch
 from test_modeling import STACKS, flow, make
@@ -67,8 +69,8 @@ def test_states_go_from_the_latents_to_the_noise(model):
     assert len(out.states) == 4
     torch.testing.assert_close(out.states[0], out.latents)
     torch.testing.assert_close(out.states[-1], out.noise)
-    for l, state in enumerate(model.flow(out.latents).states):
-        torch.testing.assert_close(state, out.states[l], atol=1e-3, rtol=1e-3)
+    for index, state in enumerate(model.flow(out.latents).states):
+        torch.testing.assert_close(state, out.states[index], atol=1e-3, rtol=1e-3)
     assert torch.equal(model.decode(out.states[0]).argmax(-1), out.sequences)
 
 
@@ -138,7 +140,7 @@ def test_streamed_tokens_are_those_returned(stack, patch_size, decode):
     for eos_token_id in (None, 2):
         streamer = Recorder()
         tokens = model.generate(streamer=streamer, decode=decode, eos_token_id=eos_token_id, pad_token_id=0)[0].tolist()
-        streamed = sum(streamer.parts, [])
+        streamed = list(itertools.chain(*streamer.parts))
         assert streamer.ended and streamed == tokens[: len(streamed)]
         assert len(streamed) == len(tokens) or streamed[-1] == eos_token_id
         if stack.startswith("mix-d"):

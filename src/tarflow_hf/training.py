@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
@@ -71,7 +72,10 @@ FREE_FIELDS |= {"report_to", "gradient_checkpointing"}
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     return Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # A step has all its parts, also where an epoch ends between them.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         mixed_precision=config.mixed_precision,
         log_with=config.report_to,
         project_dir=config.output_dir,
