@@ -78,7 +78,7 @@ def continue_text(model, tokenizer=None, **options):
     texts = []
     for prompt in ["the c", ""]:
         torch.manual_seed(0)
-        texts.append(write(prompt, max_new_tokens=5)[0]["generated_text"])
+        texts.append(write(prompt, max_new_tokens=5, temperature=0.9)[0]["generated_text"])
     return texts
 
 
@@ -124,8 +124,10 @@ def name(request):
 
 def test_models_differ_in_what_they_say():
     """Otherwise the comparisons below would compare nothing."""
-    tokens = [observe(make(**options))["tokens"] for options in MODELS.values()]
-    assert all(len(each.unique()) > 3 for each in tokens)
+    outputs = [observe(make(**options)) for options in MODELS.values()]
+    assert all(len(each["tokens"].unique()) > 1 for each in outputs)
+    bounds = torch.stack([each["elbo"][0] for each in outputs])
+    assert (torch.pdist(bounds[:, None]) > 0.01).all()
 
 
 def test_a_checkpoint_holds_all_of_the_code_and_nothing_of_this_machine(saved, name):
@@ -401,9 +403,8 @@ def test_pipeline_continues_a_prompt_and_no_prompt(saved, capfd):
     assert continued.startswith("the c") and len(continued) == 10 and len(new) == 5
 
     torch.manual_seed(0)
-    temperature = pipeline("text-generation", model=model, tokenizer=tokenizer)._default_generation_config.temperature
     input_ids = torch.tensor([tokenizer("the c").input_ids])
-    tokens = model.generate(input_ids, max_new_tokens=5, temperature=temperature)
+    tokens = model.generate(input_ids, max_new_tokens=5, temperature=0.9)
     assert continued == tokenizer.decode(tokens[0])
 
 
@@ -411,10 +412,15 @@ def test_pipeline_takes_lists_and_options(saved):
     write = pipeline("text-generation", model=saved["mix-d, mix-1"][0], tokenizer=character_tokenizer())
     first, second = write(["a cat", "dogs"], max_new_tokens=4, num_return_sequences=2, return_full_text=False)
     assert [len(each["generated_text"]) for each in first + second] == [4, 4, 4, 4]
-    still = [write("a cat", max_new_tokens=4, do_sample=False)[0]["generated_text"] for _ in range(2)]
-    assert still[0] == still[1]
     with pytest.raises(ValueError, match="num_beams"):
         write("a cat", max_new_tokens=4, num_beams=2)
+
+
+@pytest.mark.parametrize("prompt", ["a cat", ""])
+def test_pipeline_repeats_itself_where_nothing_is_drawn(saved, prompt):
+    write = pipeline("text-generation", model=saved["mix-d, mix-1"][0], tokenizer=character_tokenizer())
+    texts = {write(prompt, max_new_tokens=4, do_sample=False)[0]["generated_text"] for _ in range(4)}
+    assert len(texts) == 1
 
 
 def test_pipeline_writes_the_same_from_the_hub(saved, without_the_package):
@@ -477,7 +483,7 @@ def test_trainer_logs_the_models_loss_and_descends_it(trained):
     assert any((inputs["labels"] == -100).any() for inputs, _ in calls[:6])
     for step in range(3):
         loss = (replay(model, calls[2 * step]) + replay(model, calls[2 * step + 1])) / 2
-        assert trainer.state.log_history[step]["loss"] == pytest.approx(float(loss), rel=1e-5)
+        assert trainer.state.log_history[step]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
@@ -521,7 +527,7 @@ FORBIDDEN_NAMES = {"__builtins__", "__import__", "breakpoint", "compile", "eval"
 
 def imports(nodes):
     """(level, module) of every import within the nodes; the level counts the dots."""
-    for node in [each for node in nodes for each in ast.walk(node)]:
+    for node in ast.walk(ast.Module(list(nodes), [])):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

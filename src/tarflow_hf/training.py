@@ -32,12 +32,12 @@ class TrainingConfig:
     """How to train. `batch_size` counts the sequences of one optimiser step, over all processes and accumulations."""
 
     output_dir: str = field(default="runs/demo", metadata={"help": "where checkpoints and the model go"})
-    num_steps: int = field(default=1000, metadata={"help": "optimiser steps"})
-    batch_size: int = field(default=16, metadata={"help": "sequences a step, over all processes"})
+    num_steps: int = field(default=600, metadata={"help": "optimiser steps"})
+    batch_size: int = field(default=8, metadata={"help": "sequences a step, over all processes"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "parts a step is computed in"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak, after warm-up"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "peak, after warm-up"})
     min_learning_rate: float = field(default=0.0, metadata={"help": "at the end of the cosine"})
-    warmup_steps: int = field(default=100, metadata={"help": "steps of linear warm-up"})
+    warmup_steps: int = field(default=50, metadata={"help": "steps of linear warm-up"})
     weight_decay: float = field(default=0.1, metadata={"help": "of weight matrices"})
     adam_beta2: float = field(default=0.95, metadata={"help": "of AdamW"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping; 0 for none"})

@@ -154,7 +154,8 @@ def mixture_rosenblatt(
         >>> u.round(decimals=4), log_det.abs().round(decimals=4)
         (tensor([[1., 1.]]), tensor([0.]))
     """
-    return _run_rosenblatt(_choose(implementation, mixture_rosenblatt_reference), z, logits, mean, log_scale)
+    run = _choose(implementation, mixture_rosenblatt_reference)
+    return _run_rosenblatt(run, z=z, logits=logits, mean=mean, log_scale=log_scale)
 
 
 def mixture_rosenblatt_inverse(
@@ -167,7 +168,8 @@ def mixture_rosenblatt_inverse(
         >>> z.round(decimals=4)
         tensor([[1., 1.]])
     """
-    return _run_rosenblatt(_choose(implementation, mixture_rosenblatt_inverse_reference), u, logits, mean, log_scale)
+    run = _choose(implementation, mixture_rosenblatt_inverse_reference)
+    return _run_rosenblatt(run, u=u, logits=logits, mean=mean, log_scale=log_scale)
 
 
 def mixture_rosenblatt_log_prob(
@@ -179,7 +181,8 @@ def mixture_rosenblatt_log_prob(
         >>> mixture_rosenblatt_log_prob(torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(3, 2), torch.zeros(3))
         tensor([-1.8379])
     """
-    return _run_rosenblatt(_choose(implementation, mixture_rosenblatt_log_prob_reference), z, logits, mean, log_scale)
+    run = _choose(implementation, mixture_rosenblatt_log_prob_reference)
+    return _run_rosenblatt(run, z=z, logits=logits, mean=mean, log_scale=log_scale)
 
 
 # ------------------------------------------------------------------------------------------ what the ops above check
@@ -229,16 +232,16 @@ def _prepare_mixture_cdf(**tensors: Tensor) -> list[Tensor]:
         ) from None
 
 
-def _run_rosenblatt(run: Callable, first: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor):
+def _run_rosenblatt(run: Callable, **tensors: Tensor):
     """Checks, then runs `run` on positions in one row, (n, d) and (n, K), and gives back the leading shape."""
-    tensors = {"latents": first, "logits": logits, "mean": mean, "log_scale": log_scale}
-    if first.ndim == 0 or mean.ndim != 2 or mean.shape[0] == 0 or mean.shape[1] != first.shape[-1]:
-        raise ValueError(f"latents must be (..., d) and mean (K, d), K >= 1: {_shapes(**tensors)}.")
+    name = next(iter(tensors))  # z or u
+    first, logits, mean, log_scale = _cast(**tensors).values()
+    if first.ndim == 0 or mean.ndim != 2 or 0 in mean.shape or mean.shape[1] != first.shape[-1]:
+        raise ValueError(f"{name} must be (..., d) and mean (K, d), d >= 1 and K >= 1: {_shapes(**tensors)}.")
     num_components, latent_size = mean.shape
     if log_scale.shape != (num_components,) or logits.ndim == 0 or logits.shape[-1] != num_components:
         raise ValueError(f"logits must be (..., K), log_scale (K,), K = {num_components}: {_shapes(**tensors)}.")
     leading = first.shape[:-1]
-    first, logits, mean, log_scale = _cast(**tensors).values()
     try:
         logits = logits.expand(*leading, num_components)
     except RuntimeError:

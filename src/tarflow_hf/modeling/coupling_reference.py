@@ -89,13 +89,14 @@ def _invert(u: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> Te
     )
 
 
-def _reciprocal_slope(log_det: Tensor) -> Tensor:
-    """dz/du = exp(-log_det), kept within the square root of the dtype's range.
+def _divide_by_slope(grad: Tensor, log_det: Tensor) -> Tensor:
+    """grad times dz/du = exp(-log_det), saturating at the cube root of the dtype's range.
 
-    In a gap between two far components du/dz underflows and dz/du has no floating-point value: it saturates.
+    In a gap between two far components du/dz underflows and the quotient has no floating-point value. The cube root
+    leaves room for the products that follow: by t, by exp(-s), and in the Rosenblatt inverse by the next dz/du.
     """
-    limit = 0.5 * torch.finfo(log_det.dtype).max ** 0.5
-    return torch.exp(-log_det).clamp(max=limit)
+    limit = torch.finfo(grad.dtype).max ** (1 / 3)
+    return (grad * torch.exp(-log_det).clamp(max=limit)).clamp(-limit, limit)
 
 
 class _LocalGradients(NamedTuple):
@@ -166,7 +167,7 @@ class _MixtureCDFInverse(torch.autograd.Function):
         z, logits, loc, log_scale = ctx.saved_tensors
         log_weight = torch.log_softmax(logits, -1)
         at = _transform(z, log_weight, loc, log_scale)
-        grad_u = grad_z * _reciprocal_slope(at.log_det)
+        grad_u = _divide_by_slope(grad_z, at.log_det)
         cdf = _cdf_gradients(at, log_weight, log_scale, -grad_u, -grad_z)
         return grad_u, cdf.log_weight, cdf.loc, cdf.log_scale
 
@@ -274,7 +275,7 @@ def _rosenblatt_backward(
                 grad_ui_times_slope = grad_ui * at.log_det.exp()
             else:
                 grad_ui_times_slope = -(grad_z[rows, i] + gradients.z[rows, i])
-                grad_ui = grad_ui_times_slope * _reciprocal_slope(at.log_det)
+                grad_ui = _divide_by_slope(grad_ui_times_slope, at.log_det)
                 gradients.z[rows, i] = -grad_ui  # from here on the place of u's gradient: z_i is done with
             cdf = _cdf_gradients(at, log_weights[i], log_scale, grad_ui, grad_ui_times_slope)
             if grad_z is None:
