@@ -118,7 +118,8 @@ def test_same_functions_as_scipy():
         (log_ndtr_tails(x)[1], scipy.special.log_ndtr(-x.numpy())),
         (ndtri_exp(log_p), scipy.special.ndtri_exp(log_p.numpy())),
     ):
-        torch.testing.assert_close(ours, torch.from_numpy(theirs), rtol=1e-12, atol=1e-15 if ours.max() > 0 else 1e-300)
+        atol = 1e-15 if ours.max() > 0 else 1e-300  # a quantile near 0 has no relative precision
+        torch.testing.assert_close(ours, torch.from_numpy(theirs), rtol=1e-12, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -186,6 +187,8 @@ def test_root(name, dtype):
     tolerance = eps * abs(root) + (upper - lower)[0] * eps**2 * 0.5
     if name in ("flat cube", "exponential cliff"):
         tolerance = 2 * eps  # x - 1 is rounded to a multiple of eps below 1, 20 (x - 2) likewise
+    if name == "slope overestimated":
+        tolerance = (upper - lower)[0] * eps  # every other step is wasted
     assert ((x - root).abs() <= tolerance).all(), x
 
 

@@ -29,13 +29,16 @@ class Codebook(nn.Module):
         dtype = torch.promote_types(self.mean.dtype, torch.float32)
         return self.mean.to(dtype), self.log_scale.to(dtype)
 
-    def sample(self, input_ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A reparametrised sample of q(z | x): ids (...) to latents (..., d)."""
+    def sample(
+        self, input_ids: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """A reparametrised sample of q(z | x), ids (...) to latents (..., d), of the given N(0, I) noise if any."""
         mean, log_scale = self()
         loc = F.embedding(input_ids, mean)
-        device = mean.device if generator is None else generator.device
-        noise = torch.randn(loc.shape, generator=generator, dtype=loc.dtype, device=device).to(loc.device)
-        return loc + log_scale[input_ids].exp().unsqueeze(-1) * noise
+        if noise is None:
+            device = mean.device if generator is None else generator.device
+            noise = torch.randn(loc.shape, generator=generator, dtype=loc.dtype, device=device)
+        return loc + log_scale[input_ids].exp().unsqueeze(-1) * noise.to(loc.device)
 
     def log_prob(self, latents: Tensor, input_ids: Tensor) -> Tensor:
         """log q(z | x) in nats, (...), of latents (..., d) and entries (...)."""

@@ -61,7 +61,7 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             streamer (*optional*): Receives the prompt, then tokens as the first flow completes them.
             generator ([`torch.Generator`], *optional*): Source of all randomness; the global one by default.
             noise (`torch.Tensor` of shape (B, T, d), *optional*): The noise itself: the same noise gives the same
-                tokens. T counts the prompt.
+                tokens. T counts the prompt, whose latents are drawn by the noise there.
             decode ("argmax" or "sample"): How tokens follow from latents: the most likely under p(x | z), the
                 default, or a sample of it.
             output_states (`bool`): Also return every flow's state, see [`TarFlowLMGenerateOutput`].
@@ -145,7 +145,7 @@ class TarFlowLMGenerationMixin(GenerationMixin):
                     "This model has flows that run right to left: continuing a prompt holds it fixed in the first flow "
                     "only, which is an approximation of the model's conditional distribution."
                 )
-            prefix = self.encode(prompt, generator)
+            prefix = self.encode(prompt, noise=noise[:, : prompt.shape[1]])
 
         new_tokens: list[Tensor] = []
 

@@ -364,8 +364,9 @@ class FlowStack(nn.Module):
     def __init__(self, config: TarFlowLMConfig):
         super().__init__()
         self.patch_size = config.patch_size
-        self.codebook = Codebook(config.vocab_size, config.latent_size)
         self.layers = nn.ModuleList(FlowLayer(config, index) for index in range(len(config.flows)))
+        # Behind the layers, because a model takes its dtype from its first parameter, and this one is always float32.
+        self.codebook = Codebook(config.vocab_size, config.latent_size)
 
     def forward(
         self,
@@ -495,6 +496,8 @@ class TarFlowLMOutput(ModelOutput):
 
 
 class TarFlowLMPreTrainedModel(PreTrainedModel):
+    """What the library needs to know about the model: its parts, their initialisation, and how it loads."""
+
     config_class = TarFlowLMConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
@@ -506,6 +509,22 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs):
+        """As in the library, but a checkpoint that does not fit the model is an error, not a warning.
+
+        With `output_loading_info` the caller gets the library's report, and judges.
+
+        Raises:
+            ValueError: Weights are missing, left over, or of another shape; the message names them.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        kinds = ["missing_keys", "unexpected_keys"] + ([] if ignore_mismatched_sizes else ["mismatched_keys"])
+        faults = [f"{kind} {sorted(map(str, info[kind]))}" for kind in kinds if info[kind]]
+        if faults and not output_loading_info:
+            raise ValueError(f"The checkpoint {args[0] if args else ''} does not fit the model: {'; '.join(faults)}.")
+        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -546,6 +565,8 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
     def __init__(self, config: TarFlowLMConfig):
         super().__init__(config)
         self.flow = FlowStack(config)
+        # Said outright, because `pipeline` samples at another temperature where a model has no opinion.
+        self.generation_config.update(do_sample=True, temperature=1.0)
         self.post_init()
 
     @property
@@ -586,7 +607,8 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             is_real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             _require(
                 ((labels == input_ids) | (is_real == 0)).all(),
-                "labels must equal input_ids at every real token: the bound is that of whole sequences.",
+                "labels must equal input_ids at every real token, because the bound is that of whole sequences: give "
+                "labels=input_ids, or give a collator that writes -100 a padding token of its own.",
             )
         if latents is None:
             latents = self.codebook.sample(input_ids, generator)
@@ -613,9 +635,11 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             noise=flow.noise,
         )
 
-    def encode(self, input_ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A sample of q(z | x), reparametrised: ids (B, T) to latents (B, T, d)."""
-        return self.codebook.sample(self._check_ids(input_ids), generator)
+    def encode(
+        self, input_ids: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """A sample of q(z | x), reparametrised: ids (B, T) to latents (B, T, d), of the given N(0, I) noise if any."""
+        return self.codebook.sample(self._check_ids(input_ids), generator, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """log p(x | z) in nats, normalised over the vocabulary: latents (B, T, d) to (B, T, V)."""

@@ -119,8 +119,9 @@ def find_root(
     """Root of an increasing function in a bracket, element by element: Newton steps, safeguarded by bisection.
 
     A Newton step is taken where it stays in the bracket and is at most half as long as the step before; the bracket
-    is halved otherwise (so convergence is never slower than bisection's). An element rests once its value is within
-    ``tolerance`` or its bracket has no number left inside. The number of steps is fixed by the dtype and nothing is
+    is halved otherwise. An element rests once its value is within ``tolerance`` or its bracket has no number left
+    inside, for which a Newton step that is too short to move x is made as long as the spacing of numbers there: it
+    either crosses the root, or was the step of a slope that holds nowhere but at x. The number of steps is fixed by the dtype and nothing is
     read back from the device; only on a CPU, where looking is free, the loop ends when every element rests.
 
     Args:
@@ -145,14 +146,17 @@ def find_root(
         value, log_slope = function(x)
         lower = torch.where(value <= 0, x, lower)
         upper = torch.where(value >= 0, x, upper)
-        newton = x - value * torch.exp(-log_slope)
+        is_root = value.abs() <= tolerance
+        is_closed = upper - lower <= eps * x.abs()
+        step = -value * torch.exp(-log_slope)
+        shortest = torch.where(is_root, 0.0, eps * x.abs())  # a last step may polish a root; nothing may lose it
+        newton = x + torch.where(step.abs() < shortest, -value.sign() * shortest, step)
         # A comparison with NaN or infinity (a slope of 0) is false, which means bisection.
-        is_good = (newton >= lower) & (newton <= upper) & (2 * (newton - x).abs() <= last_step)
-        is_root = value.abs() <= tolerance  # a last Newton step may still polish it; a bisection would lose it
+        is_good = (newton >= lower) & (newton <= upper) & (2 * step.abs() <= last_step)
         new_x = torch.where(is_good, newton, torch.where(is_root, x, lower + 0.5 * (upper - lower)))
-        last_step = (new_x - x).abs()
+        last_step = torch.where(is_good, step, new_x - x).abs()
         x = torch.where(done, x, new_x)
-        done = done | is_root | (last_step <= 0.5 * eps * x.abs())
+        done = done | is_root | is_closed
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(done.all()):
             break
     return x
