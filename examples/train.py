@@ -5,7 +5,7 @@
     accelerate launch examples/train.py --dataset my.txt --config my.json --num_steps 10000
     accelerate launch examples/train.py --dataset afmck/text8 --mixed_precision bf16 --batch_size 64
     accelerate launch examples/train.py --dataset Skylion007/openwebtext --streaming --tokenizer gpt2 \\
-        --config examples/configs/openwebtext_mixd.json
+        --config examples/configs/openwebtext.json
     accelerate launch examples/train.py --resume                           # go on where a run stopped
 """
 
@@ -47,12 +47,16 @@ def data(run: RunConfig, sequence_length: int, tokenizer, seed: int):
     splits = load_splits(
         run.dataset, text_column=run.text_column, dataset_config=run.dataset_config, streaming=run.streaming
     )
-    if run.streaming:
-        train_data = StreamingPackedTokens(splits["train"], tokenizer, sequence_length, shuffle_buffer=1024, seed=seed)
-    else:
-        train_data = PackedTokens(splits["train"], tokenizer, sequence_length)
-    held_out = (PackedTokens(splits[name], tokenizer, sequence_length) for name in ("validation", "test"))
-    return train_data, *held_out
+    packed = []
+    for name, documents in splits.items():
+        if run.streaming and name == "train":
+            packed.append(StreamingPackedTokens(documents, tokenizer, sequence_length, shuffle_buffer=1024, seed=seed))
+            continue
+        try:
+            packed.append(PackedTokens(documents, tokenizer, sequence_length))
+        except ValueError as error:
+            raise ValueError(f"The {name} split of {run.dataset} is too short: {error}") from None
+    return packed
 
 
 def build(run: RunConfig, tokenizer):

@@ -319,8 +319,11 @@ def test_round_trips(run, name, hardness, dtype):
     slope = jacobian(lambda z: run(case.kind, z, *exact_parameters)[0], exact_z).reshape(30, d, 30, d)
     slope = slope[diagonal, :, diagonal].abs()
     rounding = (eps * (1 + u.abs())).double().reshape(30, d) + (slope @ (eps * exact_z.abs()).reshape(30, d, 1))[..., 0]
-    inverse_slope = torch.linalg.inv(jacobian(lambda z: run(case.kind, z, *exact_parameters)[0], exact_z)
-        .reshape(30, d, 30, d)[diagonal, :, diagonal]).abs()
+    inverse_slope = torch.linalg.inv(
+        jacobian(lambda z: run(case.kind, z, *exact_parameters)[0], exact_z).reshape(30, d, 30, d)[
+            diagonal, :, diagonal
+        ]
+    ).abs()
     well = (inverse_slope.amax((-1, -2)) < 1e3) if hardness else torch.ones(30, dtype=torch.bool)
     assert well.sum() > 5
     bound = 4 * (inverse_slope @ rounding[..., None])[..., 0]

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, extract_model_from_parallel
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
@@ -106,10 +107,10 @@ def discrete_baseline(config: TarFlowLMConfig) -> PreTrainedModel:
 
 def compute_loss(model: torch.nn.Module, input_ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Nats per token of a batch (B, T): minus the ELBO of a TarFlowLM, the cross-entropy of a discrete model."""
-    unwrapped = getattr(model, "module", model)
-    if isinstance(unwrapped, TarFlowLMModel):
+    bare = extract_model_from_parallel(model, keep_torch_compile=False)
+    if isinstance(bare, TarFlowLMModel):
         return model(input_ids=input_ids, labels=input_ids, generator=generator).loss
-    inputs = prepend_start(unwrapped, input_ids)
+    inputs = prepend_start(bare, input_ids)
     return model(input_ids=inputs, labels=inputs, use_cache=False).loss
 
 
@@ -176,6 +177,8 @@ def train(
     )
     loader = DataLoader(train_data, batch_size=config.batch_size // parts, shuffle=not is_stream, drop_last=True)
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
+    bare_model = accelerator.unwrap_model(model, keep_torch_compile=False)
+    evaluated = bare_model if average is None else average.module
     first_step = 0
     if config.resume:
         first_step = load_checkpoint(accelerator, output_dir, description)
@@ -189,7 +192,9 @@ def train(
     for step in range(first_step, config.num_steps):
         for part in range(parts):
             input_ids = next(batches)["input_ids"]
-            generator.manual_seed(hash((config.seed, step, part, accelerator.process_index)) % 2**63)
+            # Noise of its own for every part of every step: a resumed run draws what the uninterrupted one did.
+            entropy = np.random.SeedSequence([config.seed, step, part, accelerator.process_index])
+            generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
             with accelerator.accumulate(model):
                 loss = compute_loss(model, input_ids, generator)
                 accelerator.backward(loss)
@@ -201,7 +206,7 @@ def train(
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
         if average is not None:
-            average.update_parameters(accelerator.unwrap_model(model))
+            average.update_parameters(bare_model)
         log.tokens += config.batch_size * input_ids.shape[1]
 
         # 3. Looking, and keeping.
@@ -211,7 +216,6 @@ def train(
             total.zero_()
         if (config.eval_every and done % config.eval_every == 0) or done == config.num_steps:
             with log.pause():
-                evaluated = accelerator.unwrap_model(model) if average is None else average.module
                 log.validation(done, likelihood(evaluated, validation_data, max_sequences=config.eval_sequences))
                 model.train()
         if (config.save_every and done % config.save_every == 0) or done == config.num_steps:
@@ -219,11 +223,10 @@ def train(
                 save_checkpoint(accelerator, output_dir, done, description, config.keep_checkpoints)
     log.close()
 
-    trained = accelerator.unwrap_model(model) if average is None else average.module
     if accelerator.is_main_process:
-        save_model(trained, tokenizer, output_dir / "model")
+        save_model(evaluated, tokenizer, output_dir / "model")
     accelerator.wait_for_everyone()
-    return trained.eval()
+    return evaluated.eval()
 
 
 def endless(loader: DataLoader, num_used: int) -> Iterator[dict[str, Tensor]]:
