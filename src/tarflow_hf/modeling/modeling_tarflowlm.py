@@ -262,22 +262,22 @@ class FlowLayer(nn.Module):
             h: Input of the flow (its output if `reverse`), (B, N, D).
             codebook: The encoder's.
             lengths: Number of real positions of each sequence, (B,), where some are padded.
-            log_prob_only: Return just log p(h) (B, N): no distribution function is computed.
+            log_prob_only: Return just log p(h) (B,): no distribution function is computed.
             reverse: Invert, one position after another, with a key-value cache.
             prefix: With `reverse`, the flow's input at its first positions (B, n, D), where it is known.
-            on_position: With `reverse`, called with each new position (B, D).
+            on_position: With `reverse`, called with the latents (B, P, d) of each new position.
 
         Returns:
-            Output (B, N, D) and log_det (B, N); or log p (B, N); or, with `reverse`, the input (B, N, D).
+            Output (B, N, D) and log_det (B,); or log p (B,); or, with `reverse`, the input (B, N, D). 0 at padding.
         """
         h = self._arrange(h, lengths)
         if reverse:
             return self._rearrange(self._invert(h, codebook, prefix, on_position), lengths)
         context = self.decoder(inputs_embeds=self._inputs(h[:, :-1], codebook), use_cache=False).last_hidden_state
         if log_prob_only:
-            return self.head(h, context, codebook, task="log_prob")
+            return _sum_real(self.head(h, context, codebook, task="log_prob"), lengths)
         u, log_det = self.head(h, context, codebook)
-        return self._rearrange(u, lengths), log_det
+        return self._rearrange(u, lengths), _sum_real(log_det, lengths)
 
     def _invert(self, u: Tensor, codebook: Codebook, prefix: Tensor | None, on_position) -> Tensor:
         known = u[:, :0] if prefix is None else self._arrange(prefix)
@@ -289,7 +289,7 @@ class FlowLayer(nn.Module):
             position = self.head(u[:, n : n + 1], context[:, -1:], codebook, task="inverse")
             positions.append(position)
             if on_position is not None:
-                on_position(self._rearrange(position)[:, 0])
+                on_position(self._rearrange(position).unflatten(-1, (self.patch_size, -1)).flatten(1, 2))
             inputs = self._embed(position, codebook)
         return torch.cat(positions, 1)
 
@@ -312,14 +312,14 @@ class FlowLayer(nn.Module):
         return _flip(h, lengths) if self.direction == "right_to_left" else h
 
     def _rearrange(self, h: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Back from `_arrange`."""
+        """Back from `_arrange`, with 0 at padding."""
         h = _flip(h, lengths) if self.direction == "right_to_left" else h
         for _ in range(self.num_shuffles):
             half = (h.shape[-1] + 1) // 2
             unshuffled = torch.empty_like(h)
             unshuffled[..., 0::2], unshuffled[..., 1::2] = h[..., :half], h[..., half:]
             h = unshuffled
-        return h
+        return _zero_padding(h, lengths)
 
 
 def _flip(h: Tensor, lengths: Tensor | None) -> Tensor:
@@ -400,7 +400,7 @@ class FlowStack(nn.Module):
             ValueError: T is no multiple of the patch size, the mask has holes or padding on the left, or a real length
                 is no multiple of the patch size, `num_flows` is not in 1, ..., L.
         """
-        batch_size, length, _ = latents.shape
+        length = latents.shape[1]
         if length % self.patch_size or length == 0:
             raise ValueError(
                 f"The sequence length must be a positive multiple of patch_size: {length}, {self.patch_size}."
@@ -408,49 +408,65 @@ class FlowStack(nn.Module):
         if num_flows is not None and not 1 <= num_flows <= len(self.layers):
             raise ValueError(f"num_flows must be in 1, ..., {len(self.layers)}, not {num_flows}.")
         layers = self.layers[:num_flows]
-        lengths, is_real = None, None
+        lengths = None
         if attention_mask is not None:
             lengths = _real_lengths(attention_mask, latents.shape[:2], self.patch_size)
-            is_real = torch.arange(length // self.patch_size, device=lengths.device) < lengths[:, None]
-
-        def at_real(x: Tensor) -> Tensor:  # positions (B, N, ...), 0 at padding
-            return x if is_real is None else x.masked_fill(~is_real.reshape(*is_real.shape, *[1] * (x.ndim - 2)), 0)
-
-        def to_positions(x: Tensor) -> Tensor:
-            return x.reshape(batch_size, -1, self.patch_size * x.shape[-1])
-
-        h = at_real(to_positions(latents.to(torch.promote_types(latents.dtype, torch.float32))))
-        states = [h]
+        h = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        h = _zero_padding(self._to_positions(h), lengths)
         if reverse:
-            prefixes: list[Tensor | None] = [None] * len(layers)
-            if prefix is not None:
-                prefixes[0] = prefix
-                if all(layer.direction == "left_to_right" for layer in layers):
-                    prefixes = list(self(prefix, num_flows=num_flows).states[:-1])
-            for index, layer in reversed(list(enumerate(layers))):
-                known = None if prefixes[index] is None else to_positions(prefixes[index])
-                callback = None
-                if index == 0 and on_position is not None:
-                    callback = lambda x: on_position(x.unflatten(-1, (self.patch_size, -1)))  # noqa: E731
-                h = layer(h, self.codebook, lengths, reverse=True, prefix=known, on_position=callback)
-                h = at_real(h)
-                states.insert(0, h)
-            states = tuple(state.reshape(latents.shape) for state in states)
-            return FlowOutput(latents=states[0], noise=states[-1], states=states)
+            prefixes = self._prefixes(layers, prefix)
+            return self._invert(layers, h, lengths, prefixes, on_position)
+        return self._transform(layers, h, lengths, output_noise)
 
-        log_det = 0.0
-        last = len(layers) if output_noise else len(layers) - 1
-        for layer in layers[:last]:
+    def _transform(self, layers: nn.ModuleList, h: Tensor, lengths: Tensor | None, output_noise: bool) -> FlowOutput:
+        states, log_det = [h], 0.0
+        for layer in layers if output_noise else layers[:-1]:
             h, layer_log_det = layer(h, self.codebook, lengths)
-            h = at_real(h)
-            log_det = log_det + at_real(layer_log_det).sum(-1)
+            log_det = log_det + layer_log_det
             states.append(h)
-        states = tuple(state.reshape(latents.shape) for state in states)
-        if output_noise:
-            log_prob = log_det + at_real(normal_log_prob(h).sum(-1)).sum(-1)
-            return FlowOutput(states[0], states[-1], log_det, log_prob, states)
-        last_log_prob = layers[-1](h, self.codebook, lengths, log_prob_only=True)
-        return FlowOutput(latents=states[0], log_prob=log_det + at_real(last_log_prob).sum(-1), states=states)
+        tokens = tuple(map(self._to_tokens, states))
+        if not output_noise:
+            log_prob = log_det + layers[-1](h, self.codebook, lengths, log_prob_only=True)
+            return FlowOutput(latents=tokens[0], log_prob=log_prob, states=tokens)
+        log_prob = log_det + _sum_real(normal_log_prob(h).sum(-1), lengths)
+        return FlowOutput(tokens[0], tokens[-1], log_det, log_prob, tokens)
+
+    def _invert(self, layers: nn.ModuleList, h: Tensor, lengths: Tensor | None, prefixes, on_position) -> FlowOutput:
+        states = [h]
+        for layer, prefix in zip(reversed(layers), reversed(prefixes), strict=True):
+            callback = on_position if layer is layers[0] else None
+            h = layer(h, self.codebook, lengths, reverse=True, prefix=prefix, on_position=callback)
+            states.append(h)
+        tokens = tuple(map(self._to_tokens, reversed(states)))
+        return FlowOutput(latents=tokens[0], noise=tokens[-1], states=tokens)
+
+    def _prefixes(self, layers: nn.ModuleList, prefix: Tensor | None) -> list[Tensor | None]:
+        """What each flow knows of its input (B, n, D) when the latents of the first tokens are given."""
+        if prefix is None:
+            return [None] * len(layers)
+        if any(layer.direction != "left_to_right" for layer in layers):
+            return [self._to_positions(prefix)] + [None] * (len(layers) - 1)
+        # Left to right, the states of the first tokens depend on nothing behind them.
+        return [self._to_positions(state) for state in self(prefix, num_flows=len(layers)).states[:-1]]
+
+    def _to_positions(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, self.patch_size)).flatten(2)  # (B, T, d) to (B, N, D)
+
+    def _to_tokens(self, h: Tensor) -> Tensor:
+        return h.unflatten(-1, (self.patch_size, -1)).flatten(1, 2)  # (B, N, D) to (B, T, d)
+
+
+def _zero_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Positions (B, N, ...) with 0 behind the real ones."""
+    if lengths is None:
+        return x
+    is_padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+    return x.masked_fill(is_padding.reshape(*is_padding.shape, *[1] * (x.ndim - 2)), 0)
+
+
+def _sum_real(per_position: Tensor, lengths: Tensor | None) -> Tensor:
+    """Sum over the real positions, (B, N) to (B,)."""
+    return _zero_padding(per_position, lengths).sum(-1)
 
 
 def _require(condition: Tensor, message: str) -> None:
