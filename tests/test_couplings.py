@@ -72,6 +72,15 @@ ODD_OPS = [(name, suffix) for name, case in ODD_CASES.items() for suffix in case
 DTYPES = [torch.float32, torch.float64]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small tensors: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=IMPLEMENTATIONS)
 def run(request):
     """Calls an op of `coupling` by name on the implementation's device; arguments and results are on the CPU."""
@@ -313,13 +322,13 @@ def test_round_trips(run, name, dtype):
     back = run(case.kind + "_inverse", u, *parameters)
     again, _ = run(case.kind, back, *parameters)
     d = z[0].numel()
-    slope = jacobian(lambda z: naive(case, z, *(x.double() for x in parameters))[0], z.double()).reshape(n, d, n, d)
-    slope = slope[range(n), :, range(n)]
-    inverse_slope = torch.linalg.inv(slope).abs()
-    u_rounding = eps * (1 + u.double().abs()).reshape(n, d, 1) + slope.abs() @ (eps * z.double().abs().reshape(n, d, 1))
-    z_error = 4 * inverse_slope @ u_rounding
-    assert ((back - z).double().reshape(n, d, 1).abs() <= z_error).all()
-    assert ((again - u).double().reshape(n, d, 1).abs() <= 4 * u_rounding + slope.abs() @ z_error).all()
+    slope = jacobian(lambda z: run(case.kind, z, *(x.double() for x in parameters))[0], z.double())
+    slope = slope.reshape(n, d, n, d)[range(n), :, range(n)]
+    u, z, back, again = (x.double().reshape(n, d, 1) for x in (u, z, back, again))
+    u_rounding = 2 * eps * (1 + u.abs() + slope.abs() @ z.abs())
+    z_error = torch.linalg.inv(slope).abs() @ u_rounding
+    assert ((back - z).abs() <= z_error).all()
+    assert ((again - u).abs() <= u_rounding + slope.abs() @ z_error).all()
 
 
 def test_inverse_finds_components_thinner_than_the_spacing_of_floats(run):
@@ -411,16 +420,6 @@ def test_strided_inputs(run, name, suffix):
     )
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kind != "affine"])
-def test_second_derivatives_are_refused(run, name):
-    """Rather than silently wrong: the gradients are derived by hand, once."""
-    case = CASES[name]
-    tensors = [x.requires_grad_() for x in draw(case)]
-    (gradient,) = torch.autograd.grad(run(case.kind, *tensors)[0].sum(), tensors[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 # ------------------------------------------------------------------------------------------------------------- extremes
 
 
@@ -476,7 +475,12 @@ def test_u_never_decreases(run, name):
     median = run("mixture_cdf_inverse", torch.zeros(1), logits, loc, log_scale)
     switch = loc[0] + torch.exp(log_scale[0]) * 1.0606602
     eps = torch.finfo(torch.float32).eps
-    for center, radius in ((median, 60.0), (median, 1e-3), (median, 1000 * eps * (1 + abs(median.item()))), (switch, 1e-4)):
+    for center, radius in (
+        (median, 60.0),
+        (median, 1e-3),
+        (median, 1000 * eps * (1 + abs(median.item()))),
+        (switch, 1e-4),
+    ):
         z = (center.double() + radius * torch.linspace(-1, 1, 20_001, dtype=torch.float64)).float().unique()
         u, _ = run("mixture_cdf", z, logits, loc, log_scale)
         assert (u.cummax(0).values - u <= 4 * eps * (1 + u.abs())).all()
@@ -605,7 +609,12 @@ BAD_INPUT = {  # name: op, arguments (a shape, or the thing itself), error, what
     "loc with more dimensions": ("affine", {**AFFINE, "loc": (1, 3)}, ValueError, "loc"),
     "components differ": ("mixture_cdf", {**CDF, "loc": (3, 5)}, ValueError, "loc"),
     "one component for all": ("mixture_cdf", {**CDF, "log_scale": (3, 1)}, ValueError, "log_scale"),
-    "no components": ("mixture_cdf", {**CDF, "logits": (3, 0), "loc": (3, 0), "log_scale": (3, 0)}, ValueError, "K >= 1"),
+    "no components": (
+        "mixture_cdf",
+        {**CDF, "logits": (3, 0), "loc": (3, 0), "log_scale": (3, 0)},
+        ValueError,
+        "K >= 1",
+    ),
     "logits a scalar": ("mixture_cdf", {**CDF, "logits": ()}, ValueError, "logits"),
     "positions differ": ("mixture_cdf", {**CDF, "logits": (5, 2)}, ValueError, "logits"),
     "more positions than z": ("mixture_cdf", {**CDF, "logits": (2, 3, 2)}, ValueError, "logits"),
@@ -620,7 +629,12 @@ BAD_INPUT = {  # name: op, arguments (a shape, or the thing itself), error, what
     ),
     "no dimensions": ("mixture_rosenblatt", {**ROSENBLATT, "z": (3, 0), "mean": (2, 0)}, ValueError, "d >= 1"),
     "logits of other codes": ("mixture_rosenblatt", {**ROSENBLATT, "logits": (3, 5)}, ValueError, "logits"),
-    "log_scale of each dimension": ("mixture_rosenblatt", {**ROSENBLATT, "log_scale": (2, 4)}, ValueError, "log_scale"),
+    "log_scale of each dimension": (
+        "mixture_rosenblatt",
+        {**ROSENBLATT, "log_scale": (2, 4)},
+        ValueError,
+        "log_scale",
+    ),
     "logits of other positions": ("mixture_rosenblatt", {**ROSENBLATT, "logits": (5, 2)}, ValueError, "logits"),
 }
 for _op, _arguments in (("affine", AFFINE), ("mixture_cdf", CDF), ("mixture_rosenblatt", ROSENBLATT)):

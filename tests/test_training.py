@@ -226,9 +226,12 @@ def test_bad_input(tmp_path, data, tokenizer):
         TrainingConfig(ema_decay=1.0)
     run(tmp_path, data, tokenizer)
     with pytest.raises(
-        ValueError, match=r"another run: latent_size was 2 and is 3; learning_rate was 0.001 and is 0.1"
+        ValueError, match=r"another run: latent_size was 2 and is 3; learning_rate was 0.002 and is 0.1"
     ):
         run(tmp_path, data, tokenizer, config(latent_size=3), resume=True, learning_rate=0.1)
+    other_text = PackedTokens([TEXT.replace("fox", "cat")], tokenizer, 16)
+    with pytest.raises(ValueError, match=r"another run: checksum of the data was \d+ and is \d+"):
+        run(tmp_path, data, tokenizer, train_data=other_text, resume=True)
     assert (tmp_path / "checkpoint-8").exists()
 
 

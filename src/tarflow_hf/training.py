@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -163,6 +164,9 @@ def train(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     description = {"model": model.config.to_diff_dict(), "training": asdict(config)}
+    if not is_stream:
+        checksum = zlib.crc32(train_data.tokens[: 2**20].numpy())
+        description["data"] = {"number of sequences": len(train_data), "checksum of the data": checksum}
     average = None
     if config.ema_decay:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).to(accelerator.device)
@@ -364,8 +368,8 @@ def load_checkpoint(accelerator: Accelerator, output_dir: Path, description: dic
         raise FileNotFoundError(f"There is no checkpoint to resume from in {output_dir}.")
     run = json.loads((checkpoints[-1] / "run.json").read_text())
     differences = []
-    for part in ("model", "training"):
-        now, then = json.loads(json.dumps(description[part], default=str)), run[part]
+    for part, values in description.items():
+        now, then = json.loads(json.dumps(values, default=str)), run.get(part, {})
         for name in sorted(set(now) | set(then)):
             if name not in FREE_FIELDS and now.get(name) != then.get(name):
                 differences.append(f"{name} was {then.get(name)!r} and is {now.get(name)!r}")

@@ -109,6 +109,7 @@ def ndtri_exp(log_p: Tensor) -> Tensor:
     return torch.where(is_upper, -x, x)
 
 
+@torch.compiler.disable  # a compiler would unroll the loop: minutes, for a graph of thousands of nodes
 def find_root(
     function: Callable[[Tensor], tuple[Tensor, Tensor]],
     lower: Tensor,
@@ -146,17 +147,15 @@ def find_root(
         value, log_slope = function(x)
         lower = torch.where(value <= 0, x, lower)
         upper = torch.where(value >= 0, x, upper)
-        is_root = value.abs() <= tolerance
-        is_closed = upper - lower <= eps * x.abs()
+        spacing = eps * x.abs()
+        done = done | (value.abs() <= tolerance) | (upper - lower <= spacing)
         step = -value * torch.exp(-log_slope)
-        shortest = torch.where(is_root, 0.0, eps * x.abs())  # a last step may polish a root; nothing may lose it
-        newton = x + torch.where(step.abs() < shortest, -value.sign() * shortest, step)
+        newton = x + torch.where(step.abs() < spacing, -value.sign() * spacing, step)
         # A comparison with NaN or infinity (a slope of 0) is false, which means bisection.
         is_good = (newton >= lower) & (newton <= upper) & (2 * step.abs() <= last_step)
-        new_x = torch.where(is_good, newton, torch.where(is_root, x, lower + 0.5 * (upper - lower)))
+        new_x = torch.where(is_good, newton, lower + 0.5 * (upper - lower))
         last_step = torch.where(is_good, step, new_x - x).abs()
         x = torch.where(done, x, new_x)
-        done = done | is_root | is_closed
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(done.all()):
+        if x.device.type == "cpu" and bool(done.all()):
             break
     return x
