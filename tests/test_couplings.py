@@ -145,7 +145,7 @@ def with_gradients(run, op: str, tensors: list[Tensor], seed=0, cotangents=None)
     return [x.detach() for x in outputs], list(gradients)
 
 
-# ------------------------------------------------------------------ the same mathematics, exactly and by plain autograd
+# ----------------------------------------------------------------- the same mathematics, exactly and by plain autograd
 
 
 def exact_log_softmax(logits: list[float]) -> list[mpf]:
@@ -241,11 +241,11 @@ def test_against_mpmath(run, name, dtype, hardness):
         # log p is made of squares, each as exact as dtype allows: u^2/2 or (z - m)^2/2s^2, and of log-weights.
         square = sum(e * e for e in expected_u)
         expected = sum(expected_slope)
-        assert abs(log_det[i].item() - expected) <= 8 * eps * (len(expected_u) + square + abs(expected)), i
+        assert abs(log_det[i].item() - expected) <= 3 * eps * (len(expected_u) + square + abs(expected)), i
         if log_prob is not None:
             expected += sum(map(exact_log_prob, expected_u))
             size = len(expected_u) + square + abs(expected) + parameters[0].abs().max().item()
-            assert abs(log_prob[i].item() - expected) <= 8 * eps * size, i
+            assert abs(log_prob[i].item() - expected) <= 3 * eps * size, i
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -332,7 +332,7 @@ def test_round_trips(run, name, dtype):
 
 
 def test_inverse_finds_components_thinner_than_the_spacing_of_floats(run):
-    """Where a component is narrower than one ulp of z, its slope holds at one number only and must not end the search."""
+    """A component narrower than the spacing of floats shows its slope at one number only: not where to end."""
     loc = torch.tensor([9900.0, 10000.0, 10100.0]).expand(4, 3)
     u = torch.tensor([-1.0, 1.0, -8.0, 8.0])
     z = run("mixture_cdf_inverse", u, torch.zeros(4, 3), loc, torch.full((4, 3), -10.0))
@@ -354,7 +354,7 @@ def test_inverse_is_bracketed_over_the_whole_domain(run, name, dtype):
         assert (lower <= u + rounding).all() and (u <= upper + rounding).all()
 
 
-# ------------------------------------------------------------------------------------------------------------ gradients
+# ----------------------------------------------------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize(("name", "suffix"), OPS)
@@ -420,13 +420,13 @@ def test_strided_inputs(run, name, suffix):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- extremes
+# ------------------------------------------------------------------------------------------------------------ extremes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "suffix"), OPS)
 def test_extremes_are_finite(run, name, suffix, dtype):
-    """Outputs and gradients over the whole domain, corners included; latents of the inverse up to 30, and far beyond."""
+    """Outputs and gradients over the whole domain, corners included; the inverse for |u| up to 30, and up to 1e4."""
     case = CASES[name]
     count, rounds = (40, 40) if case.kind == "mixture_rosenblatt" else (400, 6)
     for seed in range(rounds):
@@ -457,7 +457,7 @@ def test_gaps_are_finite(run, name, suffix, log_scale, dtype):
             assert x.isfinite().all(), gap
 
 
-# --------------------------------------------------------------------------------------------------------- monotonicity
+# -------------------------------------------------------------------------------------------------------- monotonicity
 
 MIXTURES = {  # logits, loc, log_scale
     "overlapping": ([0.0, 1.0, -1.0], [-1.0, 0.5, 3.0], [0.0, -0.5, 0.7]),
@@ -488,7 +488,7 @@ def test_u_never_decreases(run, name):
     assert (far.diff() > 0).all()  # no saturation
 
 
-# ------------------------------------------------------------------------------------------ precision, chunks, compiling
+# ---------------------------------------------------------------------------------------- precision, chunks, compiling
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -550,7 +550,7 @@ def test_compiled(run, name, suffix):
     )
 
 
-# --------------------------------------------------------------------------------------------------- a vocabulary's size
+# ------------------------------------------------------------------------------------------------- a vocabulary's size
 
 VOCABULARY = """
 import resource, time, torch
@@ -558,47 +558,44 @@ def peak():  # GiB, the largest resident size so far
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 before = peak()
 from tarflow_hf.modeling import coupling
-K, d, n = 50257, 16, 1024
-torch.manual_seed(0)
+K, d = 50257, 16
 mean = torch.randn(K, d, requires_grad=True)
-log_scale = (-1 + 0.1 * torch.randn(K)).requires_grad_()
-z = mean.detach()[torch.randint(K, (n,))] + 0.4 * torch.randn(n, d)
-logits = torch.randn(n, K, requires_grad=True)
-def check(n, op, latents):
-    start = time.perf_counter()
-    out = getattr(coupling, op)(latents[:n], logits[:n], mean, log_scale)
-    middle = time.perf_counter()
+log_scale = (0.5 + 0.1 * torch.randn(K)).requires_grad_()
+logits = torch.randn(1024, K, requires_grad=True)
+z = torch.randn(1024, d)
+def check(op, latents, backward=True):
+    n, start = len(latents), time.perf_counter()
+    out = getattr(coupling, op)(latents, logits[:n], mean, log_scale)
     out = out if isinstance(out, tuple) else (out,)
-    assert all(x.isfinite().all() for x in out)
-    if n < 1024 or "log_prob" in op:
-        gradients = torch.autograd.grad([x.sum() for x in out], [mean, log_scale])
-        assert all(x.isfinite().all() for x in gradients)
+    middle = time.perf_counter()
+    gradients = torch.autograd.grad([x.sum() for x in out], [logits, mean, log_scale]) if backward else ()
     end = time.perf_counter()
-    print(f"{op}, {n} positions: {middle - start:.1f} s, backward {end - middle:.1f} s, peak {peak() - before:.2f} GiB")
+    assert all(x.isfinite().all() for x in (*out, *gradients))
+    print(f"{op}, {n}: {middle - start:.1f} s, backward {end - middle:.1f} s, peak {peak() - before:.2f} GiB")
     return [x.detach() for x in out]
-log_prob, = check(1024, "mixture_rosenblatt_log_prob", z)
-u, log_det = check(1024, "mixture_rosenblatt", z)
-base = (-0.5 * u.square() - 0.9189385332046727).sum(-1)
-torch.testing.assert_close(log_prob, log_det + base, rtol=1e-5, atol=1e-3)
-check(8, "mixture_rosenblatt", z)
-back, = check(2, "mixture_rosenblatt_inverse", u)
-torch.testing.assert_close(back, z[:2], rtol=1e-3, atol=1e-3)
+(log_prob,) = check("mixture_rosenblatt_log_prob", z)
+u, log_det = check("mixture_rosenblatt", z, backward=False)
+torch.testing.assert_close(log_det - 0.5 * u.square().sum(-1) - 8 * 1.8378770664093453, log_prob)
+check("mixture_rosenblatt", z[:16])
+(back,) = check("mixture_rosenblatt_inverse", u[:4])
+torch.testing.assert_close(back, z[:4], rtol=1e-5, atol=1e-5)
 assert peak() - before < 2, peak() - before
 """
 
 
 def test_a_vocabulary_within_2_gib():
-    """K = 50,257, d = 16, 1,024 positions: the whole growth of a process's memory after `import torch`, inputs included.
+    """K = 50,257, d = 16, 1,024 positions: all that a process's memory grows by after `import torch`, inputs included.
 
-    The backward pass of u and the inverse work chunk by chunk as the forward pass does: fewer positions, to save time.
+    The backward pass of u and the inverse go through the same chunks as the forward pass, here with fewer positions,
+    but with gradients of all 1,024 positions' logits.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_WAIT_POLICY": "passive"}
     result = subprocess.run([sys.executable, "-c", VOCABULARY], env=environment, capture_output=True, text=True)
     print(result.stdout)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ----------------------------------------------------------------------------------------------------------- bad input
 
 AFFINE = {"z": (3,), "loc": (3,), "log_scale": (3,)}
 CDF = {"z": (3,), "logits": (3, 2), "loc": (3, 2), "log_scale": (3, 2)}

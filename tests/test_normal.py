@@ -209,6 +209,20 @@ def test_root_alone_and_in_a_batch(dtype):
     assert torch.equal(solve(slice(None)), torch.cat([solve(slice(i, i + 1)) for i in range(64)]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_root_takes_few_steps(dtype):
+    """Newton's method comes from one side: without a step across the root only bisection closes the bracket."""
+    calls = []
+
+    def function(x):
+        calls.append(x)
+        return x**3 - 2, torch.log(3 * x**2)  # not 0 at any float
+
+    lower, upper = torch.full((100,), 0.1, dtype=dtype), torch.full((100,), 5.0, dtype=dtype)
+    find_root(function, lower, upper, torch.linspace(0.1, 5, 100, dtype=dtype), torch.zeros_like(lower))
+    assert len(calls) <= 15, len(calls)
+
+
 def test_root_rests_within_the_tolerance():
     """Rounding noise larger than the steps: the loop ends, near the root."""
 

@@ -191,8 +191,8 @@ def mixture_cdf_log_prob(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tens
 # alpha^(1) = pi and alpha^(i+1)_k proportional to alpha^(i)_k N(z_i; mu_ki, sigma_k^2)
 # --------------------------------------------------------------------------------------------------------------------
 
-# K times the positions handled at once: what bounds the memory of a vocabulary-sized mixture. 4 MiB a tensor in float32,
-# of which the forward pass holds some twenty and the backward pass d + 1 more; and a CPU's cache holds one.
+# K times the positions handled at once: what bounds the memory of a vocabulary-sized mixture. 4 MiB a tensor in
+# float32, of which the forward pass holds some twenty and the backward pass d + 1 more; and a CPU's cache holds one.
 _CHUNK_ELEMENTS = 2**20
 
 
@@ -248,12 +248,12 @@ def _rosenblatt_backward(
 ) -> _RosenblattGradients:
     """Gradients of the transform (given grad_u and grad_log_det) or of its inverse (given grad_z), (n, d) positions.
 
-    From the last dimension to the first. The weights of dimension i are log pi_k + sum_{j<i} log N(z_j; mu_kj), so what
-    the later dimensions ask of their weights, summed up in `grad_weight`, falls on log N(z_i; mu_ki); dimension i then
-    adds its own demand. Of the log-determinant, log p(z) starts the sum with rho_k = alpha^(d+1)_k.
+    From the last dimension to the first. The weights of dimension i are log pi_k + sum_{j<i} log N(z_j; mu_kj), so
+    what the later dimensions ask of their weights, summed up in `grad_weight`, falls on log N(z_i; mu_ki); dimension i
+    then adds its own demand. Of the log-determinant, log p(z) starts the sum with rho_k = alpha^(d+1)_k.
 
-    The inverse z(u, theta) has dz = J^-1 (du - du/dtheta dtheta), J = du/dz lower triangular: grad_u = J^-T grad_z, one
-    row of back substitution a dimension, and the parameters' gradients are those of the transform at -grad_u.
+    The inverse z(u, theta) has dz = J^-1 (du - du/dtheta dtheta), J = du/dz lower triangular: grad_u = J^-T grad_z,
+    one row of back substitution a dimension, and the parameters' gradients are those of the transform at -grad_u.
     """
     gradients = _RosenblattGradients(*(torch.zeros_like(x) for x in (z, logits, mean, log_scale)))
     num_components, latent_size = mean.shape

@@ -121,9 +121,9 @@ def find_root(
 
     A Newton step is taken where it stays in the bracket and is at most half as long as the step before; the bracket
     is halved otherwise. An element rests once its value is within ``tolerance`` or its bracket has no number left
-    inside, for which a Newton step that is too short to move x is made as long as the spacing of numbers there: it
-    either crosses the root, or was the step of a slope that holds nowhere but at x. The number of steps is fixed by the dtype and nothing is
-    read back from the device; only on a CPU, where looking is free, the loop ends when every element rests.
+    inside. To close the bracket, a Newton step too short to move x is made as long as the spacing of numbers there: it
+    crosses the root, or shows that the slope holds nowhere but at x. The number of steps is fixed by the dtype and
+    nothing is read back from the device; only on a CPU, where looking is free, the loop ends when every element rests.
 
     Args:
         function: Maps x to ``(value, log of the derivative)``; its root is where the value is 0.
