@@ -73,7 +73,8 @@ FREE_FIELDS |= {"report_to", "gradient_checkpointing"}
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    return Accelerator(
+    """Accelerate's state for a run: precision, accumulation, trackers, and how the data is shared out."""
+    accelerator = Accelerator(
         # A step has all its parts, also where an epoch ends between them.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
@@ -85,6 +86,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         # A batch is split over the processes, so that their number changes nothing; the order depends on the seed.
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=config.seed),
     )
+    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        # `accelerate launch` gives a process one thread where nobody has asked for more: here, its share of the cores.
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return accelerator
 
 
 def discrete_baseline(config: TarFlowLMConfig) -> PreTrainedModel:

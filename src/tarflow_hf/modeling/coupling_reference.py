@@ -232,7 +232,7 @@ def _add_mixture_gradients(
 
 class _RosenblattGradients(NamedTuple):
     z: Tensor  # (n, d)
-    logits: Tensor  # (n, K)
+    logits: Tensor | None  # (n, K)
     mean: Tensor  # (K, d)
     log_scale: Tensor  # (K,)
 
@@ -350,11 +350,16 @@ class _MixtureRosenblattLogProb(torch.autograd.Function):
     @once_differentiable
     def backward(cls, ctx, grad):
         z, logits, mean, log_scale = ctx.saved_tensors
-        gradients = _RosenblattGradients(*(torch.zeros_like(x) for x in (z, logits, mean, log_scale)))
+        # The decoder's logits are one constant: there, nothing of the size of all positions times K is made.
+        grad_logits = torch.empty_like(logits) if ctx.needs_input_grad[1] else None
+        gradients = _RosenblattGradients(
+            torch.zeros_like(z), grad_logits, torch.zeros_like(mean), torch.zeros_like(log_scale)
+        )
         for rows in _chunks(len(z), len(mean)):
             joint = cls._log_joint(z[rows], logits[rows], mean, log_scale)
             weight = grad[rows].unsqueeze(-1) * torch.softmax(joint, -1)
-            gradients.logits[rows] = weight - grad[rows].unsqueeze(-1) * torch.softmax(logits[rows], -1)
+            if grad_logits is not None:
+                grad_logits[rows] = weight - grad[rows].unsqueeze(-1) * torch.softmax(logits[rows], -1)
             for i in range(mean.shape[1]):
                 _add_mixture_gradients(gradients, rows, i, z[rows], weight, mean, log_scale)
         return tuple(gradients)
