@@ -4,7 +4,8 @@ Every op takes plain tensors with any leading shape, checks them, and computes i
 float16 arguments are cast up, results are float32 (float64 where any argument is). Gradients flow to every argument,
 through the inverses too (by the implicit function theorem). Nothing here runs in low precision under autocast.
 
-`implementation` says who computes: "reference" is plain PyTorch and runs anywhere, "auto" the fastest that can run.
+`implementation` says who computes: "reference" is plain PyTorch and runs anywhere; "triton" are kernels that compute in
+float32 on a GPU (of the mixture CDF so far); "auto" takes the best that was measured, today the reference.
 
 References:
     Zhang et al., *Flexible Language Modeling in Continuous Space with Transformer-based Autoregressive Flows*,
@@ -25,6 +26,10 @@ from .coupling_reference import mixture_cdf_log_prob as mixture_cdf_log_prob_ref
 from .coupling_reference import mixture_rosenblatt as mixture_rosenblatt_reference
 from .coupling_reference import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
 from .coupling_reference import mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_reference
+from .coupling_triton import mixture_cdf as mixture_cdf_triton
+from .coupling_triton import mixture_cdf_inverse as mixture_cdf_inverse_triton
+from .coupling_triton import mixture_cdf_log_prob as mixture_cdf_log_prob_triton
+from .coupling_triton import why_not as why_not_triton
 
 # ----------------------------------------------------------------------------------------------------------- affine
 
@@ -76,7 +81,7 @@ def mixture_cdf(
         z: Latents, shape (...).
         logits: Unnormalised log-weights of the K components, shape (..., K); pi = softmax(logits).
         loc, log_scale: Means m_k and log standard deviations s_k, shape (..., K).
-        implementation: "auto" or "reference".
+        implementation: "auto", "reference" or "triton".
 
     Returns:
         `u` (...) and `log_det` (...) = ``log du/dz = log p_mix(z) - log phi(u)``, in nats.
@@ -89,8 +94,8 @@ def mixture_cdf(
         >>> mixture_cdf(z, torch.zeros(1, 2), loc, torch.zeros(1, 2))
         (tensor([0.3078]), tensor([-0.4575]))
     """
-    run = _choose(implementation, mixture_cdf_reference)
-    return run(*_prepare_mixture_cdf(z=z, logits=logits, loc=loc, log_scale=log_scale))
+    tensors = {"z": z, "logits": logits, "loc": loc, "log_scale": log_scale}
+    return _run_mixture_cdf(implementation, mixture_cdf_reference, mixture_cdf_triton, **tensors)
 
 
 def mixture_cdf_inverse(
@@ -106,8 +111,8 @@ def mixture_cdf_inverse(
         >>> mixture_cdf_inverse(u, torch.zeros(1, 2), loc, torch.zeros(1, 2)).round(decimals=3)
         tensor([0.5000])
     """
-    run = _choose(implementation, mixture_cdf_inverse_reference)
-    return run(*_prepare_mixture_cdf(u=u, logits=logits, loc=loc, log_scale=log_scale))
+    tensors = {"u": u, "logits": logits, "loc": loc, "log_scale": log_scale}
+    return _run_mixture_cdf(implementation, mixture_cdf_inverse_reference, mixture_cdf_inverse_triton, **tensors)
 
 
 def mixture_cdf_log_prob(
@@ -121,8 +126,8 @@ def mixture_cdf_log_prob(
         >>> mixture_cdf_log_prob(torch.zeros(1), torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
         tensor([-0.9189])
     """
-    run = _choose(implementation, mixture_cdf_log_prob_reference)
-    return run(*_prepare_mixture_cdf(z=z, logits=logits, loc=loc, log_scale=log_scale))
+    tensors = {"z": z, "logits": logits, "loc": loc, "log_scale": log_scale}
+    return _run_mixture_cdf(implementation, mixture_cdf_log_prob_reference, mixture_cdf_log_prob_triton, **tensors)
 
 
 # ----------------------------------------------------------------------------------------------- mixture Rosenblatt
@@ -189,12 +194,13 @@ def mixture_rosenblatt_log_prob(
 
 
 def _choose(implementation: str, reference: Callable) -> Callable:
+    """For ops that only the reference has so far."""
     if implementation not in ("auto", "reference"):
-        raise ValueError(f'implementation={implementation!r} is not available: use "auto" or "reference".')
+        raise ValueError(f'implementation={implementation!r} is not available here: use "auto" or "reference".')
     return reference
 
 
-def _cast(**tensors: Tensor) -> dict[str, Tensor]:
+def _check(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -202,8 +208,11 @@ def _cast(**tensors: Tensor) -> dict[str, Tensor]:
     if len({tensor.device for tensor in tensors.values()}) > 1:
         devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"All tensors must be on one device: {devices}.")
-    is_double = any(tensor.dtype == torch.float64 for tensor in tensors.values())
-    return {name: tensor.to(torch.float64 if is_double else torch.float32) for name, tensor in tensors.items()}
+
+
+def _cast(*tensors: Tensor) -> list[Tensor]:
+    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return [tensor.to(torch.float64 if is_double else torch.float32) for tensor in tensors]
 
 
 def _shapes(**tensors: Tensor) -> str:
@@ -211,31 +220,40 @@ def _shapes(**tensors: Tensor) -> str:
 
 
 def _prepare_affine(**tensors: Tensor) -> list[Tensor]:
-    first, *parameters = _cast(**tensors).values()
+    _check(**tensors)
+    first, *parameters = _cast(*tensors.values())
     try:
         return [first, *(parameter.expand_as(first) for parameter in parameters)]
     except RuntimeError:
         raise ValueError(f"loc and log_scale must broadcast to the first shape of {_shapes(**tensors)}.") from None
 
 
-def _prepare_mixture_cdf(**tensors: Tensor) -> list[Tensor]:
-    first, *parameters = _cast(**tensors).values()
+def _run_mixture_cdf(implementation: str, reference: Callable, kernel: Callable, **tensors: Tensor):
+    _check(**tensors)
+    first, *parameters = tensors.values()
     num_components = {parameter.shape[-1] if parameter.ndim else 0 for parameter in parameters}
     if len(num_components) > 1 or 0 in num_components:
         raise ValueError(f"logits, loc and log_scale need the same K >= 1 components: {_shapes(**tensors)}.")
     shape = (*first.shape, *num_components)
     try:
-        return [first, *(parameter.expand(shape) for parameter in parameters)]
+        parameters = [parameter.expand(shape) for parameter in parameters]
     except RuntimeError:
         raise ValueError(
             f"logits, loc and log_scale must broadcast to (..., K) = {shape}: {_shapes(**tensors)}."
         ) from None
+    if implementation == "triton":
+        if reason := why_not_triton(first, *parameters):
+            raise ValueError(f'implementation="triton" cannot run: {reason}.')
+        return kernel(first, *parameters)
+    # "auto" is the reference on a GPU, too, until the kernels have been measured on one.
+    return _choose(implementation, reference)(*_cast(first, *parameters))
 
 
 def _run_rosenblatt(run: Callable, **tensors: Tensor):
     """Checks, then runs `run` on positions in one row, (n, d) and (n, K), and gives back the leading shape."""
     name = next(iter(tensors))  # z or u
-    first, logits, mean, log_scale = _cast(**tensors).values()
+    _check(**tensors)
+    first, logits, mean, log_scale = _cast(*tensors.values())
     if first.ndim == 0 or mean.ndim != 2 or 0 in mean.shape or mean.shape[1] != first.shape[-1]:
         raise ValueError(f"{name} must be (..., d) and mean (K, d), d >= 1 and K >= 1: {_shapes(**tensors)}.")
     num_components, latent_size = mean.shape
