@@ -1,11 +1,13 @@
 """The model against autodiff, enumeration and quadrature."""
 
+import copy
 import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
@@ -92,7 +94,7 @@ def test_log_det_is_that_of_the_jacobian(flows, patch_size, monkeypatch):
     size, log_det = 2 * patch_size, 0.0
     for num_flows, layer in enumerate(model.flow.layers, 1):
         h = model.flow(z).states[num_flows - 1].reshape(1, -1, size)
-        function = lambda flat: layer(flat.reshape(h.shape), model.codebook)[0].flatten()  # noqa: B023, E731
+        function = lambda flat: layer(flat.reshape(h.shape), model.codebook())[0].flatten()  # noqa: B023, E731
         blocks = (
             torch.autograd.functional.jacobian(function, h.flatten()).unflatten(1, (-1, size)).unflatten(0, (-1, size))
         )
@@ -134,9 +136,9 @@ def test_cached_reverse_equals_recomputing_every_prefix(flows, patch_size):
         own = layer._arrange(h)
         found = torch.zeros_like(own)
         for n in range(own.shape[1]):
-            inputs = layer._inputs(found[:, :n], model.codebook)
+            inputs = layer._inputs(found[:, :n], model.codebook())
             context = layer.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1:]
-            found[:, n : n + 1] = layer.head(own[:, n : n + 1], context, model.codebook, task="inverse")
+            found[:, n : n + 1] = layer.head(own[:, n : n + 1], context, model.codebook(), task="inverse")
         h = layer._rearrange(found)
     torch.testing.assert_close(model.flow(u, reverse=True).latents, h.reshape(u.shape), atol=1e-8, rtol=1e-8)
 
@@ -248,7 +250,7 @@ def enumerate_likelihoods(model, length, points=400):
     with torch.no_grad():
         prior = torch.cat([model.flow(part, output_noise=False).log_prob for part in z.split(8192)])
         decoder = model.decode(z)
-        encoder = model.codebook.log_prob_all(z)
+        encoder = model.codebook().log_prob_all(z)
     log_likelihood, elbo = {}, {}
     for x in itertools.product(range(model.config.vocab_size), repeat=length):
         index = torch.tensor(x).expand(len(z), length)[..., None]
@@ -330,7 +332,7 @@ def test_proposition_4_the_limit_is_the_discrete_model():
     torch.nn.init.constant_(model.codebook.log_scale, 0.0)
     out = model(input_ids)
     weights = layer.head.projection(
-        layer.decoder(inputs_embeds=layer._inputs(out.latents[:, :-1], model.codebook)).last_hidden_state
+        layer.decoder(inputs_embeds=layer._inputs(out.latents[:, :-1], model.codebook())).last_hidden_state
     ).log_softmax(-1)
     torch.testing.assert_close(out.elbo, torch.logsumexp(weights + model.decode(out.latents), -1).sum(-1))
 
@@ -343,11 +345,11 @@ def test_top_k_posterior_context():
     z = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
     table = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
     for top_k in (9, 3):
-        log_prob = model.codebook.log_prob_all(z)
+        log_prob = model.codebook().log_prob_all(z)
         kept = log_prob >= log_prob.topk(top_k).values[..., -1:]
         weights = torch.softmax(log_prob.masked_fill(~kept, -math.inf), -1)
         expected = weights @ table
-        actual = model.codebook.posterior_average(z, table, top_k)
+        actual = model.codebook().posterior_average(z, table, top_k)
         torch.testing.assert_close(actual, expected)
         cotangent = torch.randn_like(expected)
         inputs = (z, table, model.codebook.mean, model.codebook.log_scale)
@@ -497,3 +499,25 @@ def test_bad_input():
         model.importance_weighted_bound(ids, num_samples=0)
     with pytest.raises(ValueError, match="vocab_size"):
         model.encode(ids + 5)
+
+
+@pytest.mark.parametrize("stack", ["mix-d, mix-1, mix-1", "one of each"])
+def test_offloaded_weights(stack):
+    """Every use of a weight is seen by the hooks that bring it from where it is kept."""
+    model = make(STACKS[stack], patch_size=2).float()
+    input_ids, noise = torch.randint(5, (2, 6)), torch.randn(2, 6, 2)
+    z = model.encode(input_ids)
+    with torch.no_grad():
+        elbo, tokens = model(input_ids, latents=z).elbo, model.generate(noise=noise)
+        offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+        assert {parameter.device.type for parameter in offloaded.parameters()} == {"meta"}
+        torch.testing.assert_close(offloaded(input_ids, latents=z).elbo, elbo)
+        assert torch.equal(offloaded.generate(noise=noise), tokens)
+
+
+def test_compiled():
+    model = make(STACKS["mix-d, mix-1, mix-1"]).float()
+    input_ids = torch.randint(5, (2, 6))
+    z = model.encode(input_ids)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(input_ids, latents=z).elbo, model(input_ids, latents=z).elbo)

@@ -120,8 +120,10 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         if num_return_sequences < 1:
             raise ValueError(f"num_return_sequences must be at least 1, not {num_return_sequences}.")
 
+        # Offloaded weights stand on the meta device, and hooks bring the inputs to where the work is done.
+        home = torch.device("cpu") if self.device.type == "meta" else self.device
         if prompt is None:
-            prompt = torch.empty(1 if noise is None else len(noise), 0, dtype=torch.long, device=self.device)
+            prompt = torch.empty(1 if noise is None else len(noise), 0, dtype=torch.long, device=home)
         if noise is None:
             prompt = prompt.repeat_interleave(num_return_sequences, 0)
         elif num_return_sequences != 1:
@@ -129,7 +131,7 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         length = self._length(prompt.shape[1], noise, option("max_new_tokens", None), option("max_length", None))
         shape = (len(prompt), length, self.config.latent_size)
         if noise is None:
-            device = self.device if generator is None else generator.device
+            device = home if generator is None else generator.device
             noise = torch.randn(shape, generator=generator, device=device) * temperature
             noise = noise * (1.0 if option("do_sample", True) else 0.0)
         elif noise.shape != shape:
@@ -172,7 +174,7 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             streamer.put(prompt.cpu())
         # Only a first flow that runs left to right completes the text in the order in which it is read.
         streams = streamer is not None and self.config.flows[0]["direction"] == "left_to_right"
-        flow = self.flow(noise.to(self.device), reverse=True, prefix=prefix, on_position=stream if streams else None)
+        flow = self.flow(noise.to(home), reverse=True, prefix=prefix, on_position=stream if streams else None)
         if streams:
             new = torch.cat(new_tokens, 1)
         else:

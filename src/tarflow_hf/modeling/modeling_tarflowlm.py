@@ -30,7 +30,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import ModelOutput
 
-from .codebook import Codebook
+from .codebook import Codebook, Gaussians
 from .configuration_tarflowlm import TarFlowLMConfig
 from .coupling import (
     affine,
@@ -66,7 +66,7 @@ class AffineHead(nn.Module):
         super().__init__()
         self.projection = nn.Linear(config.hidden_size, 2 * config.patch_size * config.latent_size)
 
-    def forward(self, h: Tensor, context: Tensor, codebook: Codebook | None = None, task: str = "transform"):
+    def forward(self, h: Tensor, context: Tensor, codebook: Gaussians | None = None, task: str = "transform"):
         loc, log_scale = self.projection(context).chunk(2, -1)
         log_scale = _bounded(log_scale)
         if task == "inverse":
@@ -125,7 +125,7 @@ class MixtureCDFHead(nn.Module):
         self.from_features = nn.ModuleList(nn.Linear(i * features, hidden, bias=False) for i in range(1, self.size))
         self.output = nn.ModuleList(MixtureCDFParameters(hidden, num_components) for _ in range(self.size))
 
-    def forward(self, h: Tensor, context: Tensor, codebook: Codebook | None = None, task: str = "transform"):
+    def forward(self, h: Tensor, context: Tensor, codebook: Gaussians | None = None, task: str = "transform"):
         if task == "inverse":
             return self._invert(h, context)
         if self.autoregressive:
@@ -181,8 +181,8 @@ class MixtureRosenblattHead(nn.Module):
         self.projection = nn.Linear(config.hidden_size, config.patch_size * self.num_components)
         self.codebook = None if flow["tie_codebook"] else Codebook(self.num_components, config.latent_size)
 
-    def forward(self, h: Tensor, context: Tensor, codebook: Codebook | None = None, task: str = "transform"):
-        mean, log_scale = (codebook if self.codebook is None else self.codebook)()
+    def forward(self, h: Tensor, context: Tensor, codebook: Gaussians | None = None, task: str = "transform"):
+        mean, log_scale = codebook if self.codebook is None else self.codebook()
         run = {
             "transform": mixture_rosenblatt,
             "log_prob": mixture_rosenblatt_log_prob,
@@ -249,7 +249,7 @@ class FlowLayer(nn.Module):
     def forward(
         self,
         h: Tensor,
-        codebook: Codebook,
+        codebook: Gaussians,
         lengths: Tensor | None = None,
         log_prob_only: bool = False,
         reverse: bool = False,
@@ -260,7 +260,7 @@ class FlowLayer(nn.Module):
 
         Args:
             h: Input of the flow (its output if `reverse`), (B, N, D).
-            codebook: The encoder's.
+            codebook: The encoder's, as tensors.
             lengths: Number of real positions of each sequence, (B,), where some are padded.
             log_prob_only: Return just log p(h) (B,): no distribution function is computed.
             reverse: Invert, one position after another, with a key-value cache.
@@ -279,7 +279,7 @@ class FlowLayer(nn.Module):
         u, log_det = self.head(h, context, codebook)
         return self._rearrange(u, lengths), _sum_real(log_det, lengths)
 
-    def _invert(self, u: Tensor, codebook: Codebook, prefix: Tensor | None, on_position) -> Tensor:
+    def _invert(self, u: Tensor, codebook: Gaussians, prefix: Tensor | None, on_position) -> Tensor:
         known = u[:, :0] if prefix is None else self._arrange(prefix)
         positions = [known]
         inputs = self._inputs(known, codebook)
@@ -293,12 +293,12 @@ class FlowLayer(nn.Module):
             inputs = self._embed(position, codebook)
         return torch.cat(positions, 1)
 
-    def _inputs(self, h: Tensor, codebook: Codebook) -> Tensor:
+    def _inputs(self, h: Tensor, codebook: Gaussians) -> Tensor:
         """What the decoder reads to predict the positions after 0, ..., n: start, h_1, ..., h_n, (B, n + 1, w)."""
         start = self.start.expand(len(h), 1, -1)
         return start if h.shape[1] == 0 else torch.cat([start, self._embed(h, codebook)], 1)
 
-    def _embed(self, h: Tensor, codebook: Codebook) -> Tensor:
+    def _embed(self, h: Tensor, codebook: Gaussians) -> Tensor:
         if self.embedding is not None:
             tokens = h.unflatten(-1, (self.patch_size, -1))
             h = codebook.posterior_average(tokens, self.embedding, self.posterior_top_k).flatten(-2)
@@ -419,23 +419,23 @@ class FlowStack(nn.Module):
         return self._transform(layers, h, lengths, output_noise)
 
     def _transform(self, layers: nn.ModuleList, h: Tensor, lengths: Tensor | None, output_noise: bool) -> FlowOutput:
-        states, log_det = [h], 0.0
+        codebook, states, log_det = self.codebook(), [h], 0.0
         for layer in layers if output_noise else layers[:-1]:
-            h, layer_log_det = layer(h, self.codebook, lengths)
+            h, layer_log_det = layer(h, codebook, lengths)
             log_det = log_det + layer_log_det
             states.append(h)
         tokens = tuple(map(self._to_tokens, states))
         if not output_noise:
-            log_prob = log_det + layers[-1](h, self.codebook, lengths, log_prob_only=True)
+            log_prob = log_det + layers[-1](h, codebook, lengths, log_prob_only=True)
             return FlowOutput(latents=tokens[0], log_prob=log_prob, states=tokens)
         log_prob = log_det + _sum_real(normal_log_prob(h).sum(-1), lengths)
         return FlowOutput(tokens[0], tokens[-1], log_det, log_prob, tokens)
 
     def _invert(self, layers: nn.ModuleList, h: Tensor, lengths: Tensor | None, prefixes, on_position) -> FlowOutput:
-        states = [h]
+        codebook, states = self.codebook(), [h]
         for layer, prefix in zip(reversed(layers), reversed(prefixes), strict=True):
             callback = on_position if layer is layers[0] else None
-            h = layer(h, self.codebook, lengths, reverse=True, prefix=prefix, on_position=callback)
+            h = layer(h, codebook, lengths, reverse=True, prefix=prefix, on_position=callback)
             states.append(h)
         tokens = tuple(map(self._to_tokens, reversed(states)))
         return FlowOutput(latents=tokens[0], noise=tokens[-1], states=tokens)
@@ -627,15 +627,15 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
                 "labels=input_ids, or give a collator that writes -100 a padding token of its own.",
             )
         if latents is None:
-            latents = self.codebook.sample(input_ids, generator)
+            latents = self.codebook().sample(input_ids, generator)
         flow = self.flow(latents, attention_mask, num_flows=num_flows, output_noise=output_noise)
 
         def total(per_token: Tensor) -> Tensor:
             return (per_token if attention_mask is None else per_token.masked_fill(attention_mask == 0, 0)).sum(-1)
 
-        posterior_log_prob = total(self.codebook.log_prob(latents, input_ids))
+        posterior_log_prob = total(self.codebook().log_prob(latents, input_ids))
         # log p(x | z) - log q(z | x) is the same for all x: no term of the bound but the sum over the codebook.
-        reconstruction_minus_posterior = -total(self.codebook.log_total(latents))
+        reconstruction_minus_posterior = -total(self.codebook().log_total(latents))
         elbo = flow.log_prob + reconstruction_minus_posterior
         loss = None
         if labels is not None:
@@ -655,11 +655,11 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         self, input_ids: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
         """A sample of q(z | x), reparametrised: ids (B, T) to latents (B, T, d), of the given N(0, I) noise if any."""
-        return self.codebook.sample(self._check_ids(input_ids), generator, noise)
+        return self.codebook().sample(self._check_ids(input_ids), generator, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """log p(x | z) in nats, normalised over the vocabulary: latents (B, T, d) to (B, T, V)."""
-        return torch.log_softmax(self.codebook.log_prob_all(latents), -1)
+        return torch.log_softmax(self.codebook().log_prob_all(latents), -1)
 
     def importance_weighted_bound(
         self,
