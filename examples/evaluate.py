@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import PackedTokens, read_text
-from tarflow_hf.evaluation import likelihood, report_table
+from tarflow_hf.evaluation import likelihoods, report_table
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,15 +39,7 @@ def main():
     sequences = [{"input_ids": ids.long()} for ids in text.tokens[:num_tokens].split(sequence_length(model))]
 
     options = {"batch_size": arguments.batch_size, "max_sequences": arguments.max_sequences, "seed": arguments.seed}
-    if isinstance(model, TarFlowLMModel):
-        rows = {
-            f"bound, {samples} sample{'s' * (samples > 1)}": likelihood(
-                model, sequences, num_samples=samples, progress=True, **options
-            )
-            for samples in dict.fromkeys((1, arguments.num_samples))
-        }
-    else:
-        rows = {"exact": likelihood(model, sequences, progress=True, **options)}
+    rows = likelihoods(model, sequences, arguments.num_samples, progress=True, **options)
     print(report_table(rows, text.characters_per_token))
 
 

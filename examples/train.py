@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, StreamingPackedTokens, character_tokenizer, load_splits
-from tarflow_hf.evaluation import likelihood, report_table
+from tarflow_hf.evaluation import likelihoods, report_table
 from tarflow_hf.training import TrainingConfig, discrete_baseline, make_accelerator, train
 
 
@@ -97,15 +97,9 @@ def report(model, tokenizer, test_data, run: RunConfig) -> None:
     if run.model == "ar":
         start = torch.full((1, 1), model.config.bos_token_id, device=model.device)
         tokens = model.generate(start, do_sample=True, top_k=0, max_new_tokens=256, pad_token_id=0)[:, 1:]
-        rows = {"exact": likelihood(model, test_data, max_sequences=run.test_sequences)}
     else:
         tokens = model.generate()
-        rows = {
-            f"bound, {samples} sample{'s' * (samples > 1)}": likelihood(
-                model, test_data, num_samples=samples, max_sequences=run.test_sequences, progress=True
-            )
-            for samples in dict.fromkeys((1, run.test_samples))
-        }
+    rows = likelihoods(model, test_data, run.test_samples, max_sequences=run.test_sequences, progress=True)
     print(f"\nA sample:\n{tokenizer.decode(tokens[0], skip_special_tokens=True)}\n")
     print(f"Test text:\n{report_table(rows, test_data.characters_per_token)}")
 

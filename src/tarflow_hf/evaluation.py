@@ -64,6 +64,21 @@ def prepend_start(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return F.pad(input_ids, (1, 0), value=model.config.bos_token_id)
 
 
+def likelihoods(
+    model: PreTrainedModel, sequences: Iterable[dict[str, Tensor]], num_samples: int, **options
+) -> dict[str, Likelihood]:
+    """What a table of `report_table` says of a model: of a TarFlowLM the ELBO and the bound with `num_samples` samples.
+
+    `sequences` are read once for each; options as for `likelihood`.
+    """
+    if not isinstance(model, TarFlowLMModel):
+        return {"exact": likelihood(model, sequences, **options)}
+    return {
+        f"bound, {samples} sample{'s' * (samples > 1)}": likelihood(model, sequences, num_samples=samples, **options)
+        for samples in dict.fromkeys((1, num_samples))
+    }
+
+
 def report_table(rows: dict[str, Likelihood], characters_per_token: float) -> str:
     """A table to print, one row for each likelihood.
 

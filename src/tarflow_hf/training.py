@@ -21,7 +21,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .data import PackedTokens, StreamingPackedTokens
 from .evaluation import likelihood, prepend_start
@@ -98,17 +97,15 @@ def discrete_baseline(config: TarFlowLMConfig) -> PreTrainedModel:
     Its vocabulary has one entry more, the beginning-of-sequence token that stands before the first one (and that the
     flows' start vectors correspond to), so that both models score the same tokens.
     """
-    fields = config.block_config.to_dict()
-    for name in ("model_type", "num_hidden_layers", "layer_types", "dtype", "transformers_version"):
-        fields.pop(name, None)
-    fields |= {"vocab_size": config.vocab_size + 1, "bos_token_id": config.vocab_size}
-    fields |= {
-        "max_position_embeddings": config.max_position_embeddings + 1,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    block_class = CONFIG_MAPPING[config.block_config.model_type]
-    return AutoModelForCausalLM.from_config(block_class(**fields, num_hidden_layers=config.num_hidden_layers))
+    baseline_config = config.decoder_config(
+        config.num_hidden_layers,
+        vocab_size=config.vocab_size + 1,
+        max_position_embeddings=config.max_position_embeddings + 1,
+        bos_token_id=config.vocab_size,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return AutoModelForCausalLM.from_config(baseline_config)
 
 
 def compute_loss(model: torch.nn.Module, input_ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -239,17 +236,19 @@ def train(
 
 
 def endless(loader: DataLoader, num_used: int) -> Iterator[dict[str, Tensor]]:
-    """The batches of epoch after epoch, behind the `num_used` first ones, which are not even loaded."""
+    """The batches of epoch after epoch, behind the `num_used` first ones.
+
+    A data set skips these without loading them; a stream, which does not know its length, is read again.
+    """
     epoch = 0
-    if isinstance(loader.dataset, IterableDataset):
-        # A stream does not know its length: it is read again up to where it was, epoch by epoch.
-        while True:
-            loader.set_epoch(epoch)
-            for batch in loader:
+    while isinstance(loader.dataset, IterableDataset):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            if num_used:
                 num_used -= 1
-                if num_used < 0:
-                    yield batch
-            epoch += 1
+            else:
+                yield batch
+        epoch += 1
     epoch, num_used = divmod(num_used, len(loader))
     while True:
         loader.set_epoch(epoch)

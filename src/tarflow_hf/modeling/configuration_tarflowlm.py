@@ -131,6 +131,14 @@ class TarFlowLMConfig(PreTrainedConfig):
         """Decoder layers of the whole stack."""
         return sum(flow["num_hidden_layers"] for flow in self.flows)
 
+    def decoder_config(self, num_hidden_layers: int, **changes: Any) -> PreTrainedConfig:
+        """The block config at another depth, with other changes of its fields."""
+        fields = self.block_config.to_dict()
+        for name in ("model_type", "layer_types", "dtype", "transformers_version"):  # made anew for the depth
+            fields.pop(name, None)
+        fields |= {"num_hidden_layers": num_hidden_layers, **changes}
+        return CONFIG_MAPPING[self.block_config.model_type](**fields)
+
     def _block_config(self, block_config, hidden_size, num_attention_heads, intermediate_size) -> PreTrainedConfig:
         if block_config is None:
             hidden_size = _at_least_one("hidden_size", 768 if hidden_size is None else hidden_size)

@@ -27,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import ModelOutput
 
 from .codebook import Codebook, Gaussians
@@ -242,7 +241,11 @@ class FlowLayer(nn.Module):
             input_size = config.patch_size * config.latent_size
         self.input_projection = None if input_size is None else nn.Linear(input_size, config.hidden_size)
         self.start = nn.Parameter(torch.empty(config.hidden_size))
-        self.decoder = AutoModel.from_config(_decoder_config(config, flow["num_hidden_layers"]))
+        # The decoder is fed embeddings: it gets the smallest token table, and loses that.
+        no_tokens = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        decoder_config = config.decoder_config(flow["num_hidden_layers"], **no_tokens)
+        decoder_config._attn_implementation = config._attn_implementation
+        self.decoder = AutoModel.from_config(decoder_config)
         self.decoder.set_input_embeddings(None)
         self.head = COUPLING_HEADS[flow["coupling"]](config, flow)
 
@@ -329,17 +332,6 @@ def _flip(h: Tensor, lengths: Tensor | None) -> Tensor:
     n = torch.arange(h.shape[1], device=h.device)
     index = torch.where(n < lengths[:, None], lengths[:, None] - 1 - n, n)
     return h.gather(1, index.unsqueeze(-1).expand_as(h))
-
-
-def _decoder_config(config: TarFlowLMConfig, num_hidden_layers: int):
-    """The block config at one flow's depth. Its token table is not used, so it gets the smallest one."""
-    fields = config.block_config.to_dict()
-    for name in ("model_type", "num_hidden_layers", "layer_types", "dtype", "transformers_version"):
-        fields.pop(name, None)
-    fields.update(vocab_size=1, pad_token_id=None, bos_token_id=None, eos_token_id=None)
-    decoder_config = CONFIG_MAPPING[config.block_config.model_type](**fields, num_hidden_layers=num_hidden_layers)
-    decoder_config._attn_implementation = config._attn_implementation
-    return decoder_config
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ def normal_tails(x: Tensor) -> NormalTails:
     """All four at once, which costs little more than one: they share the special functions.
 
     The larger tail is ``log(1 - smaller)`` and the smaller one's hazard forgets the exponential: neither cancels.
+
+    Example:
+        >>> normal_tails(torch.tensor([0.0, -10.0])).log_cdf
+        tensor([ -0.6931, -53.2313])
     """
     # erfc is the more exact near 0 but underflows; erfcx(a) = exp(a^2) erfc(a) decays only as 1/a.
     a = x.abs() * math.sqrt(0.5)
@@ -56,16 +60,6 @@ def normal_tails(x: Tensor) -> NormalTails:
         log_cdf_hazard=torch.where(is_negative, small_hazard, large_hazard),
         log_sf_hazard=torch.where(is_negative, large_hazard, small_hazard),
     )
-
-
-def log_ndtr_tails(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both tails of the standard normal, ``(log Phi(x), log Phi(-x))``.
-
-    Example:
-        >>> log_ndtr_tails(torch.tensor([0.0, -10.0]))
-        (tensor([ -0.6931, -53.2313]), tensor([-6.9315e-01, -7.6199e-24]))
-    """
-    return normal_tails(x)[:2]
 
 
 def log_reversed_hazard(x: Tensor) -> Tensor:
