@@ -1,38 +1,46 @@
 """The Triton kernels against the reference: they may err as much against float64 as the reference does, plus a little.
 
-On a GPU if there is one, else in Triton's interpreter (see conftest.py).
+On a GPU if there is one, else in Triton's interpreter (see conftest.py). The kernels pass the tests of
+`test_couplings.py`, too.
 """
 
 import pytest
 import torch
 
-from tarflow_hf.modeling import coupling, coupling_triton
+from tarflow_hf.modeling import coupling, coupling_triton, rosenblatt_triton
 
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float32).eps
-OPS = ["mixture_cdf", "mixture_cdf_inverse", "mixture_cdf_log_prob"]
+KINDS = ["mixture_cdf", "mixture_rosenblatt"]
+SUFFIXES = ["", "_inverse", "_log_prob"]
 
 
-def draw(num_rows, num_components, seed=0, spread=2.0, dtype=torch.float32):
+def draw(kind, num_rows, num_components, latent_size=2, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    z = 3 * torch.randn(num_rows, generator=generator)
-    shape = (num_rows, num_components)
-    logits, loc = (spread * torch.randn(shape, generator=generator) for _ in range(2))
-    log_scale = 0.3 * spread * torch.randn(shape, generator=generator)
-    return [x.to(DEVICE, dtype) for x in (z, logits, loc, log_scale)]
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    if kind == "mixture_cdf":
+        shape = (num_rows, num_components)
+        tensors = [3 * normal(num_rows), 2 * normal(*shape), 2 * normal(*shape), 0.6 * normal(*shape)]
+    else:
+        codebook = [2 * normal(num_components, latent_size), 0.6 * normal(num_components)]
+        tensors = [2 * normal(num_rows, latent_size), 2 * normal(num_rows, num_components), *codebook]
+    return [x.to(DEVICE, dtype) for x in tensors]
 
 
 def run(op, tensors, implementation, wanted=(0, 1, 2, 3)):
-    """Outputs, and the gradients of a fixed random functional of them to the wanted arguments."""
+    """Outputs, then the gradients of a fixed random functional of them to the wanted arguments."""
     leaves = [x.detach().clone().requires_grad_(i in wanted) for i, x in enumerate(tensors)]
     out = getattr(coupling, op)(*leaves, implementation=implementation)
     out = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(x.shape, generator=generator).to(x) for x in out]
     gradients = torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], cotangents)
-    return [x.detach() for x in out], list(gradients)
+    return [x.detach() for x in out] + list(gradients)
 
 
 def error(actual, expected):
@@ -42,77 +50,71 @@ def error(actual, expected):
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """What a kernel forgets to write is NaN."""
-    empty_like = torch.empty_like
-    monkeypatch.setattr(
-        coupling_triton.torch, "empty_like", lambda x, **options: empty_like(x, **options).fill_(torch.nan)
-    )
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+
+        def poisoned(*args, plain=plain, **options):
+            out = plain(*args, **options)
+            return out.fill_(torch.nan) if out.is_floating_point() else out.fill_(2**30)
+
+        for module in (coupling_triton, rosenblatt_triton):
+            monkeypatch.setattr(module.torch, name, poisoned)
 
 
-@pytest.mark.parametrize(
-    "num_rows, num_components", [(1, 1), (1, 256), (127, 1), (127, 3), (127, 65), (1025, 1), (1025, 5)]
-)
-@pytest.mark.parametrize("op", OPS)
-def test_as_exact_as_the_reference(op, num_rows, num_components):
-    tensors = draw(num_rows, num_components, seed=num_rows + num_components)
-    exact = run(op, [x.double() for x in tensors], "reference")
+SHAPES = [  # kind, N, K, d
+    *[("mixture_cdf", n, k, 1) for n, k in [(1, 1), (1, 256), (127, 1), (127, 3), (127, 65), (1025, 1), (1025, 5)]],
+    *[("mixture_rosenblatt", n, k, d) for n, k, d in [(1, 1, 1), (1, 3, 5), (127, 3, 2), (33, 65, 3), (17, 200, 2)]],
+    ("mixture_rosenblatt", 1025, 3, 1),
+]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(("kind", "num_rows", "num_components", "latent_size"), SHAPES)
+def test_as_exact_as_the_reference(kind, suffix, num_rows, num_components, latent_size):
+    if suffix == "_inverse" and kind == "mixture_rosenblatt" and DEVICE == "cpu":
+        num_rows = min(num_rows, 17)  # a program for each row: slow in the interpreter
+    tensors = draw(kind, num_rows, num_components, latent_size, seed=num_rows + num_components)
+    exact = run(kind + suffix, [x.double() for x in tensors], "reference")
     # In log_det's gradient terms as large as u^2 cancel: as many last places are lost, in either implementation.
-    size = 1 + max(x.square().max() for x in (*exact[0], tensors[0])).item() if op == "mixture_cdf" else 1
-    for expected, reference, actual in zip(
-        exact, run(op, tensors, "reference"), run(op, tensors, "triton"), strict=True
-    ):
-        for e, r, a in zip(expected, reference, actual, strict=True):
-            assert a.shape == e.shape and a.isfinite().all()
-            assert error(a, e) <= 3 * error(r, e) + 16 * EPS * size
+    size = 1 + max(x.square().max() for x in (exact[0], tensors[0])).item() if suffix == "" else 1
+    reference, actual = (run(kind + suffix, tensors, name) for name in ("reference", "triton"))
+    for expected, r, a in zip(exact, reference, actual, strict=True):
+        assert a.shape == expected.shape and a.isfinite().all()
+        assert error(a, expected) <= 3 * error(r, expected) + 16 * EPS * size
 
 
 def test_normal_functions_within_four_units_in_the_last_place():
     """One component of mean 0 and scale 1 is the identity; its tails are those of the normal, on [-30, 30]."""
-    z = torch.linspace(-30, 30, 4001, device=DEVICE)
-    zero = torch.zeros(4001, 1, device=DEVICE)
+    z = torch.linspace(-30, 30, 1201, device=DEVICE)
+    zero = torch.zeros(1201, 1, device=DEVICE)
     u, log_det = coupling.mixture_cdf(z, zero, zero, zero, implementation="triton")
     torch.testing.assert_close(u, z, rtol=4 * EPS, atol=4 * EPS)
     assert log_det.abs().max() <= 4 * EPS
+    u, log_det = coupling.mixture_rosenblatt(z[:, None], zero, zero[:1], zero[0, :1], implementation="triton")
+    torch.testing.assert_close(u[:, 0], z, rtol=4 * EPS, atol=4 * EPS)
+    assert log_det.abs().max() <= 4 * EPS * 30
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (1, 3), (0, 2)])
-@pytest.mark.parametrize("op", OPS)
-def test_partial_gradients(op, wanted):
-    tensors = draw(9, 3)
-    _, whole = run(op, tensors, "triton")
-    _, some = run(op, tensors, "triton", wanted)
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_partial_gradients(kind, suffix, wanted):
+    tensors = draw(kind, 5, 3)
+    whole = run(kind + suffix, tensors, "triton")[-4:]
+    some = run(kind + suffix, tensors, "triton", wanted)[-len(wanted) :]
     assert all(torch.equal(gradient, whole[i]) for i, gradient in zip(wanted, some, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("op", OPS)
-def test_half_precision_is_read_and_nothing_else(op, dtype):
-    tensors = draw(33, 5, dtype=dtype)
-    outputs, gradients = run(op, tensors, "triton")
-    expected, expected_gradients = run(op, [x.float() for x in tensors], "triton")
-    for a, e in zip(outputs, expected, strict=True):
-        assert a.dtype == torch.float32 and torch.equal(a, e)
-    for a, e in zip(gradients, expected_gradients, strict=True):
-        assert a.dtype == dtype
-        torch.testing.assert_close(a, e.to(dtype), rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_extremes_are_finite(op):
-    generator = torch.Generator().manual_seed(0)
-
-    def wide(*shape):
-        return (torch.rand(shape, generator=generator) * 2 - 1) * 10 ** (torch.rand(shape, generator=generator) * 8 - 4)
-
-    n, k = 512, 3
-    first = wide(n) if op != "mixture_cdf_inverse" else 30 * (torch.rand(n, generator=generator) * 2 - 1)
-    log_scale = 20 * torch.rand(n, k, generator=generator) - 10
-    outputs, gradients = run(op, [x.to(DEVICE) for x in (first, wide(n, k), wide(n, k), log_scale)], "triton")
-    for x in outputs + gradients:
-        assert x.isfinite().all()
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_every_time(kind, suffix):
+    tensors = draw(kind, 3 if suffix == "_inverse" else 20, 9)
+    first, again = (run(kind + suffix, tensors, "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_non_contiguous_broadcast_and_empty():
-    z, logits, loc, log_scale = draw(12, 4)
+    z, logits, loc, log_scale = draw("mixture_cdf", 12, 4)
     strided = [x.repeat_interleave(2, -1)[..., ::2] for x in (z, logits, loc, log_scale)]
     expected = coupling.mixture_cdf(z, logits, loc, log_scale, implementation="triton")
     for a, e in zip(coupling.mixture_cdf(*strided, implementation="triton"), expected, strict=True):
@@ -123,14 +125,63 @@ def test_non_contiguous_broadcast_and_empty():
     assert empty[0].shape == (0,)
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_logits_of_any_stride(suffix):
+    """Transposed, and one number for all: the kernels read them where they are."""
+    op = getattr(coupling, "mixture_rosenblatt" + suffix)
+    z, logits, mean, log_scale = draw("mixture_rosenblatt", 2, 4)
+    for strided in (logits.T.contiguous().T, logits[:1, :1].expand(2, 4), logits[:1].expand(2, 4)):
+        tensors = [z, strided, mean, log_scale]
+        actual = op(*tensors, implementation="triton")
+        tensors[1] = strided.contiguous()
+        expected = op(*tensors, implementation="triton")
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    empty = getattr(coupling, "mixture_rosenblatt" + suffix)(
+        z[:0], logits[:0], mean, log_scale, implementation="triton"
+    )
+    assert len(empty[0] if isinstance(empty, tuple) else empty) == 0
+
+
+def test_a_backward_pass_in_parts(monkeypatch):
+    tensors = draw("mixture_rosenblatt", 50, 70)
+    whole = run("mixture_rosenblatt", tensors, "triton")
+    monkeypatch.setattr(rosenblatt_triton, "MAX_PARTIAL_SUMS", 1)
+    torch.testing.assert_close(run("mixture_rosenblatt", tensors, "triton"), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_the_inverse_drops_what_cannot_matter():
+    """Weights from 1 to e^-300: those out of reach are dropped, and z is that of the whole mixture in float64."""
+    u, logits, mean, log_scale = draw("mixture_rosenblatt", 12, 130, latent_size=3)
+    logits = -300 * torch.rand(logits.shape, generator=torch.Generator().manual_seed(2)).to(logits)
+    u = torch.cat([u[:6], 10 * u[6:]])
+    actual = coupling.mixture_rosenblatt_inverse(u, logits, mean, log_scale, implementation="triton")
+    exact = coupling.mixture_rosenblatt_inverse(*(x.double() for x in (u, logits, mean, log_scale)))
+    reference = coupling.mixture_rosenblatt_inverse(u, logits, mean, log_scale, implementation="reference")
+    assert error(actual, exact) <= 3 * error(reference, exact) + 16 * EPS
+
+
+def test_bad_codes_among_the_logits():
+    """Components that are ruled out have weight 0, and no gradient."""
+    tensors = draw("mixture_rosenblatt", 5, 6)
+    tensors[1][:, 2:4] = -torch.inf
+    actual = run("mixture_rosenblatt", tensors, "triton")
+    less = [tensors[0], *(x[[0, 1, 4, 5]] for x in (tensors[1].T, *tensors[2:]))]
+    less[1] = less[1].T
+    torch.testing.assert_close(actual[:2], run("mixture_rosenblatt", less, "triton")[:2])
+    assert not actual[3][:, 2:4].any() and all(x.isfinite().all() for x in actual)
+
+
 def test_where_the_kernels_cannot_run(monkeypatch):
-    tensors = draw(2, 3)
+    tensors = draw("mixture_cdf", 2, 3)
     with pytest.raises(ValueError, match="float64"):
         coupling.mixture_cdf(*(x.double() for x in tensors), implementation="triton")
     with pytest.raises(ValueError, match="at most 256 components, not 257"):
-        coupling.mixture_cdf(*draw(2, 257), implementation="triton")
-    with pytest.raises(ValueError, match="not available here"):
+        coupling.mixture_cdf(*draw("mixture_cdf", 2, 257), implementation="triton")
+    with pytest.raises(ValueError, match="affine coupling has no kernels"):
         coupling.affine(tensors[0], tensors[0], tensors[0], implementation="triton")
-    monkeypatch.setattr(coupling_triton, "triton", None)
+    monkeypatch.setattr(coupling, "IS_INTERPRETED", False)
+    with pytest.raises(ValueError, match="needs tensors on a GPU, not on cpu"):
+        coupling.mixture_cdf(*(x.cpu() for x in tensors), implementation="triton")
+    monkeypatch.setattr(coupling, "triton", None)
     with pytest.raises(ValueError, match="triton is not installed"):
-        coupling.mixture_cdf(*tensors, implementation="triton")
+        coupling.mixture_rosenblatt(*draw("mixture_rosenblatt", 2, 3), implementation="triton")

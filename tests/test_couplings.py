@@ -18,8 +18,9 @@ from torch.autograd.functional import jacobian
 from tarflow_hf.modeling import coupling, coupling_reference
 from tarflow_hf.modeling.normal import normal_log_prob
 
-# Every implementation is held to every test. name: where it runs
-IMPLEMENTATIONS = {"reference": "cpu"}
+# Every implementation is held to every test of a dtype that it computes in. name: where it runs
+IMPLEMENTATIONS = {"reference": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
+DTYPES = {"reference": [torch.float32, torch.float64], "triton": [torch.float32]}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,11 @@ ODD_CASES = {
 }
 OPS = [(name, suffix) for name, case in CASES.items() for suffix in case.directions]
 ODD_OPS = [(name, suffix) for name, case in ODD_CASES.items() for suffix in case.directions]
-DTYPES = [torch.float32, torch.float64]
+
+# For tests of several dtypes; a test that says nothing is one of the reference, in float64.
+every_implementation = pytest.mark.parametrize(
+    ("run", "dtype"), [(name, dtype) for name, dtypes in DTYPES.items() for dtype in dtypes], indirect=["run"]
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -81,15 +86,22 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture
 def run(request):
     """Calls an op of `coupling` by name on the implementation's device; arguments and results are on the CPU."""
-    device = IMPLEMENTATIONS[request.param]
+    implementation = getattr(request, "param", "reference")
+    device = IMPLEMENTATIONS[implementation]
+    if implementation == "triton":
+        pytest.importorskip("triton")
 
     def run(op: str, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        out = getattr(coupling, op)(*(x.to(device) for x in tensors), implementation=request.param)
+        # The affine coupling is one line of PyTorch, and has no kernels.
+        who = "auto" if op.startswith("affine") else implementation
+        out = getattr(coupling, op)(*(x.to(device) for x in tensors), implementation=who)
         return tuple(x.cpu() for x in out) if isinstance(out, tuple) else out.cpu()
 
+    run.implementation = implementation
+    run.is_slow = implementation == "triton" and device == "cpu"  # Triton's interpreter
     return run
 
 
@@ -215,7 +227,7 @@ U_ERROR = {torch.float32: 1e-6, torch.float64: 1e-13}
 
 
 @pytest.mark.parametrize("hardness", [0, 0.5, 1])
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_implementation
 @pytest.mark.parametrize("name", CASES)
 def test_against_mpmath(run, name, dtype, hardness):
     """u, log_det, log_prob and the inverse, for u from -30 to 30 in every dimension."""
@@ -248,7 +260,7 @@ def test_against_mpmath(run, name, dtype, hardness):
             assert abs(log_prob[i].item() - expected) <= 3 * eps * size, i
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_implementation
 def test_the_past_far_from_every_component(run, dtype):
     """30 scales from all components their log-densities are -450 and almost equal: later weights hang on the rest."""
     case, count = Case("mixture_rosenblatt", 7, 3), 10
@@ -312,17 +324,18 @@ def test_log_prob_is_log_det_plus_base(run, name):
     torch.testing.assert_close(run(case.kind + "_log_prob", z, *parameters), log_det + base, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_implementation
 @pytest.mark.parametrize("name", CASES)
 def test_round_trips(run, name, dtype):
     """Both ways, to what rounding u and z allows: |J^-1| (eps (1 + |u|) + |J| eps |z|) in z, and |J| times it in u."""
-    case, eps, n = CASES[name], torch.finfo(dtype).eps, 30
+    case, eps, n = CASES[name], torch.finfo(dtype).eps, 6 if run.is_slow else 30
     z, *parameters = draw(case, (n,), dtype, seed=5, hardness=0.3)
     u, _ = run(case.kind, z, *parameters)
     back = run(case.kind + "_inverse", u, *parameters)
     again, _ = run(case.kind, back, *parameters)
     d = z[0].numel()
-    slope = jacobian(lambda z: run(case.kind, z, *(x.double() for x in parameters))[0], z.double())
+    in_double = [x.double() for x in parameters]
+    slope = jacobian(lambda z: getattr(coupling, case.kind)(z, *in_double)[0], z.double())
     slope = slope.reshape(n, d, n, d)[range(n), :, range(n)]
     u, z, back, again = (x.double().reshape(n, d, 1) for x in (u, z, back, again))
     u_rounding = 2 * eps * (1 + u.abs() + slope.abs() @ z.abs())
@@ -331,6 +344,7 @@ def test_round_trips(run, name, dtype):
     assert ((again - u).abs() <= u_rounding + slope.abs() @ z_error).all()
 
 
+@pytest.mark.parametrize("run", IMPLEMENTATIONS, indirect=True)
 def test_inverse_finds_components_thinner_than_the_spacing_of_floats(run):
     """A component narrower than the spacing of floats shows its slope at one number only: not where to end."""
     loc = torch.tensor([9900.0, 10000.0, 10100.0]).expand(4, 3)
@@ -339,13 +353,14 @@ def test_inverse_finds_components_thinner_than_the_spacing_of_floats(run):
     torch.testing.assert_close(z, torch.tensor([9900.0, 10100.0, 9900.0, 10100.0]), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_implementation
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kind == "mixture_cdf"])
 def test_inverse_is_bracketed_over_the_whole_domain(run, name, dtype):
     """u lies between the transforms of z's neighbours, whatever the mixture."""
     case, info = CASES[name], torch.finfo(dtype)
-    for seed in range(6):
-        u, *parameters = draw_wild(case, 300, dtype, seed, limit=30)
+    count, rounds = (40, 2) if run.is_slow else (300, 6)
+    for seed in range(rounds):
+        u, *parameters = draw_wild(case, count, dtype, seed, limit=30)
         z = run("mixture_cdf_inverse", u, *parameters)
         candidates = parameters[1] + torch.exp(parameters[2]) * u[:, None]
         width = 2 * info.eps * z.abs() + 2 * info.eps**2 * (candidates.amax(-1) - candidates.amin(-1))
@@ -423,12 +438,14 @@ def test_strided_inputs(run, name, suffix):
 # ------------------------------------------------------------------------------------------------------------ extremes
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_implementation
 @pytest.mark.parametrize(("name", "suffix"), OPS)
 def test_extremes_are_finite(run, name, suffix, dtype):
     """Outputs and gradients over the whole domain, corners included; the inverse for |u| up to 30, and up to 1e4."""
     case = CASES[name]
     count, rounds = (40, 40) if case.kind == "mixture_rosenblatt" else (400, 6)
+    if run.is_slow:
+        count, rounds = (4, 3) if suffix == "_inverse" else (40, 4)
     for seed in range(rounds):
         limit = 30 if suffix == "_inverse" and seed % 2 else 1e4
         tensors = draw_wild(case, count, dtype, seed, limit)
@@ -439,13 +456,13 @@ def test_extremes_are_finite(run, name, suffix, dtype):
             assert x.isfinite().all(), (seed, what)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@every_implementation
 @pytest.mark.parametrize("log_scale", [-10.0, 0.0, 10.0])
 @pytest.mark.parametrize(("name", "suffix"), [op for op in OPS if CASES[op[0]].components > 1])
 def test_gaps_are_finite(run, name, suffix, log_scale, dtype):
     """Between far components of equal weight, du/dz underflows in every dimension at once; dz/du overflows."""
     case = CASES[name]
-    for gap in (1, 5, 8, 12, 20, 60, 1e3, 1e9):
+    for gap in (1, 12, 1e9) if run.is_slow else (1, 5, 8, 12, 20, 60, 1e3, 1e9):
         tensors = [torch.zeros(shape, dtype=dtype) for shape in case.shapes((3,))]
         half = min(gap * math.exp(log_scale), 1e4)
         tensors[2] += half * torch.linspace(-1, 1, case.components, dtype=dtype).reshape(
@@ -468,6 +485,7 @@ MIXTURES = {  # logits, loc, log_scale
 }
 
 
+@pytest.mark.parametrize("run", IMPLEMENTATIONS, indirect=True)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_u_never_decreases(run, name):
     """Along a dense grid, and float by float at the median, where the tails change places, and at |t| = 1.06."""
@@ -483,7 +501,9 @@ def test_u_never_decreases(run, name):
     ):
         z = (center.double() + radius * torch.linspace(-1, 1, 20_001, dtype=torch.float64)).float().unique()
         u, _ = run("mixture_cdf", z, logits, loc, log_scale)
-        assert (u.cummax(0).values - u <= 4 * eps * (1 + u.abs())).all()
+        # Two values may differ by the errors of both: the kernels' are within 4 units in the last place each.
+        units = 8 if run.implementation == "triton" else 4
+        assert (u.cummax(0).values - u <= units * eps * (1 + u.abs())).all()
     far = run("mixture_cdf", torch.tensor([-1e4, -1e3, -100.0, 100.0, 1e3, 1e4]), logits, loc, log_scale)[0]
     assert (far.diff() > 0).all()  # no saturation
 
@@ -491,6 +511,7 @@ def test_u_never_decreases(run, name):
 # ---------------------------------------------------------------------------------------- precision, chunks, compiling
 
 
+@pytest.mark.parametrize("run", IMPLEMENTATIONS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("name", "suffix"), OPS)
 def test_low_precision_is_cast_up(run, name, suffix, dtype):
@@ -500,7 +521,8 @@ def test_low_precision_is_cast_up(run, name, suffix, dtype):
     full_outputs, full_gradients = with_gradients(run, case.kind + suffix, [x.float() for x in tensors])
     assert all(x.dtype == torch.float32 for x in outputs) and all(x.dtype == dtype for x in gradients)
     torch.testing.assert_close(outputs, full_outputs, rtol=0, atol=0)
-    torch.testing.assert_close(gradients, [x.to(dtype) for x in full_gradients], rtol=0, atol=0)
+    rounding = torch.finfo(dtype).eps if run.is_slow else 0  # the interpreter cuts bfloat16 off
+    torch.testing.assert_close(gradients, [x.to(dtype) for x in full_gradients], rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize(("name", "suffix"), OPS)
@@ -514,6 +536,7 @@ def test_one_double_makes_all_double(run, name, suffix):
     torch.testing.assert_close(outputs, full_outputs, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("run", IMPLEMENTATIONS, indirect=True)
 @pytest.mark.parametrize(("name", "suffix"), OPS)
 def test_autocast_changes_nothing(run, name, suffix):
     case = CASES[name]
@@ -662,7 +685,7 @@ def test_bad_input(name, suffix):
 @pytest.mark.parametrize(("name", "suffix"), OPS)
 def test_unknown_implementation(name, suffix):
     case = CASES[name]
-    with pytest.raises(ValueError, match="implementation='fast'"):
+    with pytest.raises(ValueError, match="not 'fast'"):
         getattr(coupling, case.kind + suffix)(*draw(case), implementation="fast")
     torch.testing.assert_close(
         getattr(coupling, case.kind + suffix)(*draw(case), implementation="auto"),

@@ -4,8 +4,8 @@ Every op takes plain tensors with any leading shape, checks them, and computes i
 float16 arguments are cast up, results are float32 (float64 where any argument is). Gradients flow to every argument,
 through the inverses too (by the implicit function theorem). Nothing here runs in low precision under autocast.
 
-`implementation` says who computes: "reference" is plain PyTorch and runs anywhere; "triton" are kernels that compute in
-float32 on a GPU (of the mixture CDF so far); "auto" takes the best that was measured, today the reference.
+`implementation` says who computes: "reference" is plain PyTorch and runs anywhere; "triton" are kernels of the mixture
+couplings, float32 on a GPU; "auto" takes the kernels for tensors on a GPU where they can run, the reference otherwise.
 
 References:
     Zhang et al., *Flexible Language Modeling in Continuous Space with Transformer-based Autoregressive Flows*,
@@ -26,10 +26,14 @@ from .coupling_reference import mixture_cdf_log_prob as mixture_cdf_log_prob_ref
 from .coupling_reference import mixture_rosenblatt as mixture_rosenblatt_reference
 from .coupling_reference import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
 from .coupling_reference import mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_reference
+from .coupling_triton import MAX_COMPONENTS
 from .coupling_triton import mixture_cdf as mixture_cdf_triton
 from .coupling_triton import mixture_cdf_inverse as mixture_cdf_inverse_triton
 from .coupling_triton import mixture_cdf_log_prob as mixture_cdf_log_prob_triton
-from .coupling_triton import why_not as why_not_triton
+from .normal_triton import IS_INTERPRETED, triton
+from .rosenblatt_triton import mixture_rosenblatt as mixture_rosenblatt_triton
+from .rosenblatt_triton import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_triton
+from .rosenblatt_triton import mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_triton
 
 # ----------------------------------------------------------------------------------------------------------- affine
 
@@ -52,8 +56,7 @@ def affine(z: Tensor, loc: Tensor, log_scale: Tensor, *, implementation: str = "
         >>> affine(torch.tensor([3.0]), torch.tensor([1.0]), torch.tensor([0.0]))
         (tensor([2.]), tensor([-0.]))
     """
-    run = _choose(implementation, affine_reference)
-    return run(*_prepare_affine(z=z, loc=loc, log_scale=log_scale))
+    return affine_reference(*_prepare_affine(implementation, z=z, loc=loc, log_scale=log_scale))
 
 
 def affine_inverse(u: Tensor, loc: Tensor, log_scale: Tensor, *, implementation: str = "auto") -> Tensor:
@@ -63,8 +66,7 @@ def affine_inverse(u: Tensor, loc: Tensor, log_scale: Tensor, *, implementation:
         >>> affine_inverse(torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor([0.0]))
         tensor([3.])
     """
-    run = _choose(implementation, affine_inverse_reference)
-    return run(*_prepare_affine(u=u, loc=loc, log_scale=log_scale))
+    return affine_inverse_reference(*_prepare_affine(implementation, u=u, loc=loc, log_scale=log_scale))
 
 
 # ------------------------------------------------------------------------------------------------------ mixture CDF
@@ -146,7 +148,7 @@ def mixture_rosenblatt(
         logits: Unnormalised log-weights, shape (..., K); pi = softmax(logits).
         mean: Means of the components, shape (K, d), shared by all positions.
         log_scale: Their log standard deviations, shape (K,).
-        implementation: "auto" or "reference".
+        implementation: "auto", "reference" or "triton".
 
     Returns:
         `u` (..., d) and `log_det` (...) = ``log p(z) - sum_i log phi(u_i)``, in nats.
@@ -159,8 +161,8 @@ def mixture_rosenblatt(
         >>> u.round(decimals=4), log_det.abs().round(decimals=4)
         (tensor([[1., 1.]]), tensor([0.]))
     """
-    run = _choose(implementation, mixture_rosenblatt_reference)
-    return _run_rosenblatt(run, z=z, logits=logits, mean=mean, log_scale=log_scale)
+    tensors = {"z": z, "logits": logits, "mean": mean, "log_scale": log_scale}
+    return _run_rosenblatt(implementation, mixture_rosenblatt_reference, mixture_rosenblatt_triton, **tensors)
 
 
 def mixture_rosenblatt_inverse(
@@ -173,8 +175,10 @@ def mixture_rosenblatt_inverse(
         >>> z.round(decimals=4)
         tensor([[1., 1.]])
     """
-    run = _choose(implementation, mixture_rosenblatt_inverse_reference)
-    return _run_rosenblatt(run, u=u, logits=logits, mean=mean, log_scale=log_scale)
+    tensors = {"u": u, "logits": logits, "mean": mean, "log_scale": log_scale}
+    return _run_rosenblatt(
+        implementation, mixture_rosenblatt_inverse_reference, mixture_rosenblatt_inverse_triton, **tensors
+    )
 
 
 def mixture_rosenblatt_log_prob(
@@ -186,18 +190,32 @@ def mixture_rosenblatt_log_prob(
         >>> mixture_rosenblatt_log_prob(torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(3, 2), torch.zeros(3))
         tensor([-1.8379])
     """
-    run = _choose(implementation, mixture_rosenblatt_log_prob_reference)
-    return _run_rosenblatt(run, z=z, logits=logits, mean=mean, log_scale=log_scale)
+    tensors = {"z": z, "logits": logits, "mean": mean, "log_scale": log_scale}
+    return _run_rosenblatt(
+        implementation, mixture_rosenblatt_log_prob_reference, mixture_rosenblatt_log_prob_triton, **tensors
+    )
 
 
 # ------------------------------------------------------------------------------------------ what the ops above check
 
 
-def _choose(implementation: str, reference: Callable) -> Callable:
-    """For ops that only the reference has so far."""
-    if implementation not in ("auto", "reference"):
-        raise ValueError(f'implementation={implementation!r} is not available here: use "auto" or "reference".')
-    return reference
+def _runs_on_triton(implementation: str, *tensors: Tensor, max_components: int | None = None) -> bool:
+    """Whether the kernels compute, for parameters whose last dimension is the components; or an error, if told to."""
+    if implementation not in ("auto", "reference", "triton"):
+        raise ValueError(f'implementation must be "auto", "reference" or "triton", not {implementation!r}.')
+    reason = None
+    device, num_components = tensors[0].device, tensors[1].shape[-1]
+    if triton is None:
+        reason = "triton is not installed"
+    elif device.type != "cuda" and not IS_INTERPRETED:
+        reason = f"it needs tensors on a GPU, not on {device}"
+    elif any(tensor.dtype == torch.float64 for tensor in tensors):
+        reason = "its kernels are for float32 and less, and a tensor is float64"
+    elif max_components is not None and num_components > max_components:
+        reason = f"it takes at most {max_components} components, not {num_components}"
+    if implementation == "triton" and reason is not None:
+        raise ValueError(f'implementation="triton" cannot run: {reason}.')
+    return implementation == "triton" or (implementation == "auto" and device.type == "cuda" and reason is None)
 
 
 def _check(**tensors: Tensor) -> None:
@@ -219,7 +237,11 @@ def _shapes(**tensors: Tensor) -> str:
     return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
 
 
-def _prepare_affine(**tensors: Tensor) -> list[Tensor]:
+def _prepare_affine(implementation: str, **tensors: Tensor) -> list[Tensor]:
+    if implementation not in ("auto", "reference"):
+        raise ValueError(
+            f'The affine coupling has no kernels: implementation is "auto" or "reference", not {implementation!r}.'
+        )
     _check(**tensors)
     first, *parameters = _cast(*tensors.values())
     try:
@@ -241,19 +263,16 @@ def _run_mixture_cdf(implementation: str, reference: Callable, kernel: Callable,
         raise ValueError(
             f"logits, loc and log_scale must broadcast to (..., K) = {shape}: {_shapes(**tensors)}."
         ) from None
-    if implementation == "triton":
-        if reason := why_not_triton(first, *parameters):
-            raise ValueError(f'implementation="triton" cannot run: {reason}.')
+    if _runs_on_triton(implementation, first, *parameters, max_components=MAX_COMPONENTS):
         return kernel(first, *parameters)
-    # "auto" is the reference on a GPU, too, until the kernels have been measured on one.
-    return _choose(implementation, reference)(*_cast(first, *parameters))
+    return reference(*_cast(first, *parameters))
 
 
-def _run_rosenblatt(run: Callable, **tensors: Tensor):
-    """Checks, then runs `run` on positions in one row, (n, d) and (n, K), and gives back the leading shape."""
+def _run_rosenblatt(implementation: str, reference: Callable, kernel: Callable, **tensors: Tensor):
+    """Checks, then computes on positions in one row, (n, d) and (n, K), and gives back the leading shape."""
     name = next(iter(tensors))  # z or u
     _check(**tensors)
-    first, logits, mean, log_scale = _cast(*tensors.values())
+    first, logits, mean, log_scale = tensors.values()
     if first.ndim == 0 or mean.ndim != 2 or 0 in mean.shape or mean.shape[1] != first.shape[-1]:
         raise ValueError(f"{name} must be (..., d) and mean (K, d), d >= 1 and K >= 1: {_shapes(**tensors)}.")
     num_components, latent_size = mean.shape
@@ -266,6 +285,9 @@ def _run_rosenblatt(run: Callable, **tensors: Tensor):
         raise ValueError(
             f"logits must broadcast to (..., K) = {(*leading, num_components)}: {_shapes(**tensors)}."
         ) from None
+    run = kernel
+    if not _runs_on_triton(implementation, *tensors.values()):
+        run, (first, logits, mean, log_scale) = reference, _cast(first, logits, mean, log_scale)
     out = run(first.reshape(-1, latent_size), logits.reshape(-1, num_components), mean, log_scale)
     if isinstance(out, tuple):  # (u, log_det)
         return out[0].reshape(*leading, latent_size), out[1].reshape(leading)

@@ -237,7 +237,7 @@ class _RosenblattGradients(NamedTuple):
     log_scale: Tensor  # (K,)
 
 
-def _rosenblatt_backward(
+def rosenblatt_backward(
     z: Tensor,
     logits: Tensor,
     mean: Tensor,
@@ -305,7 +305,7 @@ class _MixtureRosenblatt(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_u, grad_log_det):
-        return tuple(_rosenblatt_backward(*ctx.saved_tensors, grad_u=grad_u, grad_log_det=grad_log_det))
+        return tuple(rosenblatt_backward(*ctx.saved_tensors, grad_u=grad_u, grad_log_det=grad_log_det))
 
 
 class _MixtureRosenblattInverse(torch.autograd.Function):
@@ -324,7 +324,7 @@ class _MixtureRosenblattInverse(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_z):
-        return tuple(_rosenblatt_backward(*ctx.saved_tensors, grad_z=grad_z))
+        return tuple(rosenblatt_backward(*ctx.saved_tensors, grad_z=grad_z))
 
 
 class _MixtureRosenblattLogProb(torch.autograd.Function):

@@ -1,13 +1,14 @@
 """The mixture-CDF coupling as Triton kernels: one pass over the parameters forward, one backward, nothing stored.
 
 The mathematics, and the names, are those of `coupling_reference.py`; float32 inside, whatever the arguments' dtype.
-A program handles a tile of BLOCK scalars with all their K components. Without a GPU the kernels run in Triton's
-interpreter (TRITON_INTERPRET=1), for tests.
+A program handles a tile of BLOCK scalars with all their K components.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .normal_triton import exact_exp, lower_quantile, normal_tails
 
 MAX_COMPONENTS = 256  # of a mixture: they must fit into one tile
 TILE_ELEMENTS = 4096  # scalars times components (padded to a power of two) of one program
@@ -16,88 +17,28 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
     import triton
     import triton.language as tl
 
-    # ------------------------------------------------------------------------------------ the normal, in log space
-
     @triton.jit
-    def _log1p(x):
-        # Exact in the last places where x is small: log(u) x / (u - 1) with u = 1 + x as rounded (Kahan).
-        u = 1.0 + x
-        return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-    @triton.jit
-    def _log_half_erfcx(a):
-        """log(erfcx(a) / 2), a >= 0, to 2 units in the last place of erfcx.
-
-        (1 + 2 a) erfcx(a) is smooth in t = (a - 2) / (a + 2), which maps [0, inf) to [-1, 1): a Chebyshev fit of degree
-        12, written as a polynomial. The idea is that of Shepherd & Laframboise, Mathematics of Computation 36, 1981.
-        """
-        t = (a - 2.0) / (a + 2.0)
-        p = -2.025598951149732e-05 * t + 6.336945807561278e-05
-        p = p * t + 0.00022157155035529286
-        p = p * t - 0.0003579204494599253
-        p = p * t - 0.001464070868678391
-        p = p * t + 0.0012174105504527688
-        p = p * t + 0.008724607527256012
-        p = p * t - 0.008018963038921356
-        p = p * t - 0.05422026664018631
-        p = p * t + 0.16404946148395538
-        p = p * t - 0.1660303771495819
-        p = p * t - 0.0927637591958046
-        p = p * t + 1.2769783735275269
-        return tl.log(0.5 * p / (1.0 + 2.0 * a))
-
-    @triton.jit
-    def _normal_tails(x):
-        """log Phi(x), log Phi(-x), log h(x), log h(-x), with h = phi / Phi: `normal_tails` of `normal.py`."""
-        log_sqrt_2pi = 0.9189385332046727
-        half_square = 0.5 * x * x
-        log_factor = _log_half_erfcx(tl.abs(x) * 0.7071067811865476)
-        small = log_factor - half_square
-        large = _log1p(-tl.exp(small))
-        small_hazard = -log_sqrt_2pi - log_factor
-        large_hazard = -log_sqrt_2pi - half_square - large
-        is_negative = x < 0.0
-        return (
-            tl.where(is_negative, small, large),
-            tl.where(is_negative, large, small),
-            tl.where(is_negative, small_hazard, large_hazard),
-            tl.where(is_negative, large_hazard, small_hazard),
-        )
-
-    @triton.jit
-    def _lower_quantile(log_p):
-        """Phi^-1(exp(log_p)) for log_p at most log(1/2), as `ndtri_exp` of `normal.py`."""
-        w = -2.0 * log_p
-        x = -tl.sqrt(tl.maximum(w - tl.log(w) - 1.8378770664093453, 0.0))
-        for _ in tl.static_range(4):
-            log_cdf, _log_sf, hazard, _sf_hazard = _normal_tails(x)
-            x = x - (log_cdf - log_p) * tl.exp(-hazard)
-        return x
-
-    # ------------------------------------------------------------------------------------------------ the coupling
-
-    @triton.jit
-    def _log_sum_exp(x):
+    def log_sum_exp(x):
         peak = tl.max(x, 1)
         return peak + tl.log(tl.sum(tl.exp(x - peak[:, None]), 1))
 
     @triton.jit
     def _transform(z, log_weight, loc, log_scale):
         """`_transform` of the reference, for z (N,) and parameters (N, K); absent components have weight 0."""
-        t = (z[:, None] - loc) * tl.exp(-log_scale)
-        log_cdf_k, log_sf_k, cdf_hazard, sf_hazard = _normal_tails(t)
-        log_cdf = _log_sum_exp(log_weight + log_cdf_k)
-        log_sf = _log_sum_exp(log_weight + log_sf_k)
+        t = (z[:, None] - loc) * exact_exp(-log_scale)
+        log_cdf_k, log_sf_k, cdf_hazard, sf_hazard = normal_tails(t)
+        log_cdf = log_sum_exp(log_weight + log_cdf_k)
+        log_sf = log_sum_exp(log_weight + log_sf_k)
         is_lower = log_cdf <= log_sf
         sign = tl.where(is_lower, 1.0, -1.0)
-        quantile = _lower_quantile(tl.minimum(log_cdf, log_sf))
+        quantile = lower_quantile(tl.minimum(log_cdf, log_sf))
         log_tail = log_weight + tl.where(is_lower[:, None], log_cdf_k, log_sf_k)
         # As log_softmax does it: the largest is subtracted first, so that the weights are exact relative to it.
         log_tail = log_tail - tl.max(log_tail, 1)[:, None]
         log_tail = log_tail - tl.log(tl.sum(tl.exp(log_tail), 1))[:, None]
         log_slope = log_tail + tl.where(is_lower[:, None], cdf_hazard, sf_hazard) - log_scale
-        _c, _s, hazard, _h = _normal_tails(quantile)
-        log_det = _log_sum_exp(log_slope) - hazard
+        _c, _s, hazard, _h = normal_tails(quantile)
+        log_det = log_sum_exp(log_slope) - hazard
         return sign * quantile, log_det, sign, t, log_tail, log_slope, hazard
 
     @triton.jit
@@ -151,22 +92,22 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         if INVERSE:
             grad_u_slope = -grad_u
             limit = 6.98e12  # the cube root of float32's range, as in the reference: room for the products below
-            grad_u = -tl.minimum(tl.maximum(grad_u * tl.minimum(tl.exp(-log_det), limit), -limit), limit)
+            grad_u = -tl.minimum(tl.maximum(grad_u * tl.minimum(exact_exp(-log_det), limit), -limit), limit)
         else:
             grad_u = grad_u + grad_log_det * u
-            grad_u_slope = grad_u * tl.exp(log_det)
-        rho = tl.exp(log_slope - _log_sum_exp(log_slope)[:, None])
+            grad_u_slope = grad_u * exact_exp(log_det)
+        rho = tl.exp(log_slope - log_sum_exp(log_slope)[:, None])
         weight = tl.exp(log_weight)
-        grad_weight = (sign * grad_u * tl.exp(-hazard))[:, None]
+        grad_weight = (sign * grad_u * exact_exp(-hazard))[:, None]
         grad_density = grad_log_det[:, None]
-        pull = grad_density * rho * t * tl.exp(-log_scale)
+        pull = grad_density * rho * t * exact_exp(-log_scale)
         if INVERSE:
             grad_z = -grad_u
         else:
             grad_z = grad_u_slope - tl.sum(tl.where(inside, pull, 0.0), 1)
         grad_logits = grad_weight * (tl.exp(log_tail) - weight) + grad_density * (rho - weight)
         grad_loc = -rho * grad_u_slope[:, None]
-        grad_log_scale = grad_loc * t * tl.exp(log_scale) + grad_density * rho * (t * t - 1.0)
+        grad_log_scale = grad_loc * t * exact_exp(log_scale) + grad_density * rho * (t * t - 1.0)
         tl.store(grad_z_ptr + rows, grad_z, mask=is_row)
         tl.store(grad_logits_ptr + offsets, grad_logits, mask=inside)
         tl.store(grad_loc_ptr + offsets, grad_loc + pull, mask=inside)
@@ -182,8 +123,8 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         log_weight, loc, log_scale, _offsets, _inside = _load_parameters(
             logits_ptr, loc_ptr, log_scale_ptr, rows, num_rows, K, BLOCK_K
         )
-        t = (z[:, None] - loc) * tl.exp(-log_scale)
-        log_prob = _log_sum_exp(log_weight - 0.5 * t * t - 0.9189385332046727 - log_scale)
+        t = (z[:, None] - loc) * exact_exp(-log_scale)
+        log_prob = log_sum_exp(log_weight - 0.5 * t * t - 0.9189385332046727 - log_scale)
         tl.store(log_prob_ptr + rows, log_prob, mask=rows < num_rows)
 
     @triton.jit
@@ -201,10 +142,10 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
             logits_ptr, loc_ptr, log_scale_ptr, rows, num_rows, K, BLOCK_K
         )
         grad = tl.load(grad_ptr + rows, mask=is_row, other=0.0)[:, None]
-        t = (z[:, None] - loc) * tl.exp(-log_scale)
+        t = (z[:, None] - loc) * exact_exp(-log_scale)
         joint = log_weight - 0.5 * t * t - log_scale
-        rho = tl.exp(joint - _log_sum_exp(joint)[:, None])
-        pull = grad * rho * t * tl.exp(-log_scale)
+        rho = tl.exp(joint - log_sum_exp(joint)[:, None])
+        pull = grad * rho * t * exact_exp(-log_scale)
         tl.store(grad_z_ptr + rows, -tl.sum(tl.where(inside, pull, 0.0), 1), mask=is_row)
         tl.store(grad_logits_ptr + offsets, grad * (rho - tl.exp(log_weight)), mask=inside)
         tl.store(grad_loc_ptr + offsets, pull, mask=inside)
@@ -223,7 +164,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
             logits_ptr, loc_ptr, log_scale_ptr, rows, num_rows, K, BLOCK_K
         )
         is_component = (tl.arange(0, BLOCK_K) < K)[None, :]
-        candidates = loc + tl.exp(log_scale) * u[:, None]
+        candidates = loc + exact_exp(log_scale) * u[:, None]
         lower = tl.min(tl.where(is_component, candidates, float("inf")), 1)
         upper = tl.max(tl.where(is_component, candidates, float("-inf")), 1)
         x = tl.sum(tl.exp(log_weight) * candidates, 1)
@@ -241,7 +182,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
             upper = tl.where(value >= 0.0, x, upper)
             spacing = eps * tl.abs(x)
             is_done = is_done | (tl.abs(value) <= tolerance) | (upper - lower <= spacing)
-            step = -value * tl.exp(-log_det)
+            step = -value * exact_exp(-log_det)
             crossing = tl.where(value > 0.0, -spacing, spacing)
             newton = x + tl.where(tl.abs(step) < spacing, crossing, step)
             is_good = (newton >= lower) & (newton <= upper) & (2.0 * tl.abs(step) <= last_step)
@@ -257,20 +198,6 @@ except ImportError:
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
-
-
-def why_not(*tensors: Tensor) -> str | None:
-    """Why the kernels cannot run on latents and parameters like these, or None where they can."""
-    num_components = tensors[-1].shape[-1]
-    if triton is None:
-        return "triton is not installed"
-    if not tensors[0].is_cuda and type(_forward_kernel).__name__ != "InterpretedFunction":
-        return f"it needs tensors on a GPU, not on {tensors[0].device}"
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
-        return "it computes in float32, and a tensor is float64"
-    if num_components > MAX_COMPONENTS:
-        return f"it takes at most {MAX_COMPONENTS} components, not {num_components}"
-    return None
 
 
 def _launch(kernel, num_rows: int, num_components: int, *tensors: Tensor, **options) -> None:
