@@ -42,7 +42,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
 
     @triton.jit
     def _add_exp(peak, total, here, old_shift, new_shift, x):
-        """Adds sum_k exp(x_k), x (N, K), to the sums exp(peak) total, (N, C), at column `here`; each after its shift."""
+        """Adds sum_k exp(x_k), x (N, K), to column `here` of the sums exp(peak) total, (N, C), each after its shift."""
         x_peak = tl.maximum(tl.max(x, 1), -1e30)
         x_total = tl.sum(tl.exp((x - x_peak[:, None]).to(tl.float32)), 1)
         old = peak + old_shift
