@@ -573,6 +573,69 @@ def test_compiled(run, name, suffix):
     )
 
 
+# -------------------------------------------------------------------------------------- logits linear in a hidden state
+
+
+def draw_linear(dtype=torch.float64) -> list[Tensor]:
+    """z, hidden, weight, bias, mean, log_scale."""
+    z, _, mean, log_scale = draw(Case("mixture_rosenblatt", 7, 3), (2, 2), seed=17)
+    random = generator(18)
+    shapes = ((2, 2, 4), (7, 4), (7,))
+    hidden, weight, bias = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes)
+    return [x.to(dtype) for x in (z, hidden, weight, bias, mean, log_scale)]
+
+
+@pytest.mark.parametrize("max_logits", [1, 3 * 7, 2**25])
+@pytest.mark.parametrize("suffix", ["", "_inverse", "_log_prob"])
+@every_implementation
+def test_linear_logits(run, dtype, suffix, max_logits):
+    tensors = draw_linear(dtype)
+
+    def linear(op, *tensors):
+        implementation = run.implementation
+        tensors = [x.to(IMPLEMENTATIONS[implementation]) for x in tensors]
+        out = getattr(coupling, op)(*tensors, implementation=implementation, max_logits=max_logits)
+        return tuple(x.cpu() for x in out) if isinstance(out, tuple) else out.cpu()
+
+    def plain(op, z, hidden, weight, bias, mean, log_scale):
+        return run(op, z, hidden @ weight.T + bias, mean, log_scale)
+
+    actual = with_gradients(linear, "linear_mixture_rosenblatt" + suffix, tensors)
+    expected = with_gradients(plain, "mixture_rosenblatt" + suffix, tensors)
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-4 if suffix == "_inverse" else 2e-5
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_linear_logits_accumulate_in_float32():
+    """bfloat16 by autocast: the weights' gradient is that of the cast factors, however many parts it comes in."""
+    random = generator(19)
+    n, w, k = 4096, 4, 5
+    z, hidden = torch.randn(n, 2, generator=random), 1 + 0.1 * torch.randn(n, w, generator=random)
+    mean, log_scale = torch.randn(k, 2, generator=random), torch.zeros(k)
+    weight = torch.randn(k, w, generator=random).bfloat16().float().requires_grad_()
+    hidden = hidden.bfloat16().float()
+    exact = coupling.mixture_rosenblatt_log_prob(z, hidden @ weight.T, mean, log_scale).sum()
+    (expected,) = torch.autograd.grad(exact, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        log_prob = coupling.linear_mixture_rosenblatt_log_prob(
+            z, hidden, weight, torch.zeros(k), mean, log_scale, max_logits=16 * k
+        )
+    (actual,) = torch.autograd.grad(log_prob.sum(), weight)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0.5)
+
+
+@pytest.mark.parametrize("name, shape", [("hidden", (2, 4)), ("weight", (6, 4)), ("weight", (7, 3)), ("bias", (7, 1))])
+def test_linear_logits_that_do_not_fit(name, shape):
+    names = ["z", "hidden", "weight", "bias", "mean", "log_scale"]
+    tensors = dict(zip(names, draw_linear(), strict=True)) | {name: torch.zeros(shape)}
+    for op in ("linear_mixture_rosenblatt", "linear_mixture_rosenblatt_log_prob"):
+        with pytest.raises(ValueError, match=name):
+            getattr(coupling, op)(**tensors)
+    with pytest.raises(ValueError, match="max_logits must be at least 1, not 0"):
+        coupling.linear_mixture_rosenblatt(*draw_linear(), max_logits=0)
+
+
 # ------------------------------------------------------------------------------------------------- a vocabulary's size
 
 VOCABULARY = """

@@ -14,10 +14,12 @@ References:
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from .coupling_linear import with_linear_logits
 from .coupling_reference import affine as affine_reference
 from .coupling_reference import affine_inverse as affine_inverse_reference
 from .coupling_reference import mixture_cdf as mixture_cdf_reference
@@ -196,6 +198,103 @@ def mixture_rosenblatt_log_prob(
     )
 
 
+# ---------------------------------------------------------- mixture Rosenblatt, with logits that are linear in a state
+
+
+def linear_mixture_rosenblatt(
+    z: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    log_scale: Tensor,
+    *,
+    implementation: str = "auto",
+    max_logits: int = 2**25,
+) -> tuple[Tensor, Tensor]:
+    """`mixture_rosenblatt` with ``logits = hidden @ weight.T + bias``, which never exist all at once.
+
+    For mixtures as large as a vocabulary: the logits of some positions are made, used, thrown away, and made again for
+    the backward pass. Their gradients add up in float32, whatever the dtype of the product (autocast's, or that of its
+    factors).
+
+    Args:
+        z: Latents, shape (..., d).
+        hidden: Hidden states, shape (..., w).
+        weight, bias: Of the output projection, shapes (K, w) and (K,).
+        mean, log_scale: Of the components, shapes (K, d) and (K,).
+        implementation: "auto", "reference" or "triton".
+        max_logits: How many logits may exist at once; 2^25 of them take 128 MiB in float32.
+
+    Returns:
+        `u` (..., d) and `log_det` (...), in nats.
+
+    Raises:
+        ValueError: shapes, devices or the implementation do not fit; TypeError: not floating point.
+
+    Example:
+        >>> z, hidden = torch.randn(5, 2), torch.randn(5, 4)
+        >>> weight, bias, mean, log_scale = torch.randn(9, 4), torch.zeros(9), torch.randn(9, 2), torch.zeros(9)
+        >>> u, log_det = linear_mixture_rosenblatt(z, hidden, weight, bias, mean, log_scale, max_logits=9)
+        >>> torch.allclose(u, mixture_rosenblatt(z, hidden @ weight.T, mean, log_scale)[0], atol=1e-5)
+        True
+    """
+    coupling = partial(mixture_rosenblatt, implementation=implementation)
+    return _run_linear(
+        coupling, max_logits, z=z, hidden=hidden, weight=weight, bias=bias, mean=mean, log_scale=log_scale
+    )
+
+
+def linear_mixture_rosenblatt_inverse(
+    u: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    log_scale: Tensor,
+    *,
+    implementation: str = "auto",
+    max_logits: int = 2**25,
+) -> Tensor:
+    """Inverse of `linear_mixture_rosenblatt`; `u` for `z`, returns z (..., d) alone.
+
+    Example:
+        >>> u, hidden = torch.ones(1, 2), torch.zeros(1, 4)
+        >>> weight, bias, mean, log_scale = torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, 2), torch.zeros(3)
+        >>> linear_mixture_rosenblatt_inverse(u, hidden, weight, bias, mean, log_scale).round(decimals=4)
+        tensor([[1., 1.]])
+    """
+    coupling = partial(mixture_rosenblatt_inverse, implementation=implementation)
+    return _run_linear(
+        coupling, max_logits, u=u, hidden=hidden, weight=weight, bias=bias, mean=mean, log_scale=log_scale
+    )
+
+
+def linear_mixture_rosenblatt_log_prob(
+    z: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    log_scale: Tensor,
+    *,
+    implementation: str = "auto",
+    max_logits: int = 2**25,
+) -> Tensor:
+    """Log-density ``log p(z)`` (...) in nats, of the arguments of `linear_mixture_rosenblatt`.
+
+    Example:
+        >>> z, hidden = torch.zeros(1, 2), torch.zeros(1, 4)
+        >>> weight, bias, mean, log_scale = torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, 2), torch.zeros(3)
+        >>> linear_mixture_rosenblatt_log_prob(z, hidden, weight, bias, mean, log_scale)
+        tensor([-1.8379])
+    """
+    coupling = partial(mixture_rosenblatt_log_prob, implementation=implementation)
+    return _run_linear(
+        coupling, max_logits, z=z, hidden=hidden, weight=weight, bias=bias, mean=mean, log_scale=log_scale
+    )
+
+
 # ------------------------------------------------------------------------------------------ what the ops above check
 
 
@@ -289,6 +388,24 @@ def _run_rosenblatt(implementation: str, reference: Callable, kernel: Callable, 
     if not _runs_on_triton(implementation, *tensors.values()):
         run, (first, logits, mean, log_scale) = reference, _cast(first, logits, mean, log_scale)
     out = run(first.reshape(-1, latent_size), logits.reshape(-1, num_components), mean, log_scale)
-    if isinstance(out, tuple):  # (u, log_det)
-        return out[0].reshape(*leading, latent_size), out[1].reshape(leading)
-    return out.reshape(*leading, latent_size) if out.ndim == 2 else out.reshape(leading)
+    if isinstance(out, tuple):
+        return tuple(x.reshape(leading + x.shape[1:]) for x in out)
+    return out.reshape(leading + out.shape[1:])
+
+
+def _run_linear(coupling: Callable, max_logits: int, **tensors: Tensor):
+    """Checks, then computes on positions in one row, (n, d) and (n, w), and gives back the leading shape."""
+    _check(**tensors)
+    first, hidden, weight, bias, mean, log_scale = tensors.values()
+    if max_logits < 1:
+        raise ValueError(f"max_logits must be at least 1, not {max_logits}.")
+    if weight.ndim != 2 or bias.shape != weight.shape[:1] or mean.ndim != 2 or len(mean) != len(weight):
+        raise ValueError(f"weight must be (K, w), bias (K,) and mean (K, d): {_shapes(**tensors)}.")
+    if hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1] or hidden.shape[:-1] != first.shape[:-1]:
+        raise ValueError(f"hidden must be (..., w), with the leading shape of the first: {_shapes(**tensors)}.")
+    leading = first.shape[:-1]
+    first, hidden = first.reshape(-1, first.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    out = with_linear_logits(coupling, first, hidden, weight, bias, mean, log_scale, max_logits)
+    if isinstance(out, tuple):
+        return tuple(x.reshape(leading + x.shape[1:]) for x in out)
+    return out.reshape(leading + out.shape[1:])

@@ -274,13 +274,16 @@ class _MixtureCDFLogProb(torch.autograd.Function):
         return tuple(gradients)
 
 
+@torch.compiler.disable  # a graph break: nothing inside a kernel is left to a compiler
 def mixture_cdf(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     return _MixtureCDF.apply(z, logits, loc, log_scale)
 
 
+@torch.compiler.disable
 def mixture_cdf_inverse(u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
     return _MixtureCDFInverse.apply(u, logits, loc, log_scale)
 
 
+@torch.compiler.disable
 def mixture_cdf_log_prob(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
     return _MixtureCDFLogProb.apply(z, logits, loc, log_scale)

@@ -463,13 +463,16 @@ class _MixtureRosenblattInverse(torch.autograd.Function):
         return tuple(gradients)
 
 
+@torch.compiler.disable  # a graph break: nothing inside a kernel is left to a compiler
 def mixture_rosenblatt(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     return _MixtureRosenblatt.apply(z.float().contiguous(), logits, mean.float(), log_scale.float())
 
 
+@torch.compiler.disable
 def mixture_rosenblatt_inverse(u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     return _MixtureRosenblattInverse.apply(u.float().contiguous(), logits, mean.float(), log_scale.float())
 
 
+@torch.compiler.disable
 def mixture_rosenblatt_log_prob(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     return _MixtureRosenblattLogProb.apply(z.float().contiguous(), logits, mean.float(), log_scale.float())
