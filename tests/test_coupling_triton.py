@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tarflow_hf.modeling import coupling, coupling_triton, rosenblatt_triton
+from tarflow_hf.modeling.coupling_reference import AutoregressiveNetwork, autoregressive_mixture_parameters
 
 pytest.importorskip("triton")
 
@@ -169,6 +170,51 @@ def test_bad_codes_among_the_logits():
     less[1] = less[1].T
     torch.testing.assert_close(actual[:2], run("mixture_rosenblatt", less, "triton")[:2])
     assert not actual[3][:, 2:4].any() and all(x.isfinite().all() for x in actual)
+
+
+def draw_network(size, num_features, hidden, num_components, num_rows=3):
+    """u, from_context and the weights of a dimension-wise autoregressive network."""
+    generator = torch.Generator().manual_seed(size)
+    triangle = num_features * (size * (size - 1) // 2)
+    shapes = [(num_rows, size), (num_rows, size, hidden)]
+    shapes += [(size - 1, num_features, 3), (size - 1, num_features), (hidden, triangle)]
+    shapes += [(size, 3 * num_components, hidden), (size, 3 * num_components)]
+    u, context, *weights = (torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
+    weights[2], weights[3] = weights[2] / hidden**0.5, weights[3] / hidden**0.5
+    return u, context, weights
+
+
+@pytest.mark.parametrize("size, num_features, hidden, num_components", [(1, 3, 4, 1), (3, 5, 6, 3), (4, 1, 16, 65)])
+def test_the_autoregressive_inverse_in_one_launch(size, num_features, hidden, num_components):
+    u, context, weights = draw_network(size, num_features, hidden, num_components)
+
+    def invert(implementation, dtype):
+        network = AutoregressiveNetwork(*(x.to(dtype) for x in weights), 10.0)
+        return coupling.autoregressive_mixture_cdf_inverse(
+            u.to(dtype), context.to(dtype), network, implementation=implementation
+        )
+
+    exact, reference = (invert("reference", dtype) for dtype in (torch.float64, torch.float32))
+    actual = invert("triton", torch.float32)
+    assert error(actual, exact) <= 3 * error(reference, exact) + 32 * EPS
+    # Dimension by dimension as the parameters of all say at once.
+    network = AutoregressiveNetwork(*(x.double() for x in weights), 10.0)
+    parameters = autoregressive_mixture_parameters(exact, context.double(), network)
+    torch.testing.assert_close(coupling.mixture_cdf(exact, *parameters)[0], u.double(), rtol=1e-10, atol=1e-10)
+
+
+def test_the_autoregressive_inverse_refuses():
+    u, context, weights = draw_network(3, 2, 4, 5)
+    for i, name in enumerate(AutoregressiveNetwork._fields[:-1]):
+        bad = list(weights)
+        bad[i] = bad[i][..., :-1]
+        with pytest.raises(ValueError, match=name):
+            coupling.autoregressive_mixture_cdf_inverse(u, context, AutoregressiveNetwork(*bad, 10.0))
+    network = AutoregressiveNetwork(*weights, 10.0)
+    with pytest.raises(ValueError, match="u, from_context"):
+        coupling.autoregressive_mixture_cdf_inverse(u[:, :2], context, network)
+    with pytest.raises(ValueError, match="no gradients"):
+        coupling.autoregressive_mixture_cdf_inverse(u.requires_grad_(), context, network, implementation="triton")
 
 
 def test_where_the_kernels_cannot_run(monkeypatch):

@@ -388,10 +388,10 @@ def test_autoregressive_head_has_only_unmasked_weights():
     model = make([flow("mixture_cdf", num_components=2, head_hidden_size=32)], latent_size=4)
     head = model.flow.layers[0].head
     features = 32 * 9 // 16 // 3
-    assert [layer.weight.shape for layer in head.from_features] == [(16, i * features) for i in (1, 2, 3)]
-    assert [layer.weight.shape for layer in head.features] == [(features, 3)] * 3
+    assert head.features_weight.shape == (3, features, 3) and head.output_weight.shape == (4, 6, 16)
+    assert head.from_features.shape == (16, (1 + 2 + 3) * features)
     one = make([flow("mixture_cdf")], latent_size=1).flow.layers[0].head
-    assert len(one.features) == len(one.from_features) == 0 and len(one.output) == 1
+    assert one.features_weight.numel() == one.from_features.numel() == 0 and len(one.output_weight) == 1
 
 
 def test_couplings_stay_in_float32_under_autocast(flows):
@@ -465,7 +465,7 @@ def test_initial_mixture_is_close_to_the_identity_and_its_components_differ():
     z = torch.randn(4, 10, 3)
     out = model.flow(z)
     assert (out.noise - z).abs().max() < 0.3
-    assert model.flow.layers[0].head.output[0].bias.detach().unflatten(0, (3, 8))[1].diff().min() > 0.05
+    assert model.flow.layers[0].head.output_bias[0].detach().unflatten(0, (3, 8))[1].diff().min() > 0.05
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from .coupling_linear import with_linear_logits
+from .coupling_reference import AutoregressiveNetwork
 from .coupling_reference import affine as affine_reference
 from .coupling_reference import affine_inverse as affine_inverse_reference
+from .coupling_reference import autoregressive_mixture_cdf_inverse as autoregressive_mixture_cdf_inverse_reference
 from .coupling_reference import mixture_cdf as mixture_cdf_reference
 from .coupling_reference import mixture_cdf_inverse as mixture_cdf_inverse_reference
 from .coupling_reference import mixture_cdf_log_prob as mixture_cdf_log_prob_reference
@@ -29,6 +31,7 @@ from .coupling_reference import mixture_rosenblatt as mixture_rosenblatt_referen
 from .coupling_reference import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
 from .coupling_reference import mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_reference
 from .coupling_triton import MAX_COMPONENTS
+from .coupling_triton import autoregressive_mixture_cdf_inverse as autoregressive_mixture_cdf_inverse_triton
 from .coupling_triton import mixture_cdf as mixture_cdf_triton
 from .coupling_triton import mixture_cdf_inverse as mixture_cdf_inverse_triton
 from .coupling_triton import mixture_cdf_log_prob as mixture_cdf_log_prob_triton
@@ -132,6 +135,67 @@ def mixture_cdf_log_prob(
     """
     tensors = {"z": z, "logits": logits, "loc": loc, "log_scale": log_scale}
     return _run_mixture_cdf(implementation, mixture_cdf_log_prob_reference, mixture_cdf_log_prob_triton, **tensors)
+
+
+def autoregressive_mixture_cdf_inverse(
+    u: Tensor, from_context: Tensor, network: AutoregressiveNetwork, *, implementation: str = "auto"
+) -> Tensor:
+    """Inverse of the mixture-CDF coupling where dimension i's parameters depend on the dimensions before it.
+
+    ``z_i = mixture_cdf_inverse(u_i; network(from_context_i, z_<i))`` for i = 0, ..., D - 1. As kernels all D steps of a
+    position are one launch; they have no gradients, and where these are asked for "auto" takes the reference.
+
+    Args:
+        u: Noise, shape (..., D).
+        from_context: What the context adds to the hidden units of each dimension, shape (..., D, H).
+        network: Weights of the dimensions' networks.
+        implementation: "auto", "reference" or "triton".
+
+    Returns:
+        Latents z (..., D), float32 or better.
+
+    Raises:
+        ValueError: shapes, devices or the implementation do not fit; TypeError: not floating point.
+
+    Example:
+        >>> from tarflow_hf.modeling.coupling_reference import AutoregressiveNetwork, autoregressive_mixture_parameters
+        >>> shapes = {"features_weight": (1, 2, 3), "features_bias": (1, 2), "from_features": (4, 2)}
+        >>> shapes |= {"output_weight": (2, 9, 4), "output_bias": (2, 9)}
+        >>> weights = {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}
+        >>> network = AutoregressiveNetwork(**weights, max_log_scale=10.0)
+        >>> u, from_context = torch.randn(5, 2), torch.randn(5, 2, 4)
+        >>> z = autoregressive_mixture_cdf_inverse(u, from_context, network)
+        >>> parameters = autoregressive_mixture_parameters(z, from_context, network)
+        >>> torch.allclose(mixture_cdf(z, *parameters)[0], u, atol=1e-4)
+        True
+    """
+    weights = dict(zip(network._fields[:-1], network[:-1], strict=True))
+    tensors = {"u": u, "from_context": from_context, **weights}
+    _check(**tensors)
+    size, hidden = from_context.shape[-2:] if from_context.ndim > 1 else (0, 0)
+    num_features, outputs = network.features_bias.shape[-1], network.output_bias.shape[-1]
+    expected = {
+        "u": (*from_context.shape[:-2], size),
+        "features_weight": (size - 1, num_features, 3),
+        "features_bias": (size - 1, num_features),
+        "from_features": (hidden, num_features * size * (size - 1) // 2),
+        "output_weight": (size, outputs, hidden),
+        "output_bias": (size, outputs),
+    }
+    if size == 0 or outputs == 0 or outputs % 3 or any(tensors[name].shape != x for name, x in expected.items()):
+        raise ValueError(f"u, from_context and the network's weights do not fit together: {_shapes(**tensors)}.")
+    out_of_one = network.output_bias[0].unflatten(0, (3, -1))  # whose last dimension is the components
+    is_differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
+    if is_differentiable and implementation == "triton":
+        raise ValueError('implementation="triton" cannot run: this inverse\'s kernel has no gradients.')
+    who = "reference" if is_differentiable and implementation == "auto" else implementation
+    if _runs_on_triton(who, u, out_of_one, from_context, *network[:-1], max_components=MAX_COMPONENTS):
+        out = autoregressive_mixture_cdf_inverse_triton(u.reshape(-1, size), from_context.flatten(0, -3), network)
+        return out.reshape(u.shape)
+    u, from_context, *weights = _cast(u, from_context, *network[:-1])
+    network = AutoregressiveNetwork(*weights, network.max_log_scale)
+    with torch.autocast(u.device.type, enabled=False):
+        return autoregressive_mixture_cdf_inverse_reference(u, from_context, network)
 
 
 # ----------------------------------------------------------------------------------------------- mixture Rosenblatt

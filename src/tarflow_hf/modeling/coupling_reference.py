@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -184,6 +185,68 @@ def mixture_cdf_log_prob(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tens
     """log p(z) = LSE_k(log pi_k + log phi(t_k) - s_k)."""
     t = (z.unsqueeze(-1) - loc) * torch.exp(-log_scale)
     return torch.logsumexp(torch.log_softmax(logits, -1) + normal_log_prob(t) - log_scale, -1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# D scalars, each through a mixture whose parameters depend on those before it: a small network for each dimension
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class AutoregressiveNetwork(NamedTuple):
+    """Weights of the networks that give dimension i its K components, from a hidden state and the dimensions j < i.
+
+    E features of each dimension and H hidden units for each; only the blocks j < i exist. The log scales are kept
+    within +-max_log_scale, softly.
+
+    Reference: Lippe & Gavves, *Categorical Normalizing Flows via Continuous Transformations*, ICLR 2021,
+    arXiv:2006.09790, whose masked weights these are without the masked blocks.
+    """
+
+    features_weight: Tensor  # (D - 1, E, 3)  of (x, elu(x), elu(-x)), for the last dimension nobody asks
+    features_bias: Tensor  # (D - 1, E)
+    from_features: Tensor  # (H, E D (D - 1) / 2)  to dimension 1 from 0, to 2 from 0 and 1, ...
+    output_weight: Tensor  # (D, 3 K, H)  to logits, locations, log scales
+    output_bias: Tensor  # (D, 3 K)
+    max_log_scale: float
+
+    def features(self, i: int, z: Tensor) -> Tensor:
+        """The features (..., E) of dimension i's values (...)."""
+        inputs = torch.stack([z, F.elu(z), F.elu(-z)], -1)
+        return F.gelu(F.linear(inputs, self.features_weight[i], self.features_bias[i]))
+
+    def hidden(self, i: int, from_context: Tensor, features: list[Tensor]) -> Tensor:
+        """The hidden units (..., H) of dimension i, from its part of the context (..., H) and the features before."""
+        if i > 0:
+            num_features = self.features_bias.shape[1]
+            start = num_features * (i * (i - 1) // 2)
+            weight = self.from_features[:, start : start + num_features * i]
+            from_context = from_context + F.linear(torch.cat(features[:i], -1), weight)
+        return F.gelu(from_context)
+
+    def output(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The parameters, three of (..., K), from what the last layer says (..., 3 K)."""
+        logits, loc, log_scale = raw.chunk(3, -1)
+        return logits, loc, self.max_log_scale * torch.tanh(log_scale / self.max_log_scale)
+
+
+def autoregressive_mixture_parameters(
+    z: Tensor, from_context: Tensor, network: AutoregressiveNetwork
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits, loc and log_scale, each (..., D, K), for z (..., D) and from_context (..., D, H)."""
+    features = [network.features(i, x) for i, x in enumerate(z.unbind(-1)[:-1])]
+    hidden = torch.stack([network.hidden(i, x, features) for i, x in enumerate(from_context.unbind(-2))], -2)
+    return network.output(torch.einsum("...ih,ikh->...ik", hidden, network.output_weight) + network.output_bias)
+
+
+def autoregressive_mixture_cdf_inverse(u: Tensor, from_context: Tensor, network: AutoregressiveNetwork) -> Tensor:
+    z, features = [], []
+    for i, u_i in enumerate(u.unbind(-1)):
+        hidden = network.hidden(i, from_context[..., i, :], features)
+        parameters = network.output(F.linear(hidden, network.output_weight[i], network.output_bias[i]))
+        z.append(mixture_cdf_inverse(u_i, *parameters))
+        if i < u.shape[-1] - 1:
+            features.append(network.features(i, z[i]))
+    return torch.stack(z, -1)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .coupling_reference import AutoregressiveNetwork
 from .normal_triton import exact_exp, lower_quantile, normal_tails
 
 MAX_COMPONENTS = 256  # of a mixture: they must fit into one tile
@@ -152,28 +153,17 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         tl.store(grad_log_scale_ptr + offsets, grad * rho * (t * t - 1.0), mask=inside)
 
     @triton.jit
-    def _inverse_kernel(
-        u_ptr, logits_ptr, loc_ptr, log_scale_ptr, z_ptr, num_rows,
-        K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-    ):  # fmt: skip
-        # `find_root` of `normal.py`, whose comments say why each step is as it is; the whole solve in one launch.
-        rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        is_row = rows < num_rows
-        u = tl.load(u_ptr + rows, mask=is_row, other=0.0).to(tl.float32)
-        log_weight, loc, log_scale, _offsets, _inside = _load_parameters(
-            logits_ptr, loc_ptr, log_scale_ptr, rows, num_rows, K, BLOCK_K
-        )
-        is_component = (tl.arange(0, BLOCK_K) < K)[None, :]
+    def _solve(u, log_weight, loc, log_scale, is_component, is_done):
+        """z of u (N,): `find_root` of `normal.py`, whose comments say why each step is as it is."""
         candidates = loc + exact_exp(log_scale) * u[:, None]
         lower = tl.min(tl.where(is_component, candidates, float("inf")), 1)
         upper = tl.max(tl.where(is_component, candidates, float("-inf")), 1)
-        x = tl.sum(tl.exp(log_weight) * candidates, 1)
+        x = tl.sum(tl.exp(log_weight) * tl.where(is_component, candidates, 0.0), 1)
         x = tl.minimum(tl.maximum(x, lower), upper)
         eps = 1.1920928955078125e-07
         tolerance = eps * (1.0 + tl.abs(u))
         last_step = upper - lower
-        is_done = rows >= num_rows
-        num_left = BLOCK
+        num_left = tl.sum(tl.where(is_done, 0, 1), 0)
         steps = 0
         while (steps < 48) & (num_left > 0):
             x_u, log_det, _sign, _t, _log_tail, _log_slope, _hazard = _transform(x, log_weight, loc, log_scale)
@@ -187,11 +177,96 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
             newton = x + tl.where(tl.abs(step) < spacing, crossing, step)
             is_good = (newton >= lower) & (newton <= upper) & (2.0 * tl.abs(step) <= last_step)
             new_x = tl.where(is_good, newton, lower + 0.5 * (upper - lower))
-            last_step = tl.abs(tl.where(is_good, step, new_x - x))
+            last_step = tl.where(is_good, tl.abs(step), upper - lower)
             x = tl.where(is_done, x, new_x)
             num_left = tl.sum(tl.where(is_done, 0, 1), 0)
             steps += 1
-        tl.store(z_ptr + rows, x, mask=is_row)
+        return x
+
+    @triton.jit
+    def _inverse_kernel(
+        u_ptr, logits_ptr, loc_ptr, log_scale_ptr, z_ptr, num_rows,
+        K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        is_row = rows < num_rows
+        u = tl.load(u_ptr + rows, mask=is_row, other=0.0).to(tl.float32)
+        log_weight, loc, log_scale, _offsets, _inside = _load_parameters(
+            logits_ptr, loc_ptr, log_scale_ptr, rows, num_rows, K, BLOCK_K
+        )
+        is_component = (tl.arange(0, BLOCK_K) < K)[None, :]
+        tl.store(z_ptr + rows, _solve(u, log_weight, loc, log_scale, is_component, rows >= num_rows), mask=is_row)
+
+    # ------------------------------------------------------ the inverse through the dimension-wise autoregressive head
+
+    @triton.jit
+    def _tanh(x):
+        square = x * x
+        series = square * (0.13333333333333333 + square * (-0.05396825396825397 + square * 0.021869488536155203))
+        series = x * (1.0 + square * (-0.3333333333333333 + series))
+        e = tl.exp(-2.0 * tl.abs(x))
+        return tl.where(square < 0.09, series, tl.where(x < 0.0, -1.0, 1.0) * (1.0 - e) / (1.0 + e))
+
+    @triton.jit
+    def _gelu(x):
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+    @triton.jit
+    def _elu(x):
+        return tl.where(x > 0.0, x, tl.exp(tl.minimum(x, 0.0)) - 1.0)
+
+    @triton.jit
+    def _linear(x, weight_ptr, bias_ptr, rows, is_row, columns, is_column, NUM_COLUMNS: tl.constexpr):
+        """Some rows of W x + b, x (columns,) in float32."""
+        offsets = rows[:, None] * NUM_COLUMNS + columns[None, :]
+        weight = tl.load(weight_ptr + offsets, mask=is_row[:, None] & is_column[None, :], other=0.0).to(tl.float32)
+        return tl.sum(weight * x[None, :], 1) + tl.load(bias_ptr + rows, mask=is_row, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _autoregressive_inverse_kernel(
+        u_ptr, context_ptr, features_weight_ptr, features_bias_ptr, from_features_ptr, output_weight_ptr,
+        output_bias_ptr, z_ptr, max_log_scale,
+        D: tl.constexpr, E: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+        BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        # All D steps of one position: hidden units, parameters, solve, features of what was found. The features of the
+        # dimensions so far are (BLOCK_D, BLOCK_E), with 0 where there are none yet.
+        row = tl.program_id(0).to(tl.int64)
+        dims, e, h, k = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_K)
+        is_component = k < K
+        is_hidden = h < H
+        features = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
+        for i in range(D):
+            hidden = tl.load(context_ptr + (row * D + i) * H + h, mask=is_hidden, other=0.0).to(tl.float32)
+            column = E * (i * (i - 1) // 2) + dims[:, None] * E + e[None, :]
+            is_past = (dims < i)[:, None] & (e < E)[None, :]
+            weight = tl.load(
+                from_features_ptr + h[:, None, None] * (E * (D * (D - 1) // 2)) + column[None, :, :],
+                mask=is_hidden[:, None, None] & is_past[None, :, :], other=0.0,
+            ).to(tl.float32)  # fmt: skip
+            hidden = _gelu(hidden + tl.sum(tl.sum(weight * features[None, :, :], 2), 1))
+            weight_ptr = output_weight_ptr + i * (3 * K * H)
+            bias_ptr = output_bias_ptr + i * (3 * K)
+            logits = _linear(hidden, weight_ptr, bias_ptr, k, is_component, h, is_hidden, H)
+            loc = _linear(hidden, weight_ptr, bias_ptr, K + k, is_component, h, is_hidden, H)
+            log_scale = _linear(hidden, weight_ptr, bias_ptr, 2 * K + k, is_component, h, is_hidden, H)
+            log_scale = max_log_scale * _tanh(log_scale / max_log_scale)
+            logits = tl.where(is_component, logits, float("-inf"))
+            log_weight = logits - tl.max(logits, 0)
+            log_weight = log_weight - tl.log(tl.sum(tl.exp(log_weight), 0))
+            one = tl.arange(0, 1)
+            u = tl.load(u_ptr + row * D + i + one)
+            z = _solve(u, log_weight[None, :], loc[None, :], log_scale[None, :], is_component[None, :], one > 0)
+            tl.store(z_ptr + row * D + i + one, z)
+            if i < D - 1:
+                x = tl.sum(z, 0)
+                inside = e < E
+                at = features_weight_ptr + (i * E + e) * 3
+                new = tl.load(features_bias_ptr + i * E + e, mask=inside, other=0.0).to(tl.float32)
+                new += tl.load(at, mask=inside, other=0.0).to(tl.float32) * x
+                new += tl.load(at + 1, mask=inside, other=0.0).to(tl.float32) * _elu(x)
+                new += tl.load(at + 2, mask=inside, other=0.0).to(tl.float32) * _elu(-x)
+                features = tl.where((dims == i)[:, None], _gelu(new)[None, :], features)
 
 except ImportError:
     triton = None
@@ -287,3 +362,19 @@ def mixture_cdf_inverse(u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tenso
 @torch.compiler.disable
 def mixture_cdf_log_prob(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
     return _MixtureCDFLogProb.apply(z, logits, loc, log_scale)
+
+
+@torch.compiler.disable
+def autoregressive_mixture_cdf_inverse(u: Tensor, from_context: Tensor, network: AutoregressiveNetwork) -> Tensor:
+    """u (n, D) and from_context (n, D, H); without gradients."""
+    z = torch.empty_like(u, dtype=torch.float32)
+    num_rows, size, hidden_size = from_context.shape
+    num_features, num_components = network.features_bias.shape[-1], network.output_bias.shape[-1] // 3
+    if num_rows:
+        tensors = _contiguous(u.float(), from_context, *network[:-1])
+        _autoregressive_inverse_kernel[num_rows,](
+            *tensors, z, float(network.max_log_scale), D=size, E=num_features, H=hidden_size, K=num_components,
+            BLOCK_D=triton.next_power_of_2(size), BLOCK_E=triton.next_power_of_2(num_features),
+            BLOCK_H=triton.next_power_of_2(hidden_size), BLOCK_K=triton.next_power_of_2(num_components),
+        )  # fmt: skip
+    return z

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, DynamicCache, PreTrainedModel
@@ -34,6 +33,7 @@ from .configuration_tarflowlm import TarFlowLMConfig
 from .coupling import (
     affine,
     affine_inverse,
+    autoregressive_mixture_cdf_inverse,
     mixture_cdf,
     mixture_cdf_inverse,
     mixture_cdf_log_prob,
@@ -41,6 +41,7 @@ from .coupling import (
     mixture_rosenblatt_inverse,
     mixture_rosenblatt_log_prob,
 )
+from .coupling_reference import AutoregressiveNetwork, autoregressive_mixture_parameters
 from .generation_tarflowlm import TarFlowLMGenerationMixin
 from .normal import normal_log_prob
 
@@ -76,92 +77,79 @@ class AffineHead(nn.Module):
         return u, log_det.sum(-1)
 
 
-class MixtureCDFParameters(nn.Linear):
-    """Logits, locations and log scales of K-component mixtures for one dimension, or several, (..., dimensions, K)."""
-
-    def __init__(self, input_size: int, num_components: int, num_dimensions: int = 1):
-        super().__init__(input_size, num_dimensions * 3 * num_components)
-        self.num_components = num_components
-        self.num_dimensions = num_dimensions
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits, loc, log_scale = super().forward(x).unflatten(-1, (self.num_dimensions, 3, -1)).unbind(-2)
-        return logits, loc, _bounded(log_scale)
-
-    def init_bias(self) -> Tensor:
-        """Near the identity: locations spread over half a standard deviation, scales that make the variance 1.
-
-        Components that start alike would stay alike for ever.
-        """
-        k = self.num_components
-        loc = 0.5 * torch.special.ndtri((torch.arange(k, dtype=torch.float32) + 0.5) / k)
-        log_scale = 0.5 * torch.log(1 - loc.square().mean())
-        return torch.cat([torch.zeros(k), loc, log_scale.expand(k)]).repeat(self.num_dimensions)
+def _near_identity(num_components: int) -> Tensor:
+    """Biases (3, K) of logits, locations and log scales: locations spread over half a standard deviation, scales that
+    make the variance 1. Components that start alike would stay alike for ever.
+    """
+    k = num_components
+    loc = 0.5 * torch.special.ndtri((torch.arange(k, dtype=torch.float32) + 0.5) / k)
+    log_scale = 0.5 * torch.log(1 - loc.square().mean())
+    return torch.stack([torch.zeros(k), loc, log_scale.expand(k)])
 
 
-class MixtureCDFHead(nn.Module):
-    """Mix-1. The parameters of all D dimensions come from the context alone or, dimension-wise autoregressive, those
-    of dimension i from the context and the dimensions before it.
+class MixtureCDFHead(nn.Linear):
+    """Mix-1. The parameters of all D dimensions come from the context alone."""
 
-    The autoregressive head is that of Lippe & Gavves, *Categorical Normalizing Flows via Continuous Transformations*,
-    ICLR 2021, arXiv:2006.09790, without its masked weights: dimension i has a hidden layer of its own that reads the
-    context and the features of the dimensions j < i.
+    def __init__(self, config: TarFlowLMConfig, flow: dict[str, Any]):
+        size, num_components = config.patch_size * config.latent_size, flow["num_components"]
+        super().__init__(config.hidden_size, size * 3 * num_components)
+        self.size, self.num_components = size, num_components
+
+    def init_weights(self, std: float) -> None:
+        init.normal_(self.weight, std=std)
+        init.copy_(self.bias, _near_identity(self.num_components).flatten().repeat(self.size))
+
+    def forward(self, h: Tensor, context: Tensor, codebook: Gaussians | None = None, task: str = "transform"):
+        logits, loc, log_scale = super().forward(context).unflatten(-1, (self.size, 3, -1)).unbind(-2)
+        parameters = logits, loc, _bounded(log_scale)
+        return mixture_cdf_inverse(h, *parameters) if task == "inverse" else _mixture_cdf(h, parameters, task)
+
+
+def _mixture_cdf(h: Tensor, parameters: tuple[Tensor, ...], task: str):
+    if task == "log_prob":
+        return mixture_cdf_log_prob(h, *parameters).sum(-1)
+    u, log_det = mixture_cdf(h, *parameters)
+    return u, log_det.sum(-1)
+
+
+class AutoregressiveMixtureCDFHead(nn.Module):
+    """Mix-1, dimension-wise autoregressive: the parameters of dimension i come from the context and from the
+    dimensions before it, through a hidden layer of its own ([`AutoregressiveNetwork`], in float32 or better).
     """
 
     def __init__(self, config: TarFlowLMConfig, flow: dict[str, Any]):
         super().__init__()
         self.size = config.patch_size * config.latent_size
-        self.autoregressive = flow["autoregressive"]
-        num_components = flow["num_components"]
-        if not self.autoregressive:
-            self.output = MixtureCDFParameters(config.hidden_size, num_components, self.size)
-            return
+        self.num_components = flow["num_components"]
         width = flow["head_hidden_size"]
         hidden = width // 2
         features = min(max(1, width * 9 // 16 // max(1, self.size - 1)), 96)
         self.from_context = nn.Linear(config.hidden_size, self.size * hidden)
-        self.features = nn.ModuleList(nn.Linear(3, features) for _ in range(self.size - 1))
-        self.from_features = nn.ModuleList(nn.Linear(i * features, hidden, bias=False) for i in range(1, self.size))
-        self.output = nn.ModuleList(MixtureCDFParameters(hidden, num_components) for _ in range(self.size))
+        self.features_weight = nn.Parameter(torch.empty(self.size - 1, features, 3))
+        self.features_bias = nn.Parameter(torch.empty(self.size - 1, features))
+        self.from_features = nn.Parameter(torch.empty(hidden, features * (self.size * (self.size - 1) // 2)))
+        self.output_weight = nn.Parameter(torch.empty(self.size, 3 * self.num_components, hidden))
+        self.output_bias = nn.Parameter(torch.empty(self.size, 3 * self.num_components))
+
+    def init_weights(self, std: float) -> None:
+        for weight in (self.features_weight, self.from_features, self.output_weight):
+            init.normal_(weight, std=std)
+        init.zeros_(self.features_bias)
+        init.copy_(self.output_bias, _near_identity(self.num_components).flatten().repeat(self.size, 1))
 
     def forward(self, h: Tensor, context: Tensor, codebook: Gaussians | None = None, task: str = "transform"):
+        from_context = self.from_context(context).unflatten(-1, (self.size, -1))  # (B, N, D, H)
+        dtype = torch.promote_types(from_context.dtype, torch.float32)
+        names = AutoregressiveNetwork._fields[:-1]
+        network = AutoregressiveNetwork(*(getattr(self, name).to(dtype) for name in names), MAX_LOG_SCALE)
         if task == "inverse":
-            return self._invert(h, context)
-        if self.autoregressive:
-            from_context = self._from_context(context)
-            features = [self._features(i, x) for i, x in enumerate(h.unbind(-1)[:-1])]
-            each = [self._parameters_of(i, from_context, features) for i in range(self.size)]
-            parameters = [torch.cat(parts, -2) for parts in zip(*each, strict=True)]
-        else:
-            parameters = self.output(context)
-        if task == "log_prob":
-            return mixture_cdf_log_prob(h, *parameters).sum(-1)
-        u, log_det = mixture_cdf(h, *parameters)
-        return u, log_det.sum(-1)
+            return autoregressive_mixture_cdf_inverse(h, from_context, network)
+        with torch.autocast(h.device.type, enabled=False):
+            return _mixture_cdf(h, autoregressive_mixture_parameters(h, from_context.to(dtype), network), task)
 
-    def _invert(self, u: Tensor, context: Tensor) -> Tensor:
-        if not self.autoregressive:
-            return mixture_cdf_inverse(u, *self.output(context))
-        from_context = self._from_context(context)
-        features, h = [], []
-        for i in range(self.size):
-            h.append(mixture_cdf_inverse(u[..., i : i + 1], *self._parameters_of(i, from_context, features)))
-            if i < self.size - 1:
-                features.append(self._features(i, h[-1].squeeze(-1)))
-        return torch.cat(h, -1)
 
-    def _from_context(self, context: Tensor) -> tuple[Tensor, ...]:
-        return self.from_context(context).chunk(self.size, -1)  # D times (B, N, H / 2)
-
-    def _features(self, i: int, x: Tensor) -> Tensor:
-        inputs = torch.stack([x, F.elu(x), F.elu(-x)], -1)
-        return F.gelu(self.features[i](inputs.to(self.features[i].weight.dtype)))  # (B, N, E)
-
-    def _parameters_of(self, i: int, from_context: tuple[Tensor, ...], features: list[Tensor]):
-        hidden = from_context[i]
-        if i > 0:
-            hidden = hidden + self.from_features[i - 1](torch.cat(features[:i], -1))
-        return self.output[i](F.gelu(hidden))  # three of (B, N, 1, K)
+def mixture_cdf_head(config: TarFlowLMConfig, flow: dict[str, Any]) -> nn.Module:
+    return (AutoregressiveMixtureCDFHead if flow["autoregressive"] else MixtureCDFHead)(config, flow)
 
 
 class MixtureRosenblattHead(nn.Module):
@@ -208,7 +196,7 @@ class MixtureRosenblattHead(nn.Module):
 
 COUPLING_HEADS = {
     "affine": AffineHead,
-    "mixture_cdf": MixtureCDFHead,
+    "mixture_cdf": mixture_cdf_head,
     "mixture_rosenblatt": MixtureRosenblattHead,
 }
 
@@ -544,8 +532,8 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
             init.normal_(module.start, std=self.config.initializer_range)
             if module.embedding is not None:
                 init.normal_(module.embedding, std=self.config.initializer_range)
-        elif isinstance(module, MixtureCDFParameters):
-            init.copy_(module.bias, module.init_bias())
+        elif isinstance(module, (MixtureCDFHead, AutoregressiveMixtureCDFHead)):
+            module.init_weights(self.config.initializer_range)
 
 
 class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, GenerationMixin):
