@@ -58,7 +58,7 @@ REFUSED = {
     r"flows\[0\].coupling must be one of affine, mixture_cdf, mixture_rosenblatt, not 'spline'": dict(
         flows=[flow(coupling="spline")]
     ),
-    r"flows\[1\].direction must be one of left_to_right, right_to_left, not 'up'": dict(
+    r"flows\[1\].direction must be one of left_to_right, right_to_left, right_to_left_within_patch, not 'up'": dict(
         flows=[flow(), flow(direction="up")]
     ),
     r"flows\[0\].num_hidden_layers must be an integer of at least 1, not 0": dict(flows=[flow(num_hidden_layers=0)]),

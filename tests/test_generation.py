@@ -9,7 +9,15 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 
 from tarflow_hf import TarFlowLMModel
 
-LEFT_TO_RIGHT = [flow("mixture_rosenblatt"), flow("mixture_cdf", num_components=2), flow("affine")]
+# Stacks that continue a prompt exactly.
+CAUSAL = {
+    "left to right": [flow("mixture_rosenblatt"), flow("mixture_cdf", num_components=2), flow("affine")],
+    "right to left within patches": [
+        flow("mixture_rosenblatt"),
+        flow("mixture_cdf", "right_to_left_within_patch", num_components=2),
+        flow("affine", "right_to_left_within_patch"),
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +98,31 @@ def test_work_is_linear_in_the_length(model):
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])
-def test_a_prompt_is_exact_where_all_flows_run_left_to_right(patch_size):
+@pytest.mark.parametrize("stack", CAUSAL)
+def test_a_prompt_is_exact_where_no_flow_runs_right_to_left(stack, patch_size):
     """Given the prompt's latents, noise behind the prompt gives what the whole noise of that prompt would give."""
-    model = make(LEFT_TO_RIGHT, patch_size)
+    model = make(CAUSAL[stack], patch_size)
     z = model.encode(torch.randint(5, (2, 8)))
     u = model.flow(z).noise
-    u = torch.cat([torch.full_like(u[:, :4], torch.nan), u[:, 4:]], 1)  # the noise at the prompt is not read
-    torch.testing.assert_close(model.flow(u, reverse=True, prefix=z[:, :4]).latents, z, atol=1e-7, rtol=1e-7)
+    known_mask = torch.arange(8) < torch.tensor([[4], [6]])
+    u, known = u.masked_fill(known_mask[..., None], torch.nan), z.masked_fill(~known_mask[..., None], torch.nan)
+    out = model.flow(u, reverse=True, known=known, known_mask=known_mask)
+    torch.testing.assert_close(out.latents, z, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_known_latents_stay_where_they_are(stack):
+    model = make(STACKS[stack], patch_size=2)
+    z, u = torch.randn(2, 2, 8, 2, dtype=torch.float64)
+    known_mask = torch.tensor([[1, 1, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1, 1]]) == 1
+    out = model.flow(u, reverse=True, known=z, known_mask=known_mask).latents
+    assert torch.equal(out[known_mask], z[known_mask])
+    # In a stack of one flow, whose output is the noise, everything else is as the noise there demands.
+    if len(model.flow.layers) == 1:
+        torch.testing.assert_close(model.flow(out).noise[~known_mask], u[~known_mask], atol=1e-8, rtol=1e-8)
+    known_mask[0, 0] = False
+    with pytest.raises(ValueError, match="whole patches"):
+        model.flow(u, reverse=True, known=z, known_mask=known_mask)
 
 
 def test_a_prompt_comes_back_in_front(model, caplog):

@@ -28,6 +28,11 @@ STACKS = {
     "mix-d": [flow("mixture_rosenblatt")],
     "mix-d, latent": [flow("mixture_rosenblatt", context="latent")],
     "mix-d, own codebook": [flow("mixture_rosenblatt", "right_to_left", tie_codebook=False, num_components=3)],
+    "affine, right to left within a patch": [flow("affine", "right_to_left_within_patch")],
+    "mix-d, mix-1 right to left within a patch": [
+        flow("mixture_rosenblatt"),
+        flow("mixture_cdf", "right_to_left_within_patch", num_components=2),
+    ],
     "mix-d, mix-1, mix-1": [
         flow("mixture_rosenblatt"),
         flow("mixture_cdf", "right_to_left", num_components=2),
@@ -107,12 +112,30 @@ def test_jacobian_of_one_flow_is_block_triangular_in_its_direction(flows, patch_
     z = model.encode(torch.randint(5, (1, 6)))
     size = patch_size * 2
     blocks = jacobian(model, z).unflatten(1, (-1, size)).unflatten(0, (-1, size)).abs().amax((1, 3))  # (N, N)
-    if flows[0]["direction"] == "right_to_left":
+    if flows[0]["direction"] == "right_to_left":  # the other two pass the patches left to right
         blocks = blocks.flip(0, 1)
     assert torch.equal(blocks.triu(1), torch.zeros_like(blocks))
     assert (blocks.diagonal() > 0).all()
     if len(blocks) > 1:
         assert blocks.tril(-1).abs().max() > 1e-8  # the context is read
+
+
+@pytest.mark.parametrize("patch_size", [2, 3])
+def test_within_a_patch_the_last_token_comes_first(patch_size):
+    """Dimension-wise autoregressive, the last token's noise depends on itself and the patches before it alone."""
+    model = make([flow("mixture_cdf", "right_to_left_within_patch", num_components=2)], patch_size)
+    z = model.encode(torch.randint(5, (1, 2 * patch_size)))
+    tokens = jacobian(model, z).unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).abs().amax((1, 3))  # (T, T)
+    second = tokens[patch_size:, patch_size:]
+    assert torch.equal(second > 0, torch.ones_like(second).triu() > 0)
+    assert tokens[:patch_size, patch_size:].max() == 0 < tokens[patch_size:, :patch_size].min()
+
+
+def test_within_patches_of_one_token_it_is_left_to_right():
+    stacks = [[flow("mixture_cdf", direction)] for direction in ("left_to_right", "right_to_left_within_patch")]
+    z = torch.randn(2, 6, 2, dtype=torch.float64)
+    expected, actual = (make(flows).flow(z) for flows in stacks)
+    assert torch.equal(actual.noise, expected.noise) and torch.equal(actual.log_det, expected.log_det)
 
 
 def test_reverse_undoes_forward(flows, patch_size):
@@ -136,7 +159,7 @@ def test_cached_reverse_equals_recomputing_every_prefix(flows, patch_size):
         own = layer._arrange(h)
         found = torch.zeros_like(own)
         for n in range(own.shape[1]):
-            inputs = layer._inputs(found[:, :n], model.codebook())
+            inputs = layer._inputs(found, model.codebook(), last=n + 1)
             context = layer.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1:]
             found[:, n : n + 1] = layer.head(own[:, n : n + 1], context, model.codebook(), task="inverse")
         h = layer._rearrange(found)
@@ -332,7 +355,7 @@ def test_proposition_4_the_limit_is_the_discrete_model():
     torch.nn.init.constant_(model.codebook.log_scale, 0.0)
     out = model(input_ids)
     weights = layer.head.projection(
-        layer.decoder(inputs_embeds=layer._inputs(out.latents[:, :-1], model.codebook())).last_hidden_state
+        layer.decoder(inputs_embeds=layer._inputs(out.latents, model.codebook())).last_hidden_state
     ).log_softmax(-1)
     torch.testing.assert_close(out.elbo, torch.logsumexp(weights + model.decode(out.latents), -1).sum(-1))
 

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-DIRECTIONS = ("left_to_right", "right_to_left")
+DIRECTIONS = ("left_to_right", "right_to_left", "right_to_left_within_patch")
 CONTEXTS = ("latent", "posterior")
 
 # What each coupling's flow may say beyond coupling, direction, num_hidden_layers and context.
@@ -29,7 +29,8 @@ class TarFlowLMConfig(PreTrainedConfig):
         flows (`list[dict]`, *optional*): The stack, from the data side to the noise side. Each flow has
 
             - `coupling`: "affine", "mixture_cdf" (Mix-1) or "mixture_rosenblatt" (Mix-d);
-            - `direction`: "left_to_right" or "right_to_left";
+            - `direction`: "left_to_right", "right_to_left" or "right_to_left_within_patch", which takes the tokens of
+              a patch in reverse but passes the patches left to right;
             - `num_hidden_layers`: depth of its decoder;
             - `context`: what its decoder reads, "latent" (a projection of the latents) or "posterior" (a learned
               embedding averaged under p(token | latent); first flow only, and its default if the codebook is tied);

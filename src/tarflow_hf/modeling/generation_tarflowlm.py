@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput, logging
@@ -137,17 +138,19 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         elif noise.shape != shape:
             raise ValueError(f"noise must have shape (B, T, d) = {shape}, not {tuple(noise.shape)}.")
 
-        prefix = None
+        known = known_mask = None
         if prompt.shape[1]:
             directions = [flow["direction"] for flow in self.config.flows]
-            if directions[0] != "left_to_right":
+            if directions[0] == "right_to_left":
                 raise ValueError("A prompt needs a first flow that runs left to right.")
             if "right_to_left" in directions:
                 logger.warning_once(
                     "This model has flows that run right to left: continuing a prompt holds it fixed in the first flow "
                     "only, which is an approximation of the model's conditional distribution."
                 )
-            prefix = self.encode(prompt, noise=noise[:, : prompt.shape[1]])
+            num_new = length - prompt.shape[1]
+            known = F.pad(self.encode(prompt, noise=noise[:, : prompt.shape[1]]), (0, 0, 0, num_new))
+            known_mask = torch.arange(length, device=known.device).expand(len(prompt), -1) < prompt.shape[1]
 
         new_tokens: list[Tensor] = []
 
@@ -173,8 +176,10 @@ class TarFlowLMGenerationMixin(GenerationMixin):
                 raise ValueError(f"A streamer takes one sequence at a time, not {len(prompt)}.")
             streamer.put(prompt.cpu())
         # Only a first flow that runs left to right completes the text in the order in which it is read.
-        streams = streamer is not None and self.config.flows[0]["direction"] == "left_to_right"
-        flow = self.flow(noise.to(home), reverse=True, prefix=prefix, on_position=stream if streams else None)
+        streams = streamer is not None and self.config.flows[0]["direction"] != "right_to_left"
+        flow = self.flow(
+            noise.to(home), reverse=True, known=known, known_mask=known_mask, on_position=stream if streams else None
+        )
         if streams:
             new = torch.cat(new_tokens, 1)
         else:

@@ -256,7 +256,8 @@ class FlowLayer(nn.Module):
         lengths: Tensor | None = None,
         log_prob_only: bool = False,
         reverse: bool = False,
-        prefix: Tensor | None = None,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
         on_position: Callable[[Tensor], None] | None = None,
     ):
         """Maps positions (B, N, D) to noise, or with `reverse` back.
@@ -267,39 +268,57 @@ class FlowLayer(nn.Module):
             lengths: Number of real positions of each sequence, (B,), where some are padded.
             log_prob_only: Return just log p(h) (B,): no distribution function is computed.
             reverse: Invert, one position after another, with a key-value cache.
-            prefix: With `reverse`, the flow's input at its first positions (B, n, D), where it is known.
+            known, known_mask: With `reverse`, the flow's input (B, N, D) where it is given, and where that is, (B, N).
             on_position: With `reverse`, called with the latents (B, P, d) of each new position.
 
         Returns:
             Output (B, N, D) and log_det (B,); or log p (B,); or, with `reverse`, the input (B, N, D). 0 at padding.
         """
-        h = self._arrange(h, lengths)
+        order = self._order(h, lengths)
+        h = self._arrange(h, order)
         if reverse:
-            return self._rearrange(self._invert(h, codebook, prefix, on_position), lengths)
-        context = self.decoder(inputs_embeds=self._inputs(h[:, :-1], codebook), use_cache=False).last_hidden_state
+            if known is not None:
+                known, known_mask = self._arrange(known, order), self._to_slots(known_mask, order)
+            h = self._rearrange(self._invert(h, codebook, known, known_mask, on_position), order)
+            return _zero_padding(h, lengths)
+        context = self._context(self._inputs(h, codebook))
         if log_prob_only:
             return _sum_real(self.head(h, context, codebook, task="log_prob"), lengths)
         u, log_det = self.head(h, context, codebook)
-        return self._rearrange(u, lengths), _sum_real(log_det, lengths)
+        return _zero_padding(self._rearrange(u, order), lengths), _sum_real(log_det, lengths)
 
-    def _invert(self, u: Tensor, codebook: Gaussians, prefix: Tensor | None, on_position) -> Tensor:
-        known = u[:, :0] if prefix is None else self._arrange(prefix)
-        positions = [known]
-        inputs = self._inputs(known, codebook)
-        cache = DynamicCache(config=self.decoder.config)
-        for n in range(known.shape[1], u.shape[1]):
-            context = self.decoder(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state
+    def _invert(self, u: Tensor, codebook: Gaussians, known: Tensor | None, known_mask: Tensor | None, on_position):
+        h, num_known = torch.zeros_like(u), 0
+        if known is not None:
+            h = torch.where(known_mask.unsqueeze(-1), known, 0)
+            num_known = int(known_mask.long().cumprod(-1).sum(-1).min())  # at the front, in every sequence
+        cache, num_read = DynamicCache(config=self.decoder.config), 0
+        for n in range(num_known, u.shape[1]):
+            context = self._context(self._inputs(h, codebook, num_read, n + 1), cache)
+            num_read = n + 1
             position = self.head(u[:, n : n + 1], context[:, -1:], codebook, task="inverse")
-            positions.append(position)
+            if known is not None:
+                position = torch.where(known_mask[:, n : n + 1, None], known[:, n : n + 1], position)
+            h = torch.cat([h[:, :n], position, h[:, n + 1 :]], 1)
             if on_position is not None:
-                on_position(self._rearrange(position).unflatten(-1, (self.patch_size, -1)).flatten(1, 2))
-            inputs = self._embed(position, codebook)
-        return torch.cat(positions, 1)
+                on_position(self._unshuffle(position).unflatten(-1, (self.patch_size, -1)).flatten(1, 2))
+        return h
 
-    def _inputs(self, h: Tensor, codebook: Gaussians) -> Tensor:
-        """What the decoder reads to predict the positions after 0, ..., n: start, h_1, ..., h_n, (B, n + 1, w)."""
-        start = self.start.expand(len(h), 1, -1)
-        return start if h.shape[1] == 0 else torch.cat([start, self._embed(h, codebook)], 1)
+    def _context(self, inputs: Tensor, cache: DynamicCache | None = None) -> Tensor:
+        """The decoder's output (B, n, w) at the slots whose inputs these are; the cache holds those before them."""
+        return self.decoder(inputs_embeds=inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+
+    def _inputs(self, h: Tensor, codebook: Gaussians, first: int = 0, last: int | None = None) -> Tensor:
+        """What the decoder reads at the slots first, ..., last - 1, of which slot s predicts position s: (B, n, w).
+
+        It is a function of position s - 1 alone (the start vector at slot 0): h (B, N, D), in the flow's own order, has
+        to be right at the positions first - 1, ..., last - 2.
+        """
+        last = h.shape[1] if last is None else last
+        inputs = [self.start.expand(len(h), 1, -1)] if first == 0 else []
+        if last > max(first, 1):
+            inputs.append(self._embed(h[:, max(first - 1, 0) : last - 1], codebook))
+        return torch.cat(inputs, 1)
 
     def _embed(self, h: Tensor, codebook: Gaussians) -> Tensor:
         if self.embedding is not None:
@@ -308,30 +327,54 @@ class FlowLayer(nn.Module):
         h = h.to(self.start.dtype)
         return h if self.input_projection is None else self.input_projection(h).to(self.start.dtype)
 
-    def _arrange(self, h: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Into the flow's own order of positions and channels."""
+    def _arrange(self, h: Tensor, order: Tensor | None = None) -> Tensor:
+        """Into the flow's own order of positions and channels: positions (B, N, D) to slots."""
+        return self._to_slots(self._shuffle(h), order)
+
+    def _rearrange(self, h: Tensor, order: Tensor | None = None) -> Tensor:
+        """Back from `_arrange`."""
+        return self._unshuffle(self._to_positions(h, order))
+
+    def _order(self, h: Tensor, lengths: Tensor | None) -> Tensor | None:
+        """The position that each slot predicts, (B, N), where that depends on the sequence; None where it does not."""
+        if lengths is None or self.direction != "right_to_left":
+            return None
+        n = torch.arange(h.shape[1], device=h.device)
+        return torch.where(n < lengths[:, None], lengths[:, None] - 1 - n, n)  # padding stays at the end
+
+    def _to_slots(self, x: Tensor, order: Tensor | None) -> Tensor:
+        """Positions (B, N, ...) in the order in which the flow passes them."""
+        if order is not None:
+            return _take(x, order)
+        return x.flip(1) if self.direction == "right_to_left" else x
+
+    def _to_positions(self, x: Tensor, order: Tensor | None) -> Tensor:
+        """Back from `_to_slots`."""
+        return self._to_slots(x, None if order is None else order.argsort(-1))
+
+    def _shuffle(self, h: Tensor) -> Tensor:
+        """Channels (..., D) in the flow's own order."""
+        if self.direction == "right_to_left_within_patch":
+            h = h.unflatten(-1, (self.patch_size, -1)).flip(-2).flatten(-2)
         for _ in range(self.num_shuffles):
             h = torch.cat([h[..., 0::2], h[..., 1::2]], -1)
-        return _flip(h, lengths) if self.direction == "right_to_left" else h
+        return h
 
-    def _rearrange(self, h: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Back from `_arrange`, with 0 at padding."""
-        h = _flip(h, lengths) if self.direction == "right_to_left" else h
+    def _unshuffle(self, h: Tensor) -> Tensor:
+        """Back from `_shuffle`."""
         for _ in range(self.num_shuffles):
             half = (h.shape[-1] + 1) // 2
             unshuffled = torch.empty_like(h)
             unshuffled[..., 0::2], unshuffled[..., 1::2] = h[..., :half], h[..., half:]
             h = unshuffled
-        return _zero_padding(h, lengths)
+        if self.direction == "right_to_left_within_patch":
+            h = h.unflatten(-1, (self.patch_size, -1)).flip(-2).flatten(-2)
+        return h
 
 
-def _flip(h: Tensor, lengths: Tensor | None) -> Tensor:
-    """Reverses the real positions of each sequence and leaves its padding at the end. Its own inverse."""
-    if lengths is None:
-        return h.flip(1)
-    n = torch.arange(h.shape[1], device=h.device)
-    index = torch.where(n < lengths[:, None], lengths[:, None] - 1 - n, n)
-    return h.gather(1, index.unsqueeze(-1).expand_as(h))
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """The positions of x (B, N, ...) that the index (B, N) names."""
+    return x.gather(1, index.reshape(*index.shape, *[1] * (x.ndim - 2)).expand_as(x))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -367,7 +410,8 @@ class FlowStack(nn.Module):
         reverse: bool = False,
         num_flows: int | None = None,
         output_noise: bool = True,
-        prefix: Tensor | None = None,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
         on_position: Callable[[Tensor], None] | None = None,
     ) -> FlowOutput:
         """Maps latents to noise, or with `reverse` noise to latents.
@@ -381,16 +425,17 @@ class FlowStack(nn.Module):
             attention_mask: (B, T), 1 for real tokens and 0 for padding on the right.
             num_flows: Cut the stack after its first flows; it is a model of its own, with base N(0, I).
             output_noise: Whether to compute `noise`, `log_det` and the last of the `states`, or `log_prob` alone.
-            prefix: With `reverse`, known latents (B, n, d) of the first tokens. Exact where every flow runs left to
-                right; otherwise held fixed in the first flow alone.
+            known, known_mask: With `reverse`, latents (B, T, d) that are held fixed, and where, (B, T). Where no flow
+                runs right to left, those before the first unknown one are given to every flow, which is exact: the
+                others follow p(z_new | z_known). All others are held fixed in the first flow alone.
             on_position: With `reverse`, called with the latents (B, P, d) of each position the first flow completes.
 
         Returns:
             A `FlowOutput`. At padding, noise and states are 0.
 
         Raises:
-            ValueError: T is no multiple of the patch size, the mask has holes or padding on the left, or a real length
-                is no multiple of the patch size, `num_flows` is not in 1, ..., L.
+            ValueError: T is no multiple of the patch size, the mask has holes or padding on the left, a real length is
+                no multiple of the patch size, a patch is known in part, `num_flows` is not in 1, ..., L.
         """
         length = latents.shape[1]
         if length % self.patch_size or length == 0:
@@ -406,8 +451,7 @@ class FlowStack(nn.Module):
         h = latents.to(torch.promote_types(latents.dtype, torch.float32))
         h = _zero_padding(self._to_positions(h), lengths)
         if reverse:
-            prefixes = self._prefixes(layers, prefix)
-            return self._invert(layers, h, lengths, prefixes, on_position)
+            return self._invert(layers, h, lengths, self._known(layers, known, known_mask), on_position)
         return self._transform(layers, h, lengths, output_noise)
 
     def _transform(self, layers: nn.ModuleList, h: Tensor, lengths: Tensor | None, output_noise: bool) -> FlowOutput:
@@ -423,23 +467,29 @@ class FlowStack(nn.Module):
         log_prob = log_det + _sum_real(normal_log_prob(h).sum(-1), lengths)
         return FlowOutput(tokens[0], tokens[-1], log_det, log_prob, tokens)
 
-    def _invert(self, layers: nn.ModuleList, h: Tensor, lengths: Tensor | None, prefixes, on_position) -> FlowOutput:
+    def _invert(self, layers: nn.ModuleList, h: Tensor, lengths: Tensor | None, known, on_position) -> FlowOutput:
         codebook, states = self.codebook(), [h]
-        for layer, prefix in zip(reversed(layers), reversed(prefixes), strict=True):
+        for layer, (state, mask) in zip(reversed(layers), reversed(known), strict=True):
             callback = on_position if layer is layers[0] else None
-            h = layer(h, codebook, lengths, reverse=True, prefix=prefix, on_position=callback)
+            h = layer(h, codebook, lengths, reverse=True, known=state, known_mask=mask, on_position=callback)
             states.append(h)
         tokens = tuple(map(self._to_tokens, reversed(states)))
         return FlowOutput(latents=tokens[0], noise=tokens[-1], states=tokens)
 
-    def _prefixes(self, layers: nn.ModuleList, prefix: Tensor | None) -> list[Tensor | None]:
-        """What each flow knows of its input (B, n, D) when the latents of the first tokens are given."""
-        if prefix is None:
-            return [None] * len(layers)
-        if any(layer.direction != "left_to_right" for layer in layers):
-            return [self._to_positions(prefix)] + [None] * (len(layers) - 1)
-        # Left to right, the states of the first tokens depend on nothing behind them.
-        return [self._to_positions(state) for state in self(prefix, num_flows=len(layers)).states[:-1]]
+    def _known(self, layers: nn.ModuleList, known: Tensor | None, known_mask: Tensor | None):
+        """What each flow knows of its input (B, N, D), and where (B, N), when some latents (B, T, d) are given."""
+        if known is None:
+            return [(None, None)] * len(layers)
+        by_position = known_mask.unflatten(1, (-1, self.patch_size))
+        _require((by_position.all(-1) == by_position.any(-1)).all(), "known_mask must cover whole patches.")
+        mask = by_position.all(-1)
+        first = (self._to_positions(known), mask)
+        if len(layers) == 1 or any(layer.direction == "right_to_left" for layer in layers):
+            return [first] + [(None, None)] * (len(layers) - 1)
+        # Left to right, the states of the first positions depend on nothing behind them.
+        states = self(torch.where(known_mask.unsqueeze(-1), known, 0), num_flows=len(layers)).states[1:-1]
+        leading = mask.long().cumprod(-1).bool()
+        return [first] + [(self._to_positions(state), leading) for state in states]
 
     def _to_positions(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, self.patch_size)).flatten(2)  # (B, T, d) to (B, N, D)
