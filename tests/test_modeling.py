@@ -53,11 +53,10 @@ def make(flows, patch_size=1, latent_size=2, vocab_size=5, seed=0, noise=0.1, **
         vocab_size=vocab_size,
         latent_size=latent_size,
         patch_size=patch_size,
-        max_position_embeddings=18,
         hidden_size=16,
         num_attention_heads=2,
         flows=flows,
-        **options,
+        **{"max_position_embeddings": 18, **options},
     )
     model = TarFlowLMModel(config).double().eval()
     with torch.no_grad():
@@ -72,13 +71,31 @@ def jacobian(model, z, **options):
     return torch.autograd.functional.jacobian(function, z.flatten())
 
 
-@pytest.fixture(params=STACKS, ids=str)
+# Those that need several tokens to a patch.
+PATCH_STACKS = {
+    "mix-d, patch head": [flow("mixture_rosenblatt", patch_head_layers=1)],
+    "mix-d, patch head, latent": [flow("mixture_rosenblatt", context="latent", patch_head_layers=2)],
+    "mix-1, mix-d with patch head": [
+        flow("mixture_cdf", num_components=2),
+        flow("mixture_rosenblatt", "right_to_left_within_patch", num_components=3, patch_head_layers=1),
+    ],
+}
+
+
+@pytest.fixture(params=[*STACKS, *PATCH_STACKS], ids=str)
 def flows(request):
-    return STACKS[request.param]
+    return (STACKS | PATCH_STACKS)[request.param]
+
+
+@pytest.fixture
+def smallest_patch(flows):
+    return 2 if any("patch_head_layers" in layer for layer in flows) else 1
 
 
 @pytest.fixture(params=[1, 2, 3], ids="patch {}".format)
-def patch_size(request):
+def patch_size(request, smallest_patch):
+    if request.param < smallest_patch:
+        pytest.skip("a patch of one token has no patch head")
     return request.param
 
 
@@ -129,6 +146,51 @@ def test_within_a_patch_the_last_token_comes_first(patch_size):
     second = tokens[patch_size:, patch_size:]
     assert torch.equal(second > 0, torch.ones_like(second).triu() > 0)
     assert tokens[:patch_size, patch_size:].max() == 0 < tokens[patch_size:, :patch_size].min()
+
+
+@pytest.mark.parametrize("stack", PATCH_STACKS)
+@pytest.mark.parametrize("patch_size", [2, 4, 8])
+def test_a_patch_head_end_to_end(stack, patch_size):
+    """Training descends the loss, scoring and sampling agree, and the body still runs once a patch."""
+    model = make(PATCH_STACKS[stack], patch_size, max_position_embeddings=16)
+    input_ids = torch.randint(5, (2, 16))
+    noise = torch.randn(2, 16, 2, dtype=torch.float64)
+    torch.testing.assert_close(model.flow(model.flow(noise, reverse=True).latents).noise, noise, atol=1e-7, rtol=1e-7)
+    tokens = model.generate(noise=noise)
+    assert tokens.shape == (2, 16) and torch.equal(tokens[:1], model.generate(noise=noise[:1]))
+
+    lengths = []
+    for layer in model.flow.layers:
+        layer.decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(5):
+        loss = model(input_ids, labels=input_ids, generator=torch.Generator().manual_seed(0)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    assert lengths == [16 // patch_size] * 5 * len(model.flow.layers)
+
+
+@pytest.mark.parametrize("patch_size", [2, 4])
+def test_a_patch_head_sees_the_tokens_before_in_the_patch_and_no_others(patch_size):
+    """One Mix-d flow, token by token: the blocks of its Jacobian are triangular over the tokens of a patch.
+
+    Without a patch head they are diagonal within a patch.
+    """
+    for layers, is_seen in ((0, False), (1, True)):
+        model = make([flow("mixture_rosenblatt", patch_head_layers=layers)], patch_size, max_position_embeddings=16)
+        z = model.encode(torch.randint(5, (1, 2 * patch_size)))
+        blocks = jacobian(model, z).unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).abs().amax((1, 3))  # (T, T)
+        assert torch.equal(blocks.triu(1), torch.zeros_like(blocks)) and (blocks.diagonal() > 0).all()
+        for first in (0, patch_size):
+            patch = blocks[first : first + patch_size, first : first + patch_size]
+            below = torch.ones_like(patch).tril(-1) > 0
+            assert ((patch[below] > 0) == is_seen).all()
 
 
 def test_within_patches_of_one_token_it_is_left_to_right():
@@ -192,11 +254,11 @@ def test_no_distribution_function_in_the_last_flow_of_a_training_step(monkeypatc
         assert len(calls) == num_calls  # forward and backward: d = 2 dimensions of the Mix-d flow, 1 Mix-1 flow
 
 
-def test_a_cut_stack_is_a_model_of_its_own(flows):
-    model = make(flows)
+def test_a_cut_stack_is_a_model_of_its_own(flows, smallest_patch):
+    model = make(flows, smallest_patch)
     z = model.encode(torch.randint(5, (2, 6)))
     for num_flows in range(1, len(flows) + 1):
-        alone = make(flows[:num_flows])
+        alone = make(flows[:num_flows], smallest_patch)
         alone.load_state_dict({k: v for k, v in model.state_dict().items() if k in alone.state_dict()})
         cut, whole = model.flow(z, num_flows=num_flows), alone.flow(z)
         torch.testing.assert_close(cut.log_prob, whole.log_prob)
@@ -226,21 +288,21 @@ def test_padding_changes_nothing(flows, patch_size):
     torch.testing.assert_close(back, z.masked_fill(mask[..., None] == 0, 0), atol=1e-7, rtol=1e-7)
 
 
-def test_no_gradient_leaves_padding_and_every_parameter_gets_one(flows):
-    model = make(flows)
+def test_no_gradient_leaves_padding_and_every_parameter_gets_one(flows, smallest_patch):
+    model = make(flows, smallest_patch)
     input_ids = torch.randint(5, (2, 6))
-    mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     z = model.encode(input_ids).detach().requires_grad_()
     model(input_ids, mask, labels=input_ids, latents=z).loss.backward()
-    assert (z.grad[1, 3:] == 0).all() and (z.grad[1, :3] != 0).all()
+    assert (z.grad[1, 4:] == 0).all() and (z.grad[1, :4] != 0).all()
     model(input_ids, mask, labels=input_ids).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and (parameter.grad != 0).any(), name
 
 
-def test_terms_of_the_bound(flows):
+def test_terms_of_the_bound(flows, smallest_patch):
     """Against the definitions, with torch.distributions."""
-    model = make(flows)
+    model = make(flows, smallest_patch)
     input_ids = torch.randint(5, (2, 6))
     out = model(input_ids, output_noise=True)
     mean, log_scale = model.codebook()
@@ -291,9 +353,10 @@ ENUMERATED = {
 }
 
 
-@pytest.mark.parametrize("name", ENUMERATED)
+@pytest.mark.parametrize("name", [*ENUMERATED, *PATCH_STACKS])
 def test_likelihoods_of_all_sequences_add_up_to_one(name):
-    model = make(ENUMERATED[name], latent_size=1, vocab_size=3, initial_log_scale=-0.5)
+    patch_size = 2 if name in PATCH_STACKS else 1
+    model = make((ENUMERATED | PATCH_STACKS)[name], patch_size, latent_size=1, vocab_size=3, initial_log_scale=-0.5)
     log_likelihood, elbo = enumerate_likelihoods(model, 2)
     assert sum(map(math.exp, log_likelihood.values())) == pytest.approx(1, abs=1e-4)
     for x, value in elbo.items():
@@ -384,11 +447,12 @@ def test_top_k_posterior_context():
             torch.testing.assert_close(a, b)
 
 
-def test_large_vocabulary_in_chunks(monkeypatch):
+@pytest.mark.parametrize("patch_head_layers", [0, 1])
+def test_large_vocabulary_in_chunks(monkeypatch, patch_head_layers):
     """Logits made chunk by chunk, and remade in the backward pass, change no loss and no gradient."""
     from tarflow_hf.modeling.modeling_tarflowlm import MixtureRosenblattHead
 
-    model = make(STACKS["mix-d"], patch_size=2)
+    model = make([flow("mixture_rosenblatt", patch_head_layers=patch_head_layers)], patch_size=2)
     input_ids = torch.randint(5, (3, 8))
     z = model.encode(input_ids).detach()
 
@@ -402,6 +466,10 @@ def test_large_vocabulary_in_chunks(monkeypatch):
     monkeypatch.setattr(MixtureRosenblattHead, "max_logits", 5 * 2 * 2)
     for a, b in zip(run(), expected, strict=True):
         torch.testing.assert_close(a, b)
+    logits = []
+    model.flow.layers[0].head.projection.register_forward_hook(lambda module, args, out: logits.append(out.numel()))
+    run()
+    assert max(logits) <= 5 * 2 * 2 and len(logits) > 2
     u = torch.randn(3, 8, 2, dtype=torch.float64)
     torch.testing.assert_close(model.flow(model.flow(u, reverse=True).latents).noise, u, atol=1e-8, rtol=1e-8)
 
@@ -417,8 +485,8 @@ def test_autoregressive_head_has_only_unmasked_weights():
     assert len(one.features) == len(one.from_features) == 0 and len(one.output) == 1
 
 
-def test_couplings_stay_in_float32_under_autocast(flows):
-    model = make(flows).float()
+def test_couplings_stay_in_float32_under_autocast(flows, smallest_patch):
+    model = make(flows, smallest_patch).float()
     input_ids = torch.randint(5, (2, 6))
     z = model.encode(input_ids)
     exact = model(input_ids, latents=z, output_noise=True)

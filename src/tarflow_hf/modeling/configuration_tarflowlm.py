@@ -12,7 +12,7 @@ CONTEXTS = ("latent", "posterior")
 COUPLING_OPTIONS = {
     "affine": (),
     "mixture_cdf": ("num_components", "autoregressive", "head_hidden_size"),
-    "mixture_rosenblatt": ("num_components", "tie_codebook"),
+    "mixture_rosenblatt": ("num_components", "tie_codebook", "patch_head_layers"),
 }
 
 
@@ -38,7 +38,10 @@ class TarFlowLMConfig(PreTrainedConfig):
             - `autoregressive` ("mixture_cdf", default True): each dimension's parameters see the dimensions before
               it, through a head of width `head_hidden_size` (default 128);
             - `tie_codebook` ("mixture_rosenblatt"): use the encoder's codebook; the default in the first flow, and
-              impossible in the others, whose input does not live in the codebook's space.
+              impossible in the others, whose input does not live in the codebook's space;
+            - `patch_head_layers` ("mixture_rosenblatt", default 0): depth of a second decoder, over the tokens of each
+              patch, by which a token's mixture weights see the latents before it in its patch, too; without it the
+              tokens of a patch are independent given the patches before.
         block_config (`PreTrainedConfig` or `dict` with a `model_type`, *optional*): Full configuration of the flows'
             decoder, of any causal architecture of the library. Its depth is set per flow, its vocabulary is not used.
         posterior_top_k (`int`, *optional*): Number of tokens that the "posterior" context averages over (the most
@@ -129,7 +132,7 @@ class TarFlowLMConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Decoder layers of the whole stack."""
+        """Decoder layers of the whole stack, those over the positions: `patch_head_layers` do not count."""
         return sum(flow["num_hidden_layers"] for flow in self.flows)
 
     def decoder_config(self, num_hidden_layers: int, **changes: Any) -> PreTrainedConfig:
@@ -218,6 +221,14 @@ class TarFlowLMConfig(PreTrainedConfig):
                 )
         if "num_components" in flow:
             _at_least_one(f"{where}.num_components", flow["num_components"])
+        patch_head_layers = flow.get("patch_head_layers", 0)
+        if patch_head_layers != 0:
+            _at_least_one(f"{where}.patch_head_layers", patch_head_layers)
+            if self.patch_size == 1:
+                raise ValueError(
+                    f"{where}.patch_head_layers must be 0, not {patch_head_layers}: with patch_size 1 no token has "
+                    "another before it in its patch."
+                )
         for name in ("autoregressive", "tie_codebook"):
             if not isinstance(flow.get(name, False), bool):
                 raise ValueError(f"{where}.{name} must be true or false, not {flow[name]!r}.")

@@ -51,6 +51,16 @@ from .normal import normal_log_prob
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def _decoder(config: TarFlowLMConfig, num_hidden_layers: int) -> PreTrainedModel:
+    """The block config's causal decoder, which is fed embeddings: it gets the smallest token table, and loses that."""
+    no_tokens = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    decoder_config = config.decoder_config(num_hidden_layers, **no_tokens)
+    decoder_config._attn_implementation = config._attn_implementation
+    decoder = AutoModel.from_config(decoder_config)
+    decoder.set_input_embeddings(None)
+    return decoder
+
+
 MAX_LOG_SCALE = 10.0
 
 
@@ -164,9 +174,38 @@ class MixtureCDFHead(nn.Module):
         return self.output[i](F.gelu(hidden))  # three of (B, N, 1, K)
 
 
+class PatchDecoder(nn.Module):
+    """A light causal decoder over the P tokens of a patch, on top of the flow's own, which runs once a patch.
+
+    Its output at token p has read the patch's context and the latents of the tokens before p in the patch.
+    """
+
+    def __init__(self, config: TarFlowLMConfig, flow: dict[str, Any]):
+        super().__init__()
+        self.decoder = _decoder(config, flow["patch_head_layers"])
+        self.start = nn.Parameter(torch.empty(config.hidden_size))
+        if flow["context"] == "posterior":
+            self.posterior_top_k = config.posterior_top_k
+            self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        else:
+            self.embedding = None
+            self.projection = nn.Linear(config.latent_size, config.hidden_size)
+
+    def forward(self, tokens: Tensor, context: Tensor, codebook: Gaussians) -> Tensor:
+        """The first n tokens of patches (B, n, d), of context (B, w), to the contexts (B, n + 1, w) up to the next."""
+        if self.embedding is None:
+            tokens = self.projection(tokens.to(self.start.dtype))
+        else:
+            tokens = codebook.posterior_average(tokens, self.embedding, self.posterior_top_k)
+        start = self.start.expand(len(context), 1, -1)
+        inputs = context.unsqueeze(1) + torch.cat([start, tokens.to(start.dtype)], 1)
+        return self.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
+
+
 class MixtureRosenblattHead(nn.Module):
     """Mix-d. The context gives each of the P tokens of a position its mixture weights over a codebook: the encoder's
-    (tied), or one of the flow's own.
+    (tied), or one of the flow's own. Given the context the tokens are independent; with a `PatchDecoder` (the flow's
+    `patch_head_layers`) each token's weights also see the latents before it in its patch.
     """
 
     # Positions times components handled at once: the logits of a large vocabulary are made, used and remade in the
@@ -177,11 +216,32 @@ class MixtureRosenblattHead(nn.Module):
         super().__init__()
         self.patch_size = config.patch_size
         self.num_components = flow["num_components"]
-        self.projection = nn.Linear(config.hidden_size, config.patch_size * self.num_components)
+        self.patch_decoder = PatchDecoder(config, flow) if flow.get("patch_head_layers") else None
+        num_outputs = self.num_components if self.patch_decoder else config.patch_size * self.num_components
+        self.projection = nn.Linear(config.hidden_size, num_outputs)
         self.codebook = None if flow["tie_codebook"] else Codebook(self.num_components, config.latent_size)
 
     def forward(self, h: Tensor, context: Tensor, codebook: Gaussians | None = None, task: str = "transform"):
-        mean, log_scale = codebook if self.codebook is None else self.codebook()
+        components = codebook if self.codebook is None else self.codebook()
+        tokens = h.unflatten(-1, (self.patch_size, -1)).flatten(0, 1)  # (B N, P, d)
+        context = context.flatten(0, 1)  # (B N, w)
+        if self.patch_decoder is None:
+            output = self._couple(task, tokens, context, components)
+        elif task == "inverse":
+            output = tokens[:, :0]
+            for p in range(self.patch_size):
+                token_context = self.patch_decoder(output, context, codebook)[:, -1:]
+                token = self._couple(task, tokens[:, p : p + 1], token_context, components)
+                output = torch.cat([output, token], 1)
+        else:
+            output = self._couple(task, tokens, self.patch_decoder(tokens[:, :-1], context, codebook), components)
+        if task == "transform":
+            u, log_det = output
+            return u.reshape(h.shape), log_det.sum(-1).reshape(h.shape[:-1])
+        return output.sum(-1).reshape(h.shape[:-1]) if task == "log_prob" else output.reshape(h.shape)
+
+    def _couple(self, task: str, tokens: Tensor, context: Tensor, components: Gaussians):
+        """The coupling of tokens (n, p, d), whose weights follow from contexts (n, p, w) or, in common, (n, w)."""
         run = {
             "transform": mixture_rosenblatt,
             "log_prob": mixture_rosenblatt_log_prob,
@@ -189,21 +249,15 @@ class MixtureRosenblattHead(nn.Module):
         }[task]
 
         def apply(tokens: Tensor, context: Tensor):
-            logits = self.projection(context).unflatten(-1, (self.patch_size, self.num_components))
-            return run(tokens, logits, mean, log_scale)
+            logits = self.projection(context).reshape(*tokens.shape[:-1], self.num_components)
+            return run(tokens, logits, *components)
 
-        tokens = h.unflatten(-1, (self.patch_size, -1)).flatten(0, 1)  # (B N, P, d)
-        rows = max(1, self.max_logits // (self.patch_size * self.num_components))
-        chunks = list(zip(tokens.split(rows), context.flatten(0, 1).split(rows), strict=True))
+        rows = max(1, self.max_logits // (tokens.shape[1] * self.num_components))
+        chunks = list(zip(tokens.split(rows), context.split(rows), strict=True))
         if len(chunks) == 1:
-            outputs = [apply(*chunks[0])]
-        else:
-            outputs = [checkpoint(apply, *chunk, use_reentrant=False) for chunk in chunks]
-        if task == "transform":
-            u, log_det = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-            return u.reshape(h.shape), log_det.sum(-1).reshape(h.shape[:-1])
-        output = torch.cat(outputs)
-        return output.sum(-1).reshape(h.shape[:-1]) if task == "log_prob" else output.reshape(h.shape)
+            return apply(*chunks[0])
+        outputs = [checkpoint(apply, *chunk, use_reentrant=False) for chunk in chunks]
+        return tuple(map(torch.cat, zip(*outputs, strict=True))) if task == "transform" else torch.cat(outputs)
 
 
 COUPLING_HEADS = {
@@ -241,12 +295,7 @@ class FlowLayer(nn.Module):
             input_size = config.patch_size * config.latent_size
         self.input_projection = None if input_size is None else nn.Linear(input_size, config.hidden_size)
         self.start = nn.Parameter(torch.empty(config.hidden_size))
-        # The decoder is fed embeddings: it gets the smallest token table, and loses that.
-        no_tokens = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-        decoder_config = config.decoder_config(flow["num_hidden_layers"], **no_tokens)
-        decoder_config._attn_implementation = config._attn_implementation
-        self.decoder = AutoModel.from_config(decoder_config)
-        self.decoder.set_input_embeddings(None)
+        self.decoder = _decoder(config, flow["num_hidden_layers"])
         self.head = COUPLING_HEADS[flow["coupling"]](config, flow)
 
     def forward(
@@ -590,7 +639,7 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
         if isinstance(module, Codebook):
             init.normal_(module.mean)
             init.constant_(module.log_scale, self.config.initial_log_scale)
-        elif isinstance(module, FlowLayer):
+        elif isinstance(module, (FlowLayer, PatchDecoder)):
             init.normal_(module.start, std=self.config.initializer_range)
             if module.embedding is not None:
                 init.normal_(module.embedding, std=self.config.initializer_range)
