@@ -133,6 +133,32 @@ def test_a_prompt_comes_back_in_front(model, caplog):
     assert torch.equal(model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))[:, :4], prompt)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("stack", [*CAUSAL, "mix-d, mix-1, mix-1"])
+def test_prompts_of_different_lengths_share_a_batch(stack, patch_size, side):
+    model = make((CAUSAL | STACKS)[stack], patch_size)
+    prompts = [torch.randint(5, (length,)) for length in (2, 6, 0, 4)]
+    noise = torch.randn(4, 12, 2, dtype=torch.float64)
+    padding, width = 99, 6  # an id outside of the vocabulary
+    input_ids = torch.full((4, width), padding)
+    for row, prompt in zip(input_ids, prompts, strict=True):
+        row[width - len(prompt) if side == "left" else 0 :][: len(prompt)] = prompt
+    mask = (input_ids != padding).long()
+    out = model.generate(input_ids, attention_mask=mask, noise=noise, output_states=True)
+    assert torch.equal(out.sequences[:, :width], input_ids)
+    for n, prompt in enumerate(prompts):
+        is_real = torch.cat([mask[n] == 1, torch.ones(6, dtype=torch.bool)])
+        alone = model.generate(prompt[None], noise=noise[n : n + 1, is_real], output_states=True)
+        assert torch.equal(alone.sequences[0], out.sequences[n, is_real])
+        for state, expected in zip(out.states, alone.states, strict=True):
+            torch.testing.assert_close(state[n, is_real], expected[0], atol=1e-7, rtol=1e-7)
+            assert (state[n, ~is_real] == 0).all()
+    # Without a given noise, and with the padding of all rows alike.
+    tokens = model.generate(input_ids[:1], attention_mask=mask[:1], num_return_sequences=3, max_new_tokens=4)
+    assert torch.equal(tokens[:, :width], input_ids[:1].expand(3, -1)) and tokens.shape == (3, 10)
+
+
 def test_nothing_but_padding_after_the_end(model):
     generator = torch.Generator().manual_seed(0)
     free = model.generate(num_return_sequences=16, generator=generator)
@@ -197,7 +223,8 @@ def test_bad_input(model):
         (dict(inputs=prompt, max_length=4), "Nothing to generate"),
         (dict(inputs=prompt.repeat(1, longest)), "leaves no room"),
         (dict(inputs=prompt + 9), "vocab_size"),
-        (dict(inputs=prompt, attention_mask=torch.tensor([[0, 1, 1, 1]])), "padding"),
+        (dict(inputs=prompt, attention_mask=torch.ones(1, 5)), r"shape of the prompt: \(1, 5\), \(1, 4\)"),
+        (dict(attention_mask=torch.ones(1, 5)), "shape of the prompt"),
         (dict(noise=torch.zeros(1, 8, 3)), "noise must have shape"),
         (dict(noise=torch.zeros(1, longest + 1, 2)), "max_position_embeddings"),
         (dict(noise=torch.zeros(1, 8, 2), num_return_sequences=2), "num_return_sequences"),
@@ -206,7 +233,10 @@ def test_bad_input(model):
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             model.generate(**arguments)
+    pairs = make(STACKS["mix-d"], 2)
     with pytest.raises(ValueError, match="multiples of patch_size"):
-        make(STACKS["mix-d"], 2).generate(max_new_tokens=5)
+        pairs.generate(max_new_tokens=5)
+    with pytest.raises(ValueError, match=r"multiples of patch_size, 2, not \[3\] and 2 tokens"):
+        pairs.generate(prompt, attention_mask=torch.tensor([[0, 1, 1, 1]]), max_new_tokens=2)
     with pytest.raises(ValueError, match="left to right"):
         make(STACKS["affine, right to left"]).generate(prompt)

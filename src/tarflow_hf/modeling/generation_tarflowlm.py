@@ -54,15 +54,18 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         Without a prompt, sampling is exact: the tokens follow the model's distribution. With a prompt, the latents of
         the prompt are drawn from q(z | x) and held fixed. Where every flow runs left to right, the continuation then
         follows p(z_new | z_prompt) exactly. Where some flow runs right to left, only the first flow sees the prompt:
-        an approximation, about which one warning is given.
+        an approximation, about which one warning is given. Prompts of different lengths may share a batch: each is
+        continued as it would be alone.
 
         Args:
             inputs (`torch.LongTensor` of shape (B, n), *optional*): Prompt, also accepted as `input_ids`.
+            attention_mask (`torch.Tensor` of shape (B, n), *optional*): 0 where a prompt has padding, on either side.
+                What is returned has it there, too, before the new tokens.
             generation_config ([`GenerationConfig`], *optional*): Options; those given as keywords win.
             streamer (*optional*): Receives the prompt, then tokens as the first flow completes them.
             generator ([`torch.Generator`], *optional*): Source of all randomness; the global one by default.
             noise (`torch.Tensor` of shape (B, T, d), *optional*): The noise itself: the same noise gives the same
-                tokens. T counts the prompt, whose latents are drawn by the noise there.
+                tokens. T counts the prompt, whose latents are drawn by the noise there, and its padding.
             decode ("argmax" or "sample"): How tokens follow from latents: the most likely under p(x | z), the
                 default, or a sample of it.
             output_states (`bool`): Also return every flow's state, see [`TarFlowLMGenerateOutput`].
@@ -75,11 +78,12 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             return_dict_in_generate (`bool`): Return a [`TarFlowLMGenerateOutput`].
 
         Returns:
-            Token ids (B, T), prompt included, or a [`TarFlowLMGenerateOutput`].
+            Token ids (B, T), prompt included (with its padding, where latents and states are 0), or a
+            [`TarFlowLMGenerateOutput`].
 
         Raises:
-            ValueError: An unknown option or one out of range, a prompt with padding or with no room behind it, a
-                length that is no multiple of the patch size.
+            ValueError: An unknown option or one out of range, a prompt with no room behind it, a prompt or a
+                continuation whose length is no multiple of the patch size.
 
         Example:
             >>> from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
@@ -97,10 +101,9 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             raise ValueError("Give the prompt as inputs or as input_ids, not as both.")
         prompt = inputs if input_ids is None else input_ids
         attention_mask = kwargs.pop("attention_mask", None)
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError(
-                "attention_mask: prompts must have no padding; give prompts of different lengths one by one."
-            )
+        if attention_mask is not None and (prompt is None or attention_mask.shape != prompt.shape):
+            shapes = f"{tuple(attention_mask.shape)}, {None if prompt is None else tuple(prompt.shape)}"
+            raise ValueError(f"attention_mask must have the shape of the prompt: {shapes}.")
         if unknown := sorted(set(kwargs) - set(OPTIONS)):
             raise ValueError(f"generate has no options {unknown}; its options are {', '.join(OPTIONS)}.")
 
@@ -125,11 +128,12 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         home = torch.device("cpu") if self.device.type == "meta" else self.device
         if prompt is None:
             prompt = torch.empty(1 if noise is None else len(noise), 0, dtype=torch.long, device=home)
+        is_known = torch.ones_like(prompt, dtype=torch.bool) if attention_mask is None else attention_mask != 0
         if noise is None:
-            prompt = prompt.repeat_interleave(num_return_sequences, 0)
+            prompt, is_known = (x.repeat_interleave(num_return_sequences, 0) for x in (prompt, is_known))
         elif num_return_sequences != 1:
             raise ValueError("noise already says how many sequences there are: leave out num_return_sequences.")
-        length = self._length(prompt.shape[1], noise, option("max_new_tokens", None), option("max_length", None))
+        length = self._length(is_known, noise, option("max_new_tokens", None), option("max_length", None))
         shape = (len(prompt), length, self.config.latent_size)
         if noise is None:
             device = home if generator is None else generator.device
@@ -138,19 +142,17 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         elif noise.shape != shape:
             raise ValueError(f"noise must have shape (B, T, d) = {shape}, not {tuple(noise.shape)}.")
 
-        known = known_mask = None
-        if prompt.shape[1]:
-            directions = [flow["direction"] for flow in self.config.flows]
-            if directions[0] == "right_to_left":
-                raise ValueError("A prompt needs a first flow that runs left to right.")
-            if "right_to_left" in directions:
-                logger.warning_once(
-                    "This model has flows that run right to left: continuing a prompt holds it fixed in the first flow "
-                    "only, which is an approximation of the model's conditional distribution."
-                )
-            num_new = length - prompt.shape[1]
-            known = F.pad(self.encode(prompt, noise=noise[:, : prompt.shape[1]]), (0, 0, 0, num_new))
-            known_mask = torch.arange(length, device=known.device).expand(len(prompt), -1) < prompt.shape[1]
+        # The flows want what is real of a sequence in one piece: its padding goes to the end, wherever it stood.
+        num_new = length - prompt.shape[1]
+        ids, is_known = F.pad(prompt, (0, num_new)).to(home), is_known.to(home)
+        is_real, is_known = F.pad(is_known, (0, num_new), value=True), F.pad(is_known, (0, num_new), value=False)
+        pieces = Pieces(is_real)
+        ids, is_known, is_real, noise = (pieces.gather(x) for x in (ids, is_known, is_real, noise.to(home)))
+        known = {}
+        if bool(is_known.any()):
+            self._check_prompt()
+            latents = self.encode(ids.masked_fill(~is_known, 0), noise=noise)
+            known = {"known": latents, "known_mask": is_known}
 
         new_tokens: list[Tensor] = []
 
@@ -177,13 +179,13 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             streamer.put(prompt.cpu())
         # Only a first flow that runs left to right completes the text in the order in which it is read.
         streams = streamer is not None and self.config.flows[0]["direction"] != "right_to_left"
-        flow = self.flow(
-            noise.to(home), reverse=True, known=known, known_mask=known_mask, on_position=stream if streams else None
-        )
+        attention_mask = None if pieces.order is None else is_real
+        flow = self.flow(noise, attention_mask, reverse=True, on_position=stream if streams else None, **known)
+        states = tuple(map(pieces.scatter, flow.states))
         if streams:
             new = torch.cat(new_tokens, 1)
         else:
-            new = choose(flow.latents[:, prompt.shape[1] :]).to(prompt.device)
+            new = choose(states[0][:, prompt.shape[1] :]).to(prompt.device)
         is_after_end = _is_after_end(new, eos_token_id)
         if streamer is not None:
             if not streams:
@@ -195,12 +197,23 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             new = new.masked_fill(is_after_end, end_token_id if pad_token_id is None else pad_token_id)
         sequences = torch.cat([prompt, new], 1)
         if output_states or option("return_dict_in_generate", False):
-            return TarFlowLMGenerateOutput(sequences, flow.latents, flow.noise, flow.states if output_states else None)
+            return TarFlowLMGenerateOutput(sequences, states[0], states[-1], states if output_states else None)
         return sequences
 
-    def _length(self, prompt_length: int, noise: Tensor | None, max_new_tokens: int | None, max_length: int | None):
-        """Tokens of a sequence, prompt included."""
-        longest = self.config.max_position_embeddings
+    def _check_prompt(self) -> None:
+        """Whether the flows can continue a prompt, and how well."""
+        directions = [flow["direction"] for flow in self.config.flows]
+        if directions[0] == "right_to_left":
+            raise ValueError("A prompt needs a first flow that runs left to right.")
+        if "right_to_left" in directions:
+            logger.warning_once(
+                "This model has flows that run right to left: continuing a prompt holds it fixed in the first flow "
+                "only, which is an approximation of the model's conditional distribution."
+            )
+
+    def _length(self, is_prompt: Tensor, noise: Tensor | None, max_new_tokens: int | None, max_length: int | None):
+        """Tokens of a sequence, prompt and its padding included; prompts are where the mask (B, n) is True."""
+        prompt_length, longest = is_prompt.shape[1], self.config.max_position_embeddings
         if prompt_length >= longest:
             raise ValueError(
                 f"A prompt of {prompt_length} tokens leaves no room: max_position_embeddings is {longest}."
@@ -220,12 +233,49 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"Nothing to generate: the prompt has {prompt_length} tokens, the whole would have {length}."
             )
-        if length % self.config.patch_size or prompt_length % self.config.patch_size:
+        patch_size = self.config.patch_size
+        lengths = is_prompt.sum(-1)
+        if (length - prompt_length) % patch_size or bool((lengths % patch_size).any()):
             raise ValueError(
-                f"Prompt and whole must be multiples of patch_size, {self.config.patch_size}: "
-                f"{prompt_length}, {length}."
+                f"Prompts and what follows them must be multiples of patch_size, {patch_size}, not "
+                f"{lengths.tolist()} and {length - prompt_length} tokens."
             )
         return length
+
+
+class Pieces:
+    """Sequences with padding anywhere, (B, T, ...), and their real tokens in one piece, padding at the end.
+
+    Example:
+        >>> pieces = Pieces(torch.tensor([[False, True, True], [True, False, False]]))
+        >>> pieces.gather(torch.tensor([[0, 1, 2], [3, 0, 0]]))
+        tensor([[1, 2],
+                [3, 0]])
+        >>> pieces.scatter(torch.tensor([[1, 2], [3, 0]]))
+        tensor([[0, 1, 2],
+                [3, 0, 0]])
+    """
+
+    def __init__(self, is_real: Tensor):
+        self.order = None  # (B, T): where the tokens of the pieces stand; None where nothing is padded
+        if not bool(is_real.all()):
+            self.order = (~is_real).int().argsort(dim=-1, stable=True)
+            self.width, self.length = int(is_real.sum(-1).max()), is_real.shape[1]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Sequences (B, T, ...) to pieces (B, longest, ...)."""
+        return x if self.order is None else self._take(x, self.order)[:, : self.width]
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Back to sequences, with 0 at padding (where pieces have it)."""
+        if self.order is None:
+            return x
+        x = torch.cat([x, x.new_zeros(len(x), self.length - self.width, *x.shape[2:])], 1)
+        return self._take(x, self.order.argsort(-1))
+
+    def _take(self, x: Tensor, index: Tensor) -> Tensor:
+        index = index.to(x.device).reshape(*index.shape, *[1] * (x.ndim - 2))
+        return x.gather(1, index.expand_as(x))
 
 
 def _is_after_end(tokens: Tensor, eos_token_id: int | list[int] | None) -> Tensor:
