@@ -44,6 +44,8 @@ class TarFlowLMConfig(PreTrainedConfig):
               tokens of a patch are independent given the patches before.
         block_config (`PreTrainedConfig` or `dict` with a `model_type`, *optional*): Full configuration of the flows'
             decoder, of any causal architecture of the library. Its depth is set per flow, its vocabulary is not used.
+        conditional (`bool`, defaults to False): Whether the model may be told some of the tokens (`observed_mask`),
+            which then enter every flow as context: prompts and infilling are exact once it has been trained so.
         posterior_top_k (`int`, *optional*): Number of tokens that the "posterior" context averages over (the most
             likely ones, renormalised). Default: all of them up to a vocabulary of 256, 8 beyond.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
@@ -88,6 +90,7 @@ class TarFlowLMConfig(PreTrainedConfig):
         intermediate_size: int | None = None,
         flows: list[dict[str, Any]] | None = None,
         block_config: PreTrainedConfig | dict[str, Any] | None = None,
+        conditional: bool = False,
         posterior_top_k: int | None = None,
         initializer_range: float = 0.02,
         initial_log_scale: float = -1.0,
@@ -104,6 +107,9 @@ class TarFlowLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"max_position_embeddings must be a multiple of patch_size: {max_position_embeddings}, {patch_size}."
             )
+        if not isinstance(conditional, bool):
+            raise ValueError(f"conditional must be true or false, not {conditional!r}.")
+        self.conditional = conditional
         self.posterior_top_k = posterior_top_k
         if posterior_top_k is None and self.vocab_size > 256:
             self.posterior_top_k = 8
