@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -159,8 +160,14 @@ SMALL = [flow("mixture_rosenblatt"), flow("mixture_cdf", "right_to_left", num_co
 OBSERVED = [{1: 2}, {0: 1}, {2: 0}]
 
 
-def small_model(seed=0):
-    return make(SMALL, latent_size=1, vocab_size=3, seed=seed, noise=0.1, initial_log_scale=-0.5, conditional=True)
+def small_model():
+    """One in which what is observed matters: the encoders of its tokens are apart, and the weights are large."""
+    model = make(SMALL, latent_size=1, vocab_size=3, initial_log_scale=-0.7, conditional=True)
+    with torch.no_grad():
+        model.codebook.mean.copy_(torch.tensor([[-1.5], [0.0], [1.5]]))
+        for name, parameter in model.flow.layers[0].named_parameters():
+            parameter.mul_(4 if parameter.ndim == 2 and "embedding" not in name else 1)
+    return model
 
 
 def completions(observed):
@@ -200,6 +207,30 @@ def test_importance_weighted_bound_of_what_is_missing():
     mean, error = bound.reshape(300, 9).mean(0), bound.reshape(300, 9).std(0) / math.sqrt(300)
     assert (mean < exact + 3 * error).all() and (exact - mean < 0.5 * (exact - low) + 3 * error).all()
     assert (exact - mean).sum() < 0.4 * (exact - low).sum()
+
+
+@pytest.mark.parametrize("observed", OBSERVED, ids=str)
+def test_infilled_tokens_follow_the_enumerated_distribution(observed):
+    """Chi-square of 20,000 infills, decoded by sampling p(x | z), against the table of all completions."""
+    from scipy.stats import chisquare
+
+    model = small_model()
+    others = {n: (token + 1) % 3 for n, token in observed.items()}
+    tables = [enumerate_likelihoods(model, 3, points=150, observed=given)[0].values() for given in (observed, others)]
+    expected, expected_given_others = (np.exp(list(table)) for table in tables)
+    ids, mask = (x[:1] for x in completions(observed))
+    tokens = model.float().generate(
+        ids.masked_fill(~mask, 99),
+        infill_mask=~mask,
+        num_return_sequences=20_000,
+        decode="sample",
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert torch.equal(tokens[:, mask[0]], ids[:, mask[0]].expand(20_000, -1))
+    a, b = tokens[:, ~mask[0]].unbind(-1)
+    counts = torch.bincount(a * 3 + b, minlength=9).numpy()
+    assert chisquare(counts, expected / expected.sum() * 20_000).pvalue > 1e-3
+    assert chisquare(counts, expected_given_others / expected_given_others.sum() * 20_000).pvalue < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------- pieces and bad input
@@ -246,8 +277,9 @@ def test_bad_input():
     z = model.encode(ids)
     with pytest.raises(ValueError, match="must have shape"):
         model.flow(z, observed_mask=some)
-    with pytest.raises(ValueError, match="must be tokens"):
-        model.flow(z, observed_ids=-ids - 1, observed_mask=some)
+    for wrong in (-ids - 1, ids + 5):
+        with pytest.raises(ValueError, match="vocab_size"):
+            model.flow(z, observed_ids=wrong, observed_mask=some)
     with pytest.raises(ValueError, match="not both"):
         model.flow(z, reverse=True, known=z, known_mask=some, observed_ids=ids, observed_mask=some)
     with pytest.raises(ValueError, match="conditional=False"):

@@ -648,7 +648,9 @@ class FlowStack(nn.Module):
         mask = _zero_unless(_is_variable(h, lengths, None), mask.unflatten(1, (-1, self.patch_size)) == 1)  # (B, N, P)
         _require((mask.all(-1) == mask.any(-1)).all(), "observed_mask must cover whole patches.")
         ids = torch.where(mask, ids.unflatten(1, (-1, self.patch_size)), -1)
-        _require((ids >= 0).eq(mask).all(), "observed_ids must be tokens where observed_mask is 1.")
+        vocab_size = self.layers[0].observed_embedding.embedding.num_embeddings
+        is_token = (ids >= 0) & (ids < vocab_size)
+        _require((is_token == mask).all(), f"observed_ids must be in 0, ..., vocab_size - 1 = {vocab_size - 1}.")
         is_left = _is_variable(h, lengths, ids).any(-1).all()
         _require(is_left, "observed_mask covers a whole sequence: nothing of it is left to model.")
         return ids
