@@ -133,8 +133,7 @@ def test_a_prompt_comes_back_in_front(model, caplog):
     assert torch.equal(model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))[:, :4], prompt)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize(("patch_size", "side"), [(1, "left"), (2, "right")])
 @pytest.mark.parametrize("stack", [*CAUSAL, "mix-d, mix-1, mix-1", "mix-d, mix-1, mix-1; conditional"])
 def test_prompts_of_different_lengths_share_a_batch(stack, patch_size, side):
     name, _, conditional = stack.partition("; ")
@@ -160,8 +159,7 @@ def test_prompts_of_different_lengths_share_a_batch(stack, patch_size, side):
     assert torch.equal(tokens[:, :width], input_ids[:1].expand(3, -1)) and tokens.shape == (3, 10)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize(("patch_size", "side"), [(1, "left"), (2, "right")])
 @pytest.mark.parametrize("conditional", [False, True])
 @pytest.mark.parametrize("stack", ["mix-d, mix-1, mix-1", "mix-1, right to left, posterior"])
 def test_an_infill_keeps_every_known_token(stack, conditional, patch_size, side):
