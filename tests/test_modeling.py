@@ -492,6 +492,8 @@ def test_large_vocabulary_in_chunks(monkeypatch, patch_head_layers):
     assert max(logits) <= 5 * 2 * 2 and len(logits) > 2
     u = torch.randn(3, 8, 2, dtype=torch.float64)
     torch.testing.assert_close(model.flow(model.flow(u, reverse=True).latents).noise, u, atol=1e-8, rtol=1e-8)
+    model = make([flow("mixture_rosenblatt", patch_head_layers=patch_head_layers)], patch_size=2, posterior_top_k=3)
+    torch.testing.assert_close(model.flow(model.flow(u, reverse=True).latents).noise, u, atol=1e-8, rtol=1e-8)
 
 
 def test_autoregressive_head_has_only_unmasked_weights():

@@ -217,7 +217,7 @@ class MixtureRosenblattHead(nn.Module):
         self.patch_size = config.patch_size
         self.num_components = flow["num_components"]
         self.patch_decoder = PatchDecoder(config, flow) if flow.get("patch_head_layers") else None
-        num_outputs = self.num_components if self.patch_decoder else config.patch_size * self.num_components
+        num_outputs = self.num_components * (config.patch_size if self.patch_decoder is None else 1)
         self.projection = nn.Linear(config.hidden_size, num_outputs)
         self.codebook = None if flow["tie_codebook"] else Codebook(self.num_components, config.latent_size)
 
@@ -666,7 +666,7 @@ class FlowStack(nn.Module):
         if len(layers) == 1 or any(layer.direction == "right_to_left" for layer in layers):
             return [first] + [(None, None)] * (len(layers) - 1)
         # Left to right, the states of the first positions depend on nothing behind them.
-        states = self(torch.where(known_mask.unsqueeze(-1), known, 0), num_flows=len(layers)).states[1:-1]
+        states = self(torch.where(known_mask.unsqueeze(-1), known, 0), num_flows=len(layers) - 1).states[1:]
         leading = mask.long().cumprod(-1).bool()
         return [first] + [(self._to_positions(state), leading) for state in states]
 
