@@ -211,7 +211,7 @@ def test_importance_weighted_bound_of_what_is_missing():
 
 @pytest.mark.parametrize("observed", OBSERVED, ids=str)
 def test_infilled_tokens_follow_the_enumerated_distribution(observed):
-    """Chi-square of 10,000 infills, decoded by sampling p(x | z), against the table of all completions."""
+    """Chi-square of 20,000 infills, decoded by sampling p(x | z), against the table of all completions."""
     from scipy.stats import chisquare
 
     model = small_model()
@@ -222,15 +222,15 @@ def test_infilled_tokens_follow_the_enumerated_distribution(observed):
     tokens = model.float().generate(
         ids.masked_fill(~mask, 99),
         infill_mask=~mask,
-        num_return_sequences=10_000,
+        num_return_sequences=20_000,
         decode="sample",
         generator=torch.Generator().manual_seed(1),
     )
-    assert torch.equal(tokens[:, mask[0]], ids[:, mask[0]].expand(10_000, -1))
+    assert torch.equal(tokens[:, mask[0]], ids[:, mask[0]].expand(20_000, -1))
     a, b = tokens[:, ~mask[0]].unbind(-1)
     counts = torch.bincount(a * 3 + b, minlength=9).numpy()
-    assert chisquare(counts, expected / expected.sum() * 10_000).pvalue > 1e-3
-    assert chisquare(counts, expected_given_others / expected_given_others.sum() * 10_000).pvalue < 1e-6
+    assert chisquare(counts, expected / expected.sum() * 20_000).pvalue > 1e-3
+    assert chisquare(counts, expected_given_others / expected_given_others.sum() * 20_000).pvalue < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------- pieces and bad input
