@@ -69,6 +69,8 @@ class TrainingConfig:
 # Fields that a resumed run may change: they leave the loss curve as it is.
 FREE_FIELDS = {"output_dir", "log_every", "eval_every", "eval_sequences", "save_every", "keep_checkpoints", "resume"}
 FREE_FIELDS |= {"report_to", "gradient_checkpointing"}
+# Fields that checkpoints of earlier versions do not have, and what they stood for.
+LATER_FIELDS = {"conditional": False}
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -423,8 +425,9 @@ def load_checkpoint(accelerator: Accelerator, output_dir: Path, description: dic
     for part, values in description.items():
         now, then = json.loads(json.dumps(values, default=str)), run.get(part, {})
         for name in sorted(set(now) | set(then)):
-            if name not in FREE_FIELDS and now.get(name) != then.get(name):
-                differences.append(f"{name} was {then.get(name)!r} and is {now.get(name)!r}")
+            before = then.get(name, LATER_FIELDS.get(name))
+            if name not in FREE_FIELDS and now.get(name) != before:
+                differences.append(f"{name} was {before!r} and is {now.get(name)!r}")
     if differences:
         raise ValueError(f"{checkpoints[-1]} was made by another run: {'; '.join(differences)}.")
     accelerator.load_state(str(checkpoints[-1]))
