@@ -32,7 +32,8 @@ def test_the_callers_dicts_are_left_alone():
 
 @pytest.mark.parametrize("block", [None, {"model_type": "qwen3", "hidden_size": 32, "num_attention_heads": 4}])
 def test_saved_and_loaded_it_is_the_same(tmp_path, block):
-    config = TarFlowLMConfig(vocab_size=27, latent_size=3, patch_size=2, block_config=block, flows=[tied(), flow()])
+    flows = [tied(patch_head_layers=1), flow(direction="right_to_left_within_patch")]
+    config = TarFlowLMConfig(vocab_size=27, latent_size=3, patch_size=2, block_config=block, flows=flows)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, TarFlowLMConfig) and type(loaded.block_config) is type(config.block_config)
@@ -58,7 +59,7 @@ REFUSED = {
     r"flows\[0\].coupling must be one of affine, mixture_cdf, mixture_rosenblatt, not 'spline'": dict(
         flows=[flow(coupling="spline")]
     ),
-    r"flows\[1\].direction must be one of left_to_right, right_to_left, not 'up'": dict(
+    r"flows\[1\].direction must be one of left_to_right, right_to_left, right_to_left_within_patch, not 'up'": dict(
         flows=[flow(), flow(direction="up")]
     ),
     r"flows\[0\].num_hidden_layers must be an integer of at least 1, not 0": dict(flows=[flow(num_hidden_layers=0)]),
@@ -73,6 +74,11 @@ REFUSED = {
     r"flows\[0\].context must be one of latent, posterior, not 'both'": dict(flows=[flow(context="both")]),
     r"flows\[1\].context must be latent": dict(flows=[flow(), flow(context="posterior")]),
     r"flows\[0\].autoregressive must be true or false, not 'no'": dict(flows=[flow(autoregressive="no")]),
+    r"flows\[0\].patch_head_layers must be 0, not 1: with patch_size 1": dict(flows=[tied(patch_head_layers=1)]),
+    r"flows\[0\].patch_head_layers must be an integer of at least 1, not -1": dict(
+        patch_size=2, flows=[tied(patch_head_layers=-1)]
+    ),
+    r"unknown options \['patch_head_layers'\]": dict(patch_size=2, flows=[flow(patch_head_layers=1)]),
     "posterior_top_k": dict(posterior_top_k=0),
     "block_config needs the model_type of an architecture": dict(block_config={"model_type": "lama"}),
     "block_config must be a configuration or a dict": dict(block_config="llama"),

@@ -32,6 +32,7 @@ def flow(coupling, direction="left_to_right", **options):
 
 
 MIX_D, MIX_1 = flow("mixture_rosenblatt"), flow("mixture_cdf", "right_to_left", num_components=2)
+WITHIN_PATCH = "right_to_left_within_patch"
 OWN_CODEBOOK = flow("mixture_rosenblatt", tie_codebook=False, num_components=3)
 QWEN3 = {
     "model_type": "qwen3",
@@ -49,6 +50,8 @@ MODELS = {
     "affine": {"flows": [flow("affine"), flow("affine", "right_to_left")]},
     "another block": {"flows": [MIX_D, MIX_1], "block_config": QWEN3},
     "top codes": {"flows": [MIX_D], "posterior_top_k": 3},
+    "patch head": {"flows": [{**MIX_D, "patch_head_layers": 1}, flow("affine", WITHIN_PATCH)], "patch_size": 2},
+    "conditional": {"flows": [MIX_D, MIX_1], "conditional": True},
 }
 
 

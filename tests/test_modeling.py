@@ -11,7 +11,8 @@ from accelerate import cpu_offload
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
-from tarflow_hf.modeling.modeling_tarflowlm import COUPLING_HEADS
+from tarflow_hf.modeling import coupling
+from tarflow_hf.modeling.modeling_tarflowlm import COUPLING_HEADS, MixtureRosenblattHead
 
 
 def flow(coupling, direction="left_to_right", **options):
@@ -28,6 +29,11 @@ STACKS = {
     "mix-d": [flow("mixture_rosenblatt")],
     "mix-d, latent": [flow("mixture_rosenblatt", context="latent")],
     "mix-d, own codebook": [flow("mixture_rosenblatt", "right_to_left", tie_codebook=False, num_components=3)],
+    "affine, right to left within a patch": [flow("affine", "right_to_left_within_patch")],
+    "mix-d, mix-1 right to left within a patch": [
+        flow("mixture_rosenblatt"),
+        flow("mixture_cdf", "right_to_left_within_patch", num_components=2),
+    ],
     "mix-d, mix-1, mix-1": [
         flow("mixture_rosenblatt"),
         flow("mixture_cdf", "right_to_left", num_components=2),
@@ -48,11 +54,10 @@ def make(flows, patch_size=1, latent_size=2, vocab_size=5, seed=0, noise=0.1, **
         vocab_size=vocab_size,
         latent_size=latent_size,
         patch_size=patch_size,
-        max_position_embeddings=18,
         hidden_size=16,
         num_attention_heads=2,
         flows=flows,
-        **options,
+        **{"max_position_embeddings": 18, **options},
     )
     model = TarFlowLMModel(config).double().eval()
     with torch.no_grad():
@@ -67,13 +72,31 @@ def jacobian(model, z, **options):
     return torch.autograd.functional.jacobian(function, z.flatten())
 
 
-@pytest.fixture(params=STACKS, ids=str)
+# Those that need several tokens to a patch.
+PATCH_STACKS = {
+    "mix-d, patch head": [flow("mixture_rosenblatt", patch_head_layers=1)],
+    "mix-d, patch head, latent": [flow("mixture_rosenblatt", context="latent", patch_head_layers=2)],
+    "mix-1, mix-d with patch head": [
+        flow("mixture_cdf", num_components=2),
+        flow("mixture_rosenblatt", "right_to_left_within_patch", num_components=3, patch_head_layers=1),
+    ],
+}
+
+
+@pytest.fixture(params=[*STACKS, *PATCH_STACKS], ids=str)
 def flows(request):
-    return STACKS[request.param]
+    return (STACKS | PATCH_STACKS)[request.param]
+
+
+@pytest.fixture
+def smallest_patch(flows):
+    return 2 if any("patch_head_layers" in layer for layer in flows) else 1
 
 
 @pytest.fixture(params=[1, 2, 3], ids="patch {}".format)
-def patch_size(request):
+def patch_size(request, smallest_patch):
+    if request.param < smallest_patch:
+        pytest.skip("a patch of one token has no patch head")
     return request.param
 
 
@@ -107,12 +130,75 @@ def test_jacobian_of_one_flow_is_block_triangular_in_its_direction(flows, patch_
     z = model.encode(torch.randint(5, (1, 6)))
     size = patch_size * 2
     blocks = jacobian(model, z).unflatten(1, (-1, size)).unflatten(0, (-1, size)).abs().amax((1, 3))  # (N, N)
-    if flows[0]["direction"] == "right_to_left":
+    if flows[0]["direction"] == "right_to_left":  # the other two pass the patches left to right
         blocks = blocks.flip(0, 1)
     assert torch.equal(blocks.triu(1), torch.zeros_like(blocks))
     assert (blocks.diagonal() > 0).all()
     if len(blocks) > 1:
         assert blocks.tril(-1).abs().max() > 1e-8  # the context is read
+
+
+@pytest.mark.parametrize("patch_size", [2, 3])
+def test_within_a_patch_the_last_token_comes_first(patch_size):
+    """Dimension-wise autoregressive, the last token's noise depends on itself and the patches before it alone."""
+    model = make([flow("mixture_cdf", "right_to_left_within_patch", num_components=2)], patch_size)
+    z = model.encode(torch.randint(5, (1, 2 * patch_size)))
+    tokens = jacobian(model, z).unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).abs().amax((1, 3))  # (T, T)
+    second = tokens[patch_size:, patch_size:]
+    assert torch.equal(second > 0, torch.ones_like(second).triu() > 0)
+    assert tokens[:patch_size, patch_size:].max() == 0 < tokens[patch_size:, :patch_size].min()
+
+
+@pytest.mark.parametrize("stack", PATCH_STACKS)
+@pytest.mark.parametrize("patch_size", [2, 4, 8])
+def test_a_patch_head_end_to_end(stack, patch_size):
+    """Training descends the loss, scoring and sampling agree, and the body still runs once a patch."""
+    model = make(PATCH_STACKS[stack], patch_size, max_position_embeddings=16)
+    input_ids = torch.randint(5, (2, 16))
+    noise = torch.randn(2, 16, 2, dtype=torch.float64)
+    torch.testing.assert_close(model.flow(model.flow(noise, reverse=True).latents).noise, noise, atol=1e-7, rtol=1e-7)
+    tokens = model.generate(noise=noise)
+    assert tokens.shape == (2, 16) and torch.equal(tokens[:1], model.generate(noise=noise[:1]))
+
+    lengths = []
+    for layer in model.flow.layers:
+        layer.decoder.register_forward_pre_hook(
+            lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(5):
+        loss = model(input_ids, labels=input_ids, generator=torch.Generator().manual_seed(0)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    assert lengths == [16 // patch_size] * 5 * len(model.flow.layers)
+
+
+@pytest.mark.parametrize("patch_size", [2, 4])
+def test_a_patch_head_sees_the_tokens_before_in_the_patch_and_no_others(patch_size):
+    """One Mix-d flow, token by token: the blocks of its Jacobian are triangular over the tokens of a patch.
+
+    Without a patch head they are diagonal within a patch.
+    """
+    for layers, is_seen in ((0, False), (1, True)):
+        model = make([flow("mixture_rosenblatt", patch_head_layers=layers)], patch_size, max_position_embeddings=16)
+        z = model.encode(torch.randint(5, (1, 2 * patch_size)))
+        blocks = jacobian(model, z).unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).abs().amax((1, 3))  # (T, T)
+        assert torch.equal(blocks.triu(1), torch.zeros_like(blocks)) and (blocks.diagonal() > 0).all()
+        for first in (0, patch_size):
+            patch = blocks[first : first + patch_size, first : first + patch_size]
+            below = torch.ones_like(patch).tril(-1) > 0
+            assert ((patch[below] > 0) == is_seen).all()
+
+
+def test_within_patches_of_one_token_it_is_left_to_right():
+    stacks = [[flow("mixture_cdf", direction)] for direction in ("left_to_right", "right_to_left_within_patch")]
+    z = torch.randn(2, 6, 2, dtype=torch.float64)
+    expected, actual = (make(flows).flow(z) for flows in stacks)
+    assert torch.equal(actual.noise, expected.noise) and torch.equal(actual.log_det, expected.log_det)
 
 
 def test_reverse_undoes_forward(flows, patch_size):
@@ -136,7 +222,7 @@ def test_cached_reverse_equals_recomputing_every_prefix(flows, patch_size):
         own = layer._arrange(h)
         found = torch.zeros_like(own)
         for n in range(own.shape[1]):
-            inputs = layer._inputs(found[:, :n], model.codebook())
+            inputs = layer._inputs(found, model.codebook(), last=n + 1)
             context = layer.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1:]
             found[:, n : n + 1] = layer.head(own[:, n : n + 1], context, model.codebook(), task="inverse")
         h = layer._rearrange(found)
@@ -169,11 +255,11 @@ def test_no_distribution_function_in_the_last_flow_of_a_training_step(monkeypatc
         assert len(calls) == num_calls  # forward and backward: d = 2 dimensions of the Mix-d flow, 1 Mix-1 flow
 
 
-def test_a_cut_stack_is_a_model_of_its_own(flows):
-    model = make(flows)
+def test_a_cut_stack_is_a_model_of_its_own(flows, smallest_patch):
+    model = make(flows, smallest_patch)
     z = model.encode(torch.randint(5, (2, 6)))
     for num_flows in range(1, len(flows) + 1):
-        alone = make(flows[:num_flows])
+        alone = make(flows[:num_flows], smallest_patch)
         alone.load_state_dict({k: v for k, v in model.state_dict().items() if k in alone.state_dict()})
         cut, whole = model.flow(z, num_flows=num_flows), alone.flow(z)
         torch.testing.assert_close(cut.log_prob, whole.log_prob)
@@ -203,21 +289,21 @@ def test_padding_changes_nothing(flows, patch_size):
     torch.testing.assert_close(back, z.masked_fill(mask[..., None] == 0, 0), atol=1e-7, rtol=1e-7)
 
 
-def test_no_gradient_leaves_padding_and_every_parameter_gets_one(flows):
-    model = make(flows)
+def test_no_gradient_leaves_padding_and_every_parameter_gets_one(flows, smallest_patch):
+    model = make(flows, smallest_patch)
     input_ids = torch.randint(5, (2, 6))
-    mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     z = model.encode(input_ids).detach().requires_grad_()
     model(input_ids, mask, labels=input_ids, latents=z).loss.backward()
-    assert (z.grad[1, 3:] == 0).all() and (z.grad[1, :3] != 0).all()
+    assert (z.grad[1, 4:] == 0).all() and (z.grad[1, :4] != 0).all()
     model(input_ids, mask, labels=input_ids).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and (parameter.grad != 0).any(), name
 
 
-def test_terms_of_the_bound(flows):
+def test_terms_of_the_bound(flows, smallest_patch):
     """Against the definitions, with torch.distributions."""
-    model = make(flows)
+    model = make(flows, smallest_patch)
     input_ids = torch.randint(5, (2, 6))
     out = model(input_ids, output_noise=True)
     mean, log_scale = model.codebook()
@@ -234,31 +320,51 @@ def test_terms_of_the_bound(flows):
 # ------------------------------------------------------------------------------------------------ enumeration
 
 
-def enumerate_likelihoods(model, length, points=400):
-    """log p(x) and the ELBO of all V^T sequences, d = 1, by quadrature on a grid over all T latents."""
+def enumerate_likelihoods(model, length, points=400, observed=None):
+    """log p(x) and the ELBO of all V^T sequences, d = 1, by quadrature on a grid over all T latents.
+
+    With `observed`, {position: token}, of all completions of these, given these, over the latents of the others.
+    """
+    observed = observed or {}
+    missing = [n for n in range(length) if n not in observed]
+    ids = torch.tensor([observed.get(n, 0) for n in range(length)])
+    mask = torch.tensor([n in observed for n in range(length)])
+
+    def flow(values, **options):
+        """The stack, on the latents (or noise) of the missing tokens, and theirs again."""
+        full = torch.zeros(len(values), length, 1, dtype=torch.float64)
+        full[:, missing] = values
+        if observed:
+            options |= {"observed_ids": ids.expand(len(full), -1), "observed_mask": mask.expand(len(full), -1)}
+        return model.flow(full, **options)
+
     mean, log_scale = model.codebook()
-    corners = torch.cartesian_prod(*[torch.linspace(-7, 7, 9, dtype=torch.float64)] * length)
+    corners = torch.cartesian_prod(*[torch.linspace(-7, 7, 9, dtype=torch.float64)] * len(missing))
     with torch.no_grad():  # where the prior or an encoder has mass
-        prior_range = model.flow(corners.unsqueeze(-1), reverse=True).latents
+        prior_range = flow(corners.reshape(-1, len(missing), 1), reverse=True).latents
     low = min(prior_range.min().item(), (mean[:, 0] - 7 * log_scale.exp()).min().item())
     high = max(prior_range.max().item(), (mean[:, 0] + 7 * log_scale.exp()).max().item())
-    nodes, weights = np.polynomial.legendre.leggauss(points)
-    nodes = torch.from_numpy(0.5 * (high - low) * (nodes + 1) + low)
-    weights = torch.from_numpy(0.5 * (high - low) * weights).log()
-    z = torch.cartesian_prod(*[nodes] * length).reshape(-1, length, 1)
-    log_weight = torch.cartesian_prod(*[weights] * length).reshape(-1, length).sum(-1)
+    nodes, weights = gauss_legendre(points, low, high)
+    z = torch.cartesian_prod(*[nodes] * len(missing)).reshape(-1, len(missing), 1)
+    log_weight = torch.cartesian_prod(*[weights.log()] * len(missing)).reshape(-1, len(missing)).sum(-1)
     with torch.no_grad():
-        prior = torch.cat([model.flow(part, output_noise=False).log_prob for part in z.split(8192)])
+        prior = torch.cat([flow(part, output_noise=False).log_prob for part in z.split(8192)])
         decoder = model.decode(z)
         encoder = model.codebook().log_prob_all(z)
     log_likelihood, elbo = {}, {}
-    for x in itertools.product(range(model.config.vocab_size), repeat=length):
-        index = torch.tensor(x).expand(len(z), length)[..., None]
+    for x in itertools.product(range(model.config.vocab_size), repeat=len(missing)):
+        index = torch.tensor(x).expand(len(z), len(missing))[..., None]
         likelihood = decoder.gather(-1, index).sum((1, 2))
         posterior = encoder.gather(-1, index).sum((1, 2))
         log_likelihood[x] = torch.logsumexp(log_weight + prior + likelihood, 0).item()
         elbo[x] = ((log_weight + posterior).exp() * (likelihood + prior - posterior)).sum().item()
     return log_likelihood, elbo
+
+
+def gauss_legendre(points, low, high):
+    """Nodes and weights of an integral from `low` to `high`."""
+    nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(points))
+    return 0.5 * (high - low) * (nodes + 1) + low, 0.5 * (high - low) * weights
 
 
 ENUMERATED = {
@@ -268,9 +374,10 @@ ENUMERATED = {
 }
 
 
-@pytest.mark.parametrize("name", ENUMERATED)
+@pytest.mark.parametrize("name", [*ENUMERATED, *PATCH_STACKS])
 def test_likelihoods_of_all_sequences_add_up_to_one(name):
-    model = make(ENUMERATED[name], latent_size=1, vocab_size=3, initial_log_scale=-0.5)
+    patch_size = 2 if name in PATCH_STACKS else 1
+    model = make((ENUMERATED | PATCH_STACKS)[name], patch_size, latent_size=1, vocab_size=3, initial_log_scale=-0.5)
     log_likelihood, elbo = enumerate_likelihoods(model, 2)
     assert sum(map(math.exp, log_likelihood.values())) == pytest.approx(1, abs=1e-4)
     for x, value in elbo.items():
@@ -332,7 +439,7 @@ def test_proposition_4_the_limit_is_the_discrete_model():
     torch.nn.init.constant_(model.codebook.log_scale, 0.0)
     out = model(input_ids)
     weights = layer.head.projection(
-        layer.decoder(inputs_embeds=layer._inputs(out.latents[:, :-1], model.codebook())).last_hidden_state
+        layer.decoder(inputs_embeds=layer._inputs(out.latents, model.codebook())).last_hidden_state
     ).log_softmax(-1)
     torch.testing.assert_close(out.elbo, torch.logsumexp(weights + model.decode(out.latents), -1).sum(-1))
 
@@ -361,11 +468,11 @@ def test_top_k_posterior_context():
             torch.testing.assert_close(a, b)
 
 
-def test_large_vocabulary_in_chunks(monkeypatch):
+@pytest.mark.parametrize("patch_head_layers", [0, 1])
+def test_large_vocabulary_in_chunks(monkeypatch, patch_head_layers):
     """Logits made chunk by chunk, and remade in the backward pass, change no loss and no gradient."""
-    from tarflow_hf.modeling.modeling_tarflowlm import MixtureRosenblattHead
 
-    model = make(STACKS["mix-d"], patch_size=2)
+    model = make([flow("mixture_rosenblatt", patch_head_layers=patch_head_layers)], patch_size=2)
     input_ids = torch.randint(5, (3, 8))
     z = model.encode(input_ids).detach()
 
@@ -377,9 +484,19 @@ def test_large_vocabulary_in_chunks(monkeypatch):
 
     expected = run()
     monkeypatch.setattr(MixtureRosenblattHead, "max_logits", 5 * 2 * 2)
+    num_logits, plain = [], coupling.mixture_rosenblatt
+
+    def recorded(z, logits, *args, **options):
+        num_logits.append(logits.numel())
+        return plain(z, logits, *args, **options)
+
+    monkeypatch.setattr(coupling, "mixture_rosenblatt", recorded)
     for a, b in zip(run(), expected, strict=True):
         torch.testing.assert_close(a, b)
+    assert max(num_logits) <= 5 * 2 * 2 and len(num_logits) > 2
     u = torch.randn(3, 8, 2, dtype=torch.float64)
+    torch.testing.assert_close(model.flow(model.flow(u, reverse=True).latents).noise, u, atol=1e-8, rtol=1e-8)
+    model = make([flow("mixture_rosenblatt", patch_head_layers=patch_head_layers)], patch_size=2, posterior_top_k=3)
     torch.testing.assert_close(model.flow(model.flow(u, reverse=True).latents).noise, u, atol=1e-8, rtol=1e-8)
 
 
@@ -394,8 +511,8 @@ def test_autoregressive_head_has_only_unmasked_weights():
     assert one.features_weight.numel() == one.from_features.numel() == 0 and len(one.output_weight) == 1
 
 
-def test_couplings_stay_in_float32_under_autocast(flows):
-    model = make(flows).float()
+def test_couplings_stay_in_float32_under_autocast(flows, smallest_patch):
+    model = make(flows, smallest_patch).float()
     input_ids = torch.randint(5, (2, 6))
     z = model.encode(input_ids)
     exact = model(input_ids, latents=z, output_noise=True)

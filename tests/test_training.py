@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -16,7 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import PackedTokens, StreamingPackedTokens, character_tokenizer
 from tarflow_hf.evaluation import likelihood, negative_log_likelihood
-from tarflow_hf.training import TrainingConfig, compute_loss, discrete_baseline, make_optimizer, save_model, train
+from tarflow_hf.training import (
+    TrainingConfig,
+    compute_loss,
+    discrete_baseline,
+    draw_observed_mask,
+    make_optimizer,
+    save_model,
+    train,
+)
 
 ROOT = Path(__file__).parents[1]
 TEXT = "the quick brown fox jumps over the lazy dog and then it sleeps in the warm light of the sun " * 40
@@ -95,6 +104,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, data, tokenizer, kind)
     assert_same_weights(whole, resumed)
 
 
+@pytest.mark.parametrize("conditional", [False, True])
+def test_what_is_observed_follows_from_seed_and_step(tmp_path, data, tokenizer, conditional):
+    """A conditional run resumes exactly, and a checkpoint made before there were any resumes as what it was."""
+    options = {"num_steps": 6, "save_every": 3, "eval_sequences": 4}
+    whole, expected = run(tmp_path, data, tokenizer, config(conditional=conditional), **options)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    (tmp_path / "log.jsonl").write_text("")
+    if not conditional:
+        description = json.loads((tmp_path / "checkpoint-3" / "run.json").read_text())
+        del description["model"]["conditional"]
+        (tmp_path / "checkpoint-3" / "run.json").write_text(json.dumps(description))
+        with pytest.raises(ValueError, match="conditional was False and is True"):
+            run(tmp_path, data, tokenizer, config(conditional=True), resume=True, **options)
+    resumed, losses = run(tmp_path, data, tokenizer, config(conditional=conditional), resume=True, **options)
+    assert losses == {step: expected[step] for step in (4, 5, 6)}
+    assert_same_weights(whole, resumed)
+
+
 def test_accumulation_changes_nothing_but_the_noise(tmp_path, data, tokenizer):
     """The discrete baseline draws no latents: the same losses, computed in parts."""
     _, whole = run(tmp_path / "a", data, tokenizer, baseline=True)
@@ -160,6 +187,42 @@ def test_loss_is_nats_per_token():
     elbo = model(input_ids, generator=generator.manual_seed(1)).elbo
     torch.testing.assert_close(loss, -elbo.sum() / 64)
     assert not torch.equal(loss, compute_loss(model, input_ids, generator))
+
+
+def test_loss_of_a_conditional_model_is_nats_per_missing_token():
+    """Its observed tokens are drawn anew from the generator of the step, before the latents."""
+    model = TarFlowLMModel(config(conditional=True, patch_size=2))
+    input_ids = torch.randint(27, (8, 16))
+    loss = compute_loss(model, input_ids, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    mask = draw_observed_mask((8, 16), 2, generator)
+    assert 0 < mask.sum() < 8 * 16
+    expected = -model(input_ids, observed_mask=mask, generator=generator).elbo.sum() / (~mask).sum()
+    torch.testing.assert_close(loss, expected)
+    assert not torch.equal(loss, compute_loss(model, input_ids, torch.Generator().manual_seed(4)))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("patch_size", [1, 4])
+def test_observed_masks_are_of_three_kinds(patch_size):
+    mask = draw_observed_mask((6000, 32 * patch_size), patch_size, torch.Generator().manual_seed(0))
+    patches = mask.unflatten(1, (32, patch_size))
+    assert torch.equal(patches.all(-1), patches.any(-1)) and not mask.all(-1).any()
+    observed = patches.all(-1)
+    length = observed.sum(-1)
+    is_prefix = (observed == (torch.arange(32) < length[:, None])).all(-1)
+    # A third is nothing, a third a prefix of any length alike; spans are a third, and few of them look like the others.
+    is_nothing = length == 0
+    for kind in (is_nothing, is_prefix & ~is_nothing, ~is_prefix):
+        assert 0.25 < kind.float().mean() < 0.45
+    counts = torch.bincount(length[is_prefix & ~is_nothing], minlength=32)[1:]
+    assert counts.min() > 0.5 * counts.float().mean()
+    spans = observed[~is_prefix]
+    assert (spans.float().mean(0) - 0.5).abs().max() < 0.06  # wherever it is
+    num_spans = (spans.diff(dim=-1) != 0).sum(-1)
+    assert num_spans.min() <= 2 and num_spans.max() >= 16
+    assert not draw_observed_mask((5, patch_size), patch_size).any()  # one position is never observed
 
 
 def test_the_discrete_baseline_scores_every_token():

@@ -69,6 +69,8 @@ class TrainingConfig:
 # Fields that a resumed run may change: they leave the loss curve as it is.
 FREE_FIELDS = {"output_dir", "log_every", "eval_every", "eval_sequences", "save_every", "keep_checkpoints", "resume"}
 FREE_FIELDS |= {"report_to", "gradient_checkpointing"}
+# Fields that checkpoints of earlier versions do not have, and what they stood for.
+LATER_FIELDS = {"conditional": False}
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -109,12 +111,60 @@ def discrete_baseline(config: TarFlowLMConfig) -> PreTrainedModel:
 
 
 def compute_loss(model: torch.nn.Module, input_ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Nats per token of a batch (B, T): minus the ELBO of a TarFlowLM, the cross-entropy of a discrete model."""
+    """Nats per token of a batch (B, T): minus the ELBO of a TarFlowLM, the cross-entropy of a discrete model.
+
+    Of a conditional TarFlowLM they are nats per missing token, given those that `draw_observed_mask` observes.
+    """
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
     if isinstance(bare, TarFlowLMModel):
-        return model(input_ids=input_ids, labels=input_ids, generator=generator).loss
+        observed = {}
+        if bare.config.conditional:
+            device = input_ids.device if generator is None else generator.device
+            mask = draw_observed_mask(input_ids.shape, bare.config.patch_size, generator, device)
+            observed = {"observed_mask": mask.to(input_ids.device)}
+        return model(input_ids=input_ids, labels=input_ids, generator=generator, **observed).loss
     inputs = prepend_start(bare, input_ids)
     return model(input_ids=inputs, labels=inputs, use_cache=False).loss
+
+
+def draw_observed_mask(
+    shape: tuple[int, int],
+    patch_size: int = 1,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which tokens (B, T) a conditional model is told in training: whole patches, of each sequence on its own.
+
+    With a probability of one third each: nothing; a prefix, all lengths from one position to all but one alike; spans,
+    of which a share r is observed, with a cut between two positions with probability c, where r and c are drawn from
+    U(0, 1). Where that would observe everything, nothing is observed.
+
+    Args:
+        shape: (B, T), T a multiple of `patch_size`.
+        generator: Source of the randomness, on `device`; the global one by default.
+
+    Returns:
+        Boolean mask (B, T), True where observed.
+
+    Example:
+        >>> draw_observed_mask((3, 12), 2, torch.Generator().manual_seed(5)).int()
+        tensor([[0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0],
+                [1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0],
+                [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.int32)
+    """
+    num_sequences, num_positions = shape[0], shape[1] // patch_size
+
+    def uniform(num_columns: int) -> Tensor:
+        return torch.rand(num_sequences, num_columns, generator=generator, device=device)
+
+    kind, share, cut, length = uniform(4).split(1, -1)
+    position = torch.arange(num_positions, device=kind.device)
+    prefix = position < 1 + (length * (num_positions - 1)).long()
+    span = (uniform(num_positions) < cut).cumsum(-1).clamp(max=num_positions - 1)
+    spans = (uniform(num_positions) < share).gather(-1, span)
+    observed = torch.where(kind < 1 / 3, False, torch.where(kind < 2 / 3, prefix, spans))
+    observed = observed & ~observed.all(-1, keepdim=True)
+    return observed.repeat_interleave(patch_size, -1)
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -375,8 +425,9 @@ def load_checkpoint(accelerator: Accelerator, output_dir: Path, description: dic
     for part, values in description.items():
         now, then = json.loads(json.dumps(values, default=str)), run.get(part, {})
         for name in sorted(set(now) | set(then)):
-            if name not in FREE_FIELDS and now.get(name) != then.get(name):
-                differences.append(f"{name} was {then.get(name)!r} and is {now.get(name)!r}")
+            before = then.get(name, LATER_FIELDS.get(name))
+            if name not in FREE_FIELDS and now.get(name) != before:
+                differences.append(f"{name} was {before!r} and is {now.get(name)!r}")
     if differences:
         raise ValueError(f"{checkpoints[-1]} was made by another run: {'; '.join(differences)}.")
     accelerator.load_state(str(checkpoints[-1]))

@@ -5,14 +5,14 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-DIRECTIONS = ("left_to_right", "right_to_left")
+DIRECTIONS = ("left_to_right", "right_to_left", "right_to_left_within_patch")
 CONTEXTS = ("latent", "posterior")
 
 # What each coupling's flow may say beyond coupling, direction, num_hidden_layers and context.
 COUPLING_OPTIONS = {
     "affine": (),
     "mixture_cdf": ("num_components", "autoregressive", "head_hidden_size"),
-    "mixture_rosenblatt": ("num_components", "tie_codebook"),
+    "mixture_rosenblatt": ("num_components", "tie_codebook", "patch_head_layers"),
 }
 
 
@@ -29,7 +29,8 @@ class TarFlowLMConfig(PreTrainedConfig):
         flows (`list[dict]`, *optional*): The stack, from the data side to the noise side. Each flow has
 
             - `coupling`: "affine", "mixture_cdf" (Mix-1) or "mixture_rosenblatt" (Mix-d);
-            - `direction`: "left_to_right" or "right_to_left";
+            - `direction`: "left_to_right", "right_to_left" or "right_to_left_within_patch", which takes the tokens of
+              a patch in reverse but passes the patches left to right;
             - `num_hidden_layers`: depth of its decoder;
             - `context`: what its decoder reads, "latent" (a projection of the latents) or "posterior" (a learned
               embedding averaged under p(token | latent); first flow only, and its default if the codebook is tied);
@@ -37,9 +38,14 @@ class TarFlowLMConfig(PreTrainedConfig):
             - `autoregressive` ("mixture_cdf", default True): each dimension's parameters see the dimensions before
               it, through a head of width `head_hidden_size` (default 128);
             - `tie_codebook` ("mixture_rosenblatt"): use the encoder's codebook; the default in the first flow, and
-              impossible in the others, whose input does not live in the codebook's space.
+              impossible in the others, whose input does not live in the codebook's space;
+            - `patch_head_layers` ("mixture_rosenblatt", default 0): depth of a second decoder, over the tokens of each
+              patch, by which a token's mixture weights see the latents before it in its patch, too; without it the
+              tokens of a patch are independent given the patches before.
         block_config (`PreTrainedConfig` or `dict` with a `model_type`, *optional*): Full configuration of the flows'
             decoder, of any causal architecture of the library. Its depth is set per flow, its vocabulary is not used.
+        conditional (`bool`, defaults to False): Whether the model may be told some of the tokens (`observed_mask`),
+            which then enter every flow as context: prompts and infilling are exact once it has been trained so.
         posterior_top_k (`int`, *optional*): Number of tokens that the "posterior" context averages over (the most
             likely ones, renormalised). Default: all of them up to a vocabulary of 256, 8 beyond.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
@@ -84,6 +90,7 @@ class TarFlowLMConfig(PreTrainedConfig):
         intermediate_size: int | None = None,
         flows: list[dict[str, Any]] | None = None,
         block_config: PreTrainedConfig | dict[str, Any] | None = None,
+        conditional: bool = False,
         posterior_top_k: int | None = None,
         initializer_range: float = 0.02,
         initial_log_scale: float = -1.0,
@@ -100,6 +107,9 @@ class TarFlowLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"max_position_embeddings must be a multiple of patch_size: {max_position_embeddings}, {patch_size}."
             )
+        if not isinstance(conditional, bool):
+            raise ValueError(f"conditional must be true or false, not {conditional!r}.")
+        self.conditional = conditional
         self.posterior_top_k = posterior_top_k
         if posterior_top_k is None and self.vocab_size > 256:
             self.posterior_top_k = 8
@@ -128,7 +138,7 @@ class TarFlowLMConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Decoder layers of the whole stack."""
+        """Decoder layers of the whole stack, those over the positions: `patch_head_layers` do not count."""
         return sum(flow["num_hidden_layers"] for flow in self.flows)
 
     def decoder_config(self, num_hidden_layers: int, **changes: Any) -> PreTrainedConfig:
@@ -217,6 +227,14 @@ class TarFlowLMConfig(PreTrainedConfig):
                 )
         if "num_components" in flow:
             _at_least_one(f"{where}.num_components", flow["num_components"])
+        patch_head_layers = flow.get("patch_head_layers", 0)
+        if patch_head_layers != 0:
+            _at_least_one(f"{where}.patch_head_layers", patch_head_layers)
+            if self.patch_size == 1:
+                raise ValueError(
+                    f"{where}.patch_head_layers must be 0, not {patch_head_layers}: with patch_size 1 no token has "
+                    "another before it in its patch."
+                )
         for name in ("autoregressive", "tie_codebook"):
             if not isinstance(flow.get(name, False), bool):
                 raise ValueError(f"{where}.{name} must be true or false, not {flow[name]!r}.")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput, logging
@@ -46,24 +47,43 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         noise: Tensor | None = None,
         decode: str | None = None,
         output_states: bool = False,
+        infill_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | TarFlowLMGenerateOutput:
         """Samples sequences: draws noise u ~ N(0, I), inverts the flows from the last to the first, decodes.
 
-        Without a prompt, sampling is exact: the tokens follow the model's distribution. With a prompt, the latents of
-        the prompt are drawn from q(z | x) and held fixed. Where every flow runs left to right, the continuation then
-        follows p(z_new | z_prompt) exactly. Where some flow runs right to left, only the first flow sees the prompt:
-        an approximation, about which one warning is given.
+        With a prompt it continues that; with `infill_mask` it fills gaps in a text. How exact that is (and the test in
+        the repository that shows it):
+
+        - Without a prompt, exact: the tokens follow the model's distribution, where `decode` samples them
+          (`test_sampled_tokens_follow_the_enumerated_distribution`).
+        - A prompt, or a gap at the end of a text, where no flow runs right to left: the latents of what is known are
+          drawn from q(z | x), and the rest follows p(z_new | z_known) exactly
+          (`test_a_continuation_follows_its_enumerated_distribution`).
+        - A prompt, or any gaps, of a conditional model: exact for the distribution p(x_missing | x_observed) that it
+          was trained for, and that `model(input_ids, observed_mask=...)` bounds
+          (`test_infilled_tokens_follow_the_enumerated_distribution`).
+        - Anything else is an approximation, about which one warning is given: what is known is held fixed in the first
+          flow only (`test_known_latents_stay_where_they_are`).
+
+        Texts of different lengths may share a batch: each is continued or filled as it would be alone
+        (`test_prompts_of_different_lengths_share_a_batch`).
 
         Args:
-            inputs (`torch.LongTensor` of shape (B, n), *optional*): Prompt, also accepted as `input_ids`.
+            inputs (`torch.LongTensor` of shape (B, n), *optional*): Prompt, or text with gaps, also accepted as
+                `input_ids`.
+            attention_mask (`torch.Tensor` of shape (B, n), *optional*): 0 where that has padding, on either side. What
+                is returned has it there, too, before the new tokens.
             generation_config ([`GenerationConfig`], *optional*): Options; those given as keywords win.
             streamer (*optional*): Receives the prompt, then tokens as the first flow completes them.
             generator ([`torch.Generator`], *optional*): Source of all randomness; the global one by default.
             noise (`torch.Tensor` of shape (B, T, d), *optional*): The noise itself: the same noise gives the same
-                tokens. T counts the prompt, whose latents are drawn by the noise there.
+                tokens. T counts the prompt, whose latents are drawn by the noise there, and its padding.
             decode ("argmax" or "sample"): How tokens follow from latents: the most likely under p(x | z), the
                 default, or a sample of it.
+            infill_mask (`torch.Tensor` of shape (B, T), *optional*): 1 (or True) at the tokens of `inputs` to fill in,
+                whatever their ids; all others are held fixed. The text keeps its length, and an end-of-sequence token
+                ends nothing.
             output_states (`bool`): Also return every flow's state, see [`TarFlowLMGenerateOutput`].
             max_new_tokens, max_length (`int`): Length; by default that which the model was made for,
                 `max_position_embeddings`, which is also the most.
@@ -74,11 +94,13 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             return_dict_in_generate (`bool`): Return a [`TarFlowLMGenerateOutput`].
 
         Returns:
-            Token ids (B, T), prompt included, or a [`TarFlowLMGenerateOutput`].
+            Token ids (B, T), prompt included (with its padding, where latents and states are 0), or a
+            [`TarFlowLMGenerateOutput`].
 
         Raises:
-            ValueError: An unknown option or one out of range, a prompt with padding or with no room behind it, a
-                length that is no multiple of the patch size.
+            ValueError: An unknown option or one out of range, a prompt with no room behind it, a prompt or a
+                continuation whose length is no multiple of the patch size, a gap that is not of whole patches, a text
+                without a gap.
 
         Example:
             >>> from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
@@ -96,10 +118,9 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             raise ValueError("Give the prompt as inputs or as input_ids, not as both.")
         prompt = inputs if input_ids is None else input_ids
         attention_mask = kwargs.pop("attention_mask", None)
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError(
-                "attention_mask: prompts must have no padding; give prompts of different lengths one by one."
-            )
+        if attention_mask is not None and (prompt is None or attention_mask.shape != prompt.shape):
+            shapes = f"{tuple(attention_mask.shape)}, {None if prompt is None else tuple(prompt.shape)}"
+            raise ValueError(f"attention_mask must have the shape of the prompt: {shapes}.")
         if unknown := sorted(set(kwargs) - set(OPTIONS)):
             raise ValueError(f"generate has no options {unknown}; its options are {', '.join(OPTIONS)}.")
 
@@ -124,11 +145,19 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         home = torch.device("cpu") if self.device.type == "meta" else self.device
         if prompt is None:
             prompt = torch.empty(1 if noise is None else len(noise), 0, dtype=torch.long, device=home)
+        is_real = torch.ones_like(prompt, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        if infill_mask is not None:
+            self._check_infill(prompt, is_real, infill_mask, kwargs)
+        is_known = is_real if infill_mask is None else is_real & (infill_mask == 0)
         if noise is None:
-            prompt = prompt.repeat_interleave(num_return_sequences, 0)
+            prompt, is_real, is_known = (
+                x.repeat_interleave(num_return_sequences, 0) for x in (prompt, is_real, is_known)
+            )
         elif num_return_sequences != 1:
             raise ValueError("noise already says how many sequences there are: leave out num_return_sequences.")
-        length = self._length(prompt.shape[1], noise, option("max_new_tokens", None), option("max_length", None))
+        length = prompt.shape[1]
+        if infill_mask is None:
+            length = self._length(is_real, noise, option("max_new_tokens", None), option("max_length", None))
         shape = (len(prompt), length, self.config.latent_size)
         if noise is None:
             device = home if generator is None else generator.device
@@ -137,17 +166,28 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         elif noise.shape != shape:
             raise ValueError(f"noise must have shape (B, T, d) = {shape}, not {tuple(noise.shape)}.")
 
-        prefix = None
-        if prompt.shape[1]:
-            directions = [flow["direction"] for flow in self.config.flows]
-            if directions[0] != "left_to_right":
-                raise ValueError("A prompt needs a first flow that runs left to right.")
-            if "right_to_left" in directions:
-                logger.warning_once(
-                    "This model has flows that run right to left: continuing a prompt holds it fixed in the first flow "
-                    "only, which is an approximation of the model's conditional distribution."
+        # The flows want what is real of a sequence in one piece: its padding goes to the end, wherever it stood.
+        num_new = length - prompt.shape[1]
+        text = F.pad(prompt, (0, num_new))
+        is_real = F.pad(is_real, (0, num_new), value=True)
+        is_known = F.pad(is_known, (0, num_new), value=False)
+        is_new = is_real & ~is_known
+        first_new = int(is_new.any(0).int().argmax())
+        pieces = Pieces(is_real.to(home))
+        ids, is_known, is_real, noise = (pieces.gather(x.to(home)) for x in (text, is_known, is_real, noise))
+        ids = self._check_ids(ids.masked_fill(~is_known, 0))
+        known = {}
+        if bool(is_known.any()):
+            by_patch = is_known.unflatten(1, (-1, self.config.patch_size))
+            if bool((by_patch.any(-1) != by_patch.all(-1)).any()):
+                raise ValueError(
+                    f"infill_mask must cover whole patches of patch_size, {self.config.patch_size}, tokens."
                 )
-            prefix = self.encode(prompt, noise=noise[:, : prompt.shape[1]])
+            if self.config.conditional:
+                known = {"observed_ids": ids, "observed_mask": is_known}
+            else:
+                self._check_directions(is_known, is_prompt=infill_mask is None)
+                known = {"known": self.encode(ids, noise=noise), "known_mask": is_known}
 
         new_tokens: list[Tensor] = []
 
@@ -160,7 +200,7 @@ class TarFlowLMGenerationMixin(GenerationMixin):
                 probabilities = probabilities.to(generator.device)
             return torch.multinomial(probabilities, 1, generator=generator).reshape(latents.shape[:-1])
 
-        eos_token_id = option("eos_token_id", None)
+        eos_token_id = option("eos_token_id", None) if infill_mask is None else None
 
         def stream(latents: Tensor) -> None:
             new_tokens.append(choose(latents).to(prompt.device))
@@ -171,14 +211,18 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         if streamer is not None:
             if len(prompt) != 1:
                 raise ValueError(f"A streamer takes one sequence at a time, not {len(prompt)}.")
-            streamer.put(prompt.cpu())
+            streamer.put(text[:, :first_new].cpu())
         # Only a first flow that runs left to right completes the text in the order in which it is read.
-        streams = streamer is not None and self.config.flows[0]["direction"] == "left_to_right"
-        flow = self.flow(noise.to(home), reverse=True, prefix=prefix, on_position=stream if streams else None)
+        is_in_order = self.config.flows[0]["direction"] != "right_to_left" and infill_mask is None
+        streams = streamer is not None and is_in_order
+        attention_mask = None if pieces.order is None else is_real
+        flow = self.flow(noise, attention_mask, reverse=True, on_position=stream if streams else None, **known)
+        states = tuple(map(pieces.scatter, flow.states))
         if streams:
             new = torch.cat(new_tokens, 1)
         else:
-            new = choose(flow.latents[:, prompt.shape[1] :]).to(prompt.device)
+            new = choose(states[0][:, first_new:]).to(prompt.device)
+            new = torch.where(is_new[:, first_new:], new, text[:, first_new:])
         is_after_end = _is_after_end(new, eos_token_id)
         if streamer is not None:
             if not streams:
@@ -188,14 +232,44 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             pad_token_id = option("pad_token_id", None)
             end_token_id = eos_token_id[0] if isinstance(eos_token_id, (list, tuple)) else eos_token_id
             new = new.masked_fill(is_after_end, end_token_id if pad_token_id is None else pad_token_id)
-        sequences = torch.cat([prompt, new], 1)
+        sequences = torch.cat([text[:, :first_new], new], 1)
         if output_states or option("return_dict_in_generate", False):
-            return TarFlowLMGenerateOutput(sequences, flow.latents, flow.noise, flow.states if output_states else None)
+            return TarFlowLMGenerateOutput(sequences, states[0], states[-1], states if output_states else None)
         return sequences
 
-    def _length(self, prompt_length: int, noise: Tensor | None, max_new_tokens: int | None, max_length: int | None):
-        """Tokens of a sequence, prompt included."""
-        longest = self.config.max_position_embeddings
+    def _check_infill(self, text: Tensor, is_real: Tensor, infill_mask: Tensor, options: dict[str, Any]) -> None:
+        """Whether there is a text (B, T), and something to fill in, in whole patches, in each sequence."""
+        if infill_mask.shape != text.shape or not text.numel():
+            shapes = f"{tuple(infill_mask.shape)}, {tuple(text.shape)}"
+            raise ValueError(f"infill_mask must have the shape (B, T) of the text in input_ids, not empty: {shapes}.")
+        if not bool(((infill_mask == 0) | (infill_mask == 1)).all()):
+            raise ValueError("infill_mask must be boolean, or 0 and 1.")
+        for name in ("max_new_tokens", "max_length"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name} says nothing with infill_mask, with which a text keeps its length.")
+        patch_size = self.config.patch_size
+        lengths = is_real.sum(-1)
+        if text.shape[1] % patch_size or bool((lengths % patch_size).any()):
+            raise ValueError(f"Texts must be multiples of patch_size, {patch_size}, not {lengths.tolist()} tokens.")
+        if not bool(((infill_mask == 1) & is_real).any(-1).all()):
+            raise ValueError("infill_mask has a sequence with nothing to fill in.")
+
+    def _check_directions(self, is_known: Tensor, is_prompt: bool) -> None:
+        """Whether flows that are not conditional can go on from what is known of pieces (B, T), and how well."""
+        directions = [flow["direction"] for flow in self.config.flows]
+        if is_prompt and directions[0] == "right_to_left":
+            raise ValueError("A prompt needs a first flow that runs left to right.")
+        is_leading = bool((is_known.long().diff(dim=-1) <= 0).all())
+        if "right_to_left" in directions or not is_leading:
+            logger.warning_once(
+                "What is known is held fixed in the first flow only, which is an approximation of the model's "
+                "conditional distribution. Exact are the continuation of a prompt where no flow runs right to left, "
+                "and anything that a model with conditional=True has been trained for."
+            )
+
+    def _length(self, is_prompt: Tensor, noise: Tensor | None, max_new_tokens: int | None, max_length: int | None):
+        """Tokens of a sequence, prompt and its padding included; prompts are where the mask (B, n) is True."""
+        prompt_length, longest = is_prompt.shape[1], self.config.max_position_embeddings
         if prompt_length >= longest:
             raise ValueError(
                 f"A prompt of {prompt_length} tokens leaves no room: max_position_embeddings is {longest}."
@@ -215,12 +289,49 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"Nothing to generate: the prompt has {prompt_length} tokens, the whole would have {length}."
             )
-        if length % self.config.patch_size or prompt_length % self.config.patch_size:
+        patch_size = self.config.patch_size
+        lengths = is_prompt.sum(-1)
+        if (length - prompt_length) % patch_size or bool((lengths % patch_size).any()):
             raise ValueError(
-                f"Prompt and whole must be multiples of patch_size, {self.config.patch_size}: "
-                f"{prompt_length}, {length}."
+                f"Prompts and what follows them must be multiples of patch_size, {patch_size}, not "
+                f"{lengths.tolist()} and {length - prompt_length} tokens."
             )
         return length
+
+
+class Pieces:
+    """Sequences with padding anywhere, (B, T, ...), and their real tokens in one piece, padding at the end.
+
+    Example:
+        >>> pieces = Pieces(torch.tensor([[False, True, True], [True, False, False]]))
+        >>> pieces.gather(torch.tensor([[0, 1, 2], [3, 0, 0]]))
+        tensor([[1, 2],
+                [3, 0]])
+        >>> pieces.scatter(torch.tensor([[1, 2], [3, 0]]))
+        tensor([[0, 1, 2],
+                [3, 0, 0]])
+    """
+
+    def __init__(self, is_real: Tensor):
+        self.order = None  # (B, T): where the tokens of the pieces stand; None where nothing is padded
+        if not bool(is_real.all()):
+            self.order = (~is_real).int().argsort(dim=-1, stable=True)
+            self.width, self.length = int(is_real.sum(-1).max()), is_real.shape[1]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Sequences (B, T, ...) to pieces (B, longest, ...)."""
+        return x if self.order is None else self._take(x, self.order)[:, : self.width]
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Back to sequences, with 0 at padding (where pieces have it)."""
+        if self.order is None:
+            return x
+        x = torch.cat([x, x.new_zeros(len(x), self.length - self.width, *x.shape[2:])], 1)
+        return self._take(x, self.order.argsort(-1))
+
+    def _take(self, x: Tensor, index: Tensor) -> Tensor:
+        index = index.to(x.device).reshape(*index.shape, *[1] * (x.ndim - 2))
+        return x.gather(1, index.expand_as(x))
 
 
 def _is_after_end(tokens: Tensor, eos_token_id: int | list[int] | None) -> Tensor:

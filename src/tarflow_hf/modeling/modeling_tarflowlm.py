@@ -18,11 +18,10 @@ References:
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
@@ -34,12 +33,12 @@ from .coupling import (
     affine,
     affine_inverse,
     autoregressive_mixture_cdf_inverse,
+    linear_mixture_rosenblatt,
+    linear_mixture_rosenblatt_inverse,
+    linear_mixture_rosenblatt_log_prob,
     mixture_cdf,
     mixture_cdf_inverse,
     mixture_cdf_log_prob,
-    mixture_rosenblatt,
-    mixture_rosenblatt_inverse,
-    mixture_rosenblatt_log_prob,
 )
 from .coupling_reference import AutoregressiveNetwork, autoregressive_mixture_parameters
 from .generation_tarflowlm import TarFlowLMGenerationMixin
@@ -50,6 +49,16 @@ from .normal import normal_log_prob
 # Each maps h (B, N, D) and context (B, N, w), by `task`, to
 #   "transform":  u (B, N, D) and log_det (B, N);   "log_prob":  log p(h | context) (B, N);   "inverse":  h, of u.
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def _decoder(config: TarFlowLMConfig, num_hidden_layers: int) -> PreTrainedModel:
+    """The block config's causal decoder, which is fed embeddings: it gets the smallest token table, and loses that."""
+    no_tokens = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    decoder_config = config.decoder_config(num_hidden_layers, **no_tokens)
+    decoder_config._attn_implementation = config._attn_implementation
+    decoder = AutoModel.from_config(decoder_config)
+    decoder.set_input_embeddings(None)
+    return decoder
 
 
 MAX_LOG_SCALE = 10.0
@@ -152,46 +161,104 @@ def mixture_cdf_head(config: TarFlowLMConfig, flow: dict[str, Any]) -> nn.Module
     return (AutoregressiveMixtureCDFHead if flow["autoregressive"] else MixtureCDFHead)(config, flow)
 
 
-class MixtureRosenblattHead(nn.Module):
-    """Mix-d. The context gives each of the P tokens of a position its mixture weights over a codebook: the encoder's
-    (tied), or one of the flow's own.
+class PatchDecoder(nn.Module):
+    """A light causal decoder over the P tokens of a patch, on top of the flow's own, which runs once a patch.
+
+    Its output at token p has read the patch's context and the latents of the tokens before p in the patch.
     """
 
-    # Positions times components handled at once: the logits of a large vocabulary are made, used and remade in the
-    # backward pass, so many rows at a time.
-    max_logits = 2**25
+    def __init__(self, config: TarFlowLMConfig, flow: dict[str, Any]):
+        super().__init__()
+        self.decoder = _decoder(config, flow["patch_head_layers"])
+        self.start = nn.Parameter(torch.empty(config.hidden_size))
+        if flow["context"] == "posterior":
+            self.posterior_top_k = config.posterior_top_k
+            self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        else:
+            self.embedding = None
+            self.projection = nn.Linear(config.latent_size, config.hidden_size)
+
+    def forward(self, tokens: Tensor, context: Tensor, codebook: Gaussians) -> Tensor:
+        """The first n tokens of patches (B, n, d), of context (B, w), to the contexts (B, n + 1, w) up to the next."""
+        if self.embedding is None:
+            tokens = self.projection(tokens.to(self.start.dtype))
+        else:
+            tokens = codebook.posterior_average(tokens, self.embedding, self.posterior_top_k)
+        start = self.start.expand(len(context), 1, -1)
+        inputs = context.unsqueeze(1) + torch.cat([start, tokens.to(start.dtype)], 1)
+        return self.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
+
+
+class MixtureRosenblattHead(nn.Module):
+    """Mix-d. The context gives each of the P tokens of a position its mixture weights over a codebook: the encoder's
+    (tied), or one of the flow's own. Given the context the tokens are independent; with a `PatchDecoder` (the flow's
+    `patch_head_layers`) each token's weights also see the latents before it in its patch.
+    """
+
+    max_logits = 2**25  # at once: those of a large vocabulary are made, used and remade in the backward pass
 
     def __init__(self, config: TarFlowLMConfig, flow: dict[str, Any]):
         super().__init__()
         self.patch_size = config.patch_size
         self.num_components = flow["num_components"]
-        self.projection = nn.Linear(config.hidden_size, config.patch_size * self.num_components)
+        self.patch_decoder = PatchDecoder(config, flow) if flow.get("patch_head_layers") else None
+        num_mixtures = config.patch_size if self.patch_decoder is None else 1
+        self.projection = MixtureLogits(config.hidden_size, num_mixtures, self.num_components)
         self.codebook = None if flow["tie_codebook"] else Codebook(self.num_components, config.latent_size)
 
     def forward(self, h: Tensor, context: Tensor, codebook: Gaussians | None = None, task: str = "transform"):
-        mean, log_scale = codebook if self.codebook is None else self.codebook()
-        run = {
-            "transform": mixture_rosenblatt,
-            "log_prob": mixture_rosenblatt_log_prob,
-            "inverse": mixture_rosenblatt_inverse,
+        components = codebook if self.codebook is None else self.codebook()
+        tokens = h.unflatten(-1, (self.patch_size, -1)).flatten(0, 1)  # (B N, P, d)
+        context = context.flatten(0, 1)  # (B N, w)
+        if self.patch_decoder is None:
+            output = self._couple(task, tokens, context, components)
+        elif task == "inverse":
+            output = tokens[:, :0]
+            for p in range(self.patch_size):
+                token_context = self.patch_decoder(output, context, codebook)[:, -1:]
+                token = self._couple(task, tokens[:, p : p + 1], token_context, components)
+                output = torch.cat([output, token], 1)
+        else:
+            output = self._couple(task, tokens, self.patch_decoder(tokens[:, :-1], context, codebook), components)
+        if task == "transform":
+            u, log_det = output
+            return u.reshape(h.shape), log_det.sum(-1).reshape(h.shape[:-1])
+        return output.sum(-1).reshape(h.shape[:-1]) if task == "log_prob" else output.reshape(h.shape)
+
+    def _couple(self, task: str, tokens: Tensor, context: Tensor, components: Gaussians):
+        """The coupling of tokens (n, p, d), whose weights follow from contexts (n, p, w) or, in common, (n, w)."""
+        op = {
+            "transform": linear_mixture_rosenblatt,
+            "log_prob": linear_mixture_rosenblatt_log_prob,
+            "inverse": linear_mixture_rosenblatt_inverse,
         }[task]
 
-        def apply(tokens: Tensor, context: Tensor):
-            logits = self.projection(context).unflatten(-1, (self.patch_size, self.num_components))
-            return run(tokens, logits, mean, log_scale)
+        def run(tokens: Tensor, context: Tensor, weights: tuple[Tensor, Tensor]):
+            return op(tokens, context, *weights, *components, max_logits=self.max_logits)
 
-        tokens = h.unflatten(-1, (self.patch_size, -1)).flatten(0, 1)  # (B N, P, d)
-        rows = max(1, self.max_logits // (self.patch_size * self.num_components))
-        chunks = list(zip(tokens.split(rows), context.flatten(0, 1).split(rows), strict=True))
-        if len(chunks) == 1:
-            outputs = [apply(*chunks[0])]
-        else:
-            outputs = [checkpoint(apply, *chunk, use_reentrant=False) for chunk in chunks]
+        weights = self.projection()
+        if context.ndim == tokens.ndim:
+            return run(tokens, context, weights[0])
+        outputs = [run(tokens[:, p], context, weights[p]) for p in range(self.patch_size)]
         if task == "transform":
-            u, log_det = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-            return u.reshape(h.shape), log_det.sum(-1).reshape(h.shape[:-1])
-        output = torch.cat(outputs)
-        return output.sum(-1).reshape(h.shape[:-1]) if task == "log_prob" else output.reshape(h.shape)
+            return tuple(torch.stack(x, 1) for x in zip(*outputs, strict=True))
+        return torch.stack(outputs, 1)
+
+
+class MixtureLogits(nn.Module):
+    """The linear maps from a hidden state to the logits of several mixtures, as [(weight (K, w), bias (K,)), ...].
+
+    The couplings multiply by them piece by piece. They are read by calling the module, as those of a `Codebook`.
+    """
+
+    def __init__(self, hidden_size: int, num_mixtures: int, num_components: int):
+        super().__init__()
+        self.num_components = num_components
+        self.weight = nn.Parameter(torch.empty(num_mixtures * num_components, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_mixtures * num_components))
+
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(*(x.split(self.num_components) for x in (self.weight, self.bias)), strict=True))
 
 
 COUPLING_HEADS = {
@@ -206,11 +273,38 @@ COUPLING_HEADS = {
 # --------------------------------------------------------------------------------------------------------------------
 
 
+class Observed(NamedTuple):
+    """What a flow's decoder knows beforehand, in a conditional model: its first slots hold the observed positions."""
+
+    inputs: Tensor  # (B, N, w) of the slots that hold one
+    count: Tensor  # (B, 1, 1) such slots
+    position_ids: Tensor  # (B, N): where in the sequence, in the flow's direction, the position of each slot is
+
+
+class ObservedEmbedding(nn.Module):
+    """The ids of observed positions (B, N, P) to decoder inputs (B, N, w): their embeddings, and a common marker."""
+
+    def __init__(self, config: TarFlowLMConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.embedding = nn.Embedding(config.vocab_size, width)
+        self.projection = nn.Linear(config.patch_size * width, width) if config.patch_size > 1 else None
+        self.marker = nn.Parameter(torch.empty(width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        embedded = self.embedding(ids).flatten(-2)
+        return (embedded if self.projection is None else self.projection(embedded)).to(self.marker.dtype) + self.marker
+
+
 class FlowLayer(nn.Module):
     """One autoregressive flow: a causal decoder over the positions, and a coupling.
 
     Position n is transformed with parameters that read positions < n in the flow's own order (a learned start vector
     stands before the first), so the Jacobian is block triangular and its log-determinant the sum over positions.
+
+    In a conditional model some positions are observed: they are no variables of the flow, but context. The decoder
+    reads them first, then passes the missing positions in the flow's direction; position ids say where each of them is.
+    A missing position so sees every observed one, and plain causal attention is all it takes.
     """
 
     def __init__(self, config: TarFlowLMConfig, index: int):
@@ -229,12 +323,8 @@ class FlowLayer(nn.Module):
             input_size = config.patch_size * config.latent_size
         self.input_projection = None if input_size is None else nn.Linear(input_size, config.hidden_size)
         self.start = nn.Parameter(torch.empty(config.hidden_size))
-        # The decoder is fed embeddings: it gets the smallest token table, and loses that.
-        no_tokens = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-        decoder_config = config.decoder_config(flow["num_hidden_layers"], **no_tokens)
-        decoder_config._attn_implementation = config._attn_implementation
-        self.decoder = AutoModel.from_config(decoder_config)
-        self.decoder.set_input_embeddings(None)
+        self.decoder = _decoder(config, flow["num_hidden_layers"])
+        self.observed_embedding = ObservedEmbedding(config) if config.conditional else None
         self.head = COUPLING_HEADS[flow["coupling"]](config, flow)
 
     def forward(
@@ -244,8 +334,10 @@ class FlowLayer(nn.Module):
         lengths: Tensor | None = None,
         log_prob_only: bool = False,
         reverse: bool = False,
-        prefix: Tensor | None = None,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
         on_position: Callable[[Tensor], None] | None = None,
+        observed_ids: Tensor | None = None,
     ):
         """Maps positions (B, N, D) to noise, or with `reverse` back.
 
@@ -255,39 +347,104 @@ class FlowLayer(nn.Module):
             lengths: Number of real positions of each sequence, (B,), where some are padded.
             log_prob_only: Return just log p(h) (B,): no distribution function is computed.
             reverse: Invert, one position after another, with a key-value cache.
-            prefix: With `reverse`, the flow's input at its first positions (B, n, D), where it is known.
+            known, known_mask: With `reverse`, the flow's input (B, N, D) where it is given, and where that is, (B, N).
             on_position: With `reverse`, called with the latents (B, P, d) of each new position.
+            observed_ids: Of a conditional model, the ids (B, N, P) of the observed positions, -1 at the missing ones.
 
         Returns:
-            Output (B, N, D) and log_det (B,); or log p (B,); or, with `reverse`, the input (B, N, D). 0 at padding.
+            Output (B, N, D) and log_det (B,); or log p (B,); or, with `reverse`, the input (B, N, D). 0 at padding and
+            at observed positions, which nothing is summed over.
         """
-        h = self._arrange(h, lengths)
+        order, observed = self._order(h, lengths, observed_ids)
+        is_variable = _is_variable(h, lengths, observed_ids)
+        h = self._arrange(h, order)
         if reverse:
-            return self._rearrange(self._invert(h, codebook, prefix, on_position), lengths)
-        context = self.decoder(inputs_embeds=self._inputs(h[:, :-1], codebook), use_cache=False).last_hidden_state
+            if observed is not None:
+                known, known_mask = torch.zeros_like(h), ~is_variable
+            if known is not None:
+                known, known_mask = self._arrange(known, order), self._to_slots(known_mask, order)
+            h = self._invert(h, codebook, known, known_mask, on_position, observed)
+            return _zero_unless(is_variable, self._rearrange(h, order))
+        context = self._context(self._inputs(h, codebook, observed=observed), observed)
         if log_prob_only:
-            return _sum_real(self.head(h, context, codebook, task="log_prob"), lengths)
+            log_prob = self.head(h, context, codebook, task="log_prob")
+            return _zero_unless(is_variable, self._to_positions(log_prob, order)).sum(-1)
         u, log_det = self.head(h, context, codebook)
-        return self._rearrange(u, lengths), _sum_real(log_det, lengths)
+        log_det = _zero_unless(is_variable, self._to_positions(log_det, order)).sum(-1)
+        return _zero_unless(is_variable, self._rearrange(u, order)), log_det
 
-    def _invert(self, u: Tensor, codebook: Gaussians, prefix: Tensor | None, on_position) -> Tensor:
-        known = u[:, :0] if prefix is None else self._arrange(prefix)
-        positions = [known]
-        inputs = self._inputs(known, codebook)
-        cache = DynamicCache(config=self.decoder.config)
-        for n in range(known.shape[1], u.shape[1]):
-            context = self.decoder(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state
+    def _invert(
+        self,
+        u: Tensor,
+        codebook: Gaussians,
+        known: Tensor | None,
+        known_mask: Tensor | None,
+        on_position: Callable[[Tensor], None] | None,
+        observed: Observed | None,
+    ) -> Tensor:
+        h, num_known = torch.zeros_like(u), 0
+        if known is not None:
+            h = torch.where(known_mask.unsqueeze(-1), known, 0)
+            num_known = int(known_mask.long().cumprod(-1).sum(-1).min())  # at the front, in every sequence
+        cache, num_read = DynamicCache(config=self.decoder.config), 0
+        for n in range(num_known, u.shape[1]):
+            inputs = self._inputs(h, codebook, num_read, n + 1, observed)
+            context = self._context(inputs, observed, num_read, cache)
+            num_read = n + 1
             position = self.head(u[:, n : n + 1], context[:, -1:], codebook, task="inverse")
-            positions.append(position)
+            if known is not None:
+                position = torch.where(known_mask[:, n : n + 1, None], known[:, n : n + 1], position)
+            h = torch.cat([h[:, :n], position, h[:, n + 1 :]], 1)
             if on_position is not None:
-                on_position(self._rearrange(position).unflatten(-1, (self.patch_size, -1)).flatten(1, 2))
-            inputs = self._embed(position, codebook)
-        return torch.cat(positions, 1)
+                on_position(self._unshuffle(position).unflatten(-1, (self.patch_size, -1)).flatten(1, 2))
+        return h
 
-    def _inputs(self, h: Tensor, codebook: Gaussians) -> Tensor:
-        """What the decoder reads to predict the positions after 0, ..., n: start, h_1, ..., h_n, (B, n + 1, w)."""
-        start = self.start.expand(len(h), 1, -1)
-        return start if h.shape[1] == 0 else torch.cat([start, self._embed(h, codebook)], 1)
+    def _context(
+        self, inputs: Tensor, observed: Observed | None = None, first: int = 0, cache: DynamicCache | None = None
+    ) -> Tensor:
+        """The decoder's output (B, n, w) at the slots from `first` on, of their inputs; the cache holds those before.
+
+        Raises:
+            ValueError: Flash attention is asked to handle what is observed in a single sequence.
+        """
+        options = {}
+        if observed is not None:
+            if "flash" in self.decoder.config._attn_implementation and len(inputs) == 1 < inputs.shape[1]:
+                raise ValueError(
+                    f"{self.decoder.config._attn_implementation} takes a single sequence whose position ids jump for "
+                    'several: with observed tokens give it two or more sequences, or use attn_implementation="sdpa".'
+                )
+            options["position_ids"] = observed.position_ids[:, first : first + inputs.shape[1]]
+            if cache is None:  # or else the library takes a jump in the position ids for the start of another sequence
+                options["attention_mask"] = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        return self.decoder(
+            inputs_embeds=inputs, past_key_values=cache, use_cache=cache is not None, **options
+        ).last_hidden_state
+
+    def _inputs(
+        self,
+        h: Tensor,
+        codebook: Gaussians,
+        first: int = 0,
+        last: int | None = None,
+        observed: Observed | None = None,
+    ) -> Tensor:
+        """What the decoder reads at the slots first, ..., last - 1, of which slot s predicts position s: (B, n, w).
+
+        It is a function of position s - 1 alone (the start vector at slot 0): h (B, N, D), in the flow's own order, has
+        to be right at the positions first - 1, ..., last - 2. Slots of observed positions read these; the start vector
+        is what the first slot behind them reads.
+        """
+        last = h.shape[1] if last is None else last
+        inputs = [self.start.expand(len(h), 1, -1)] if first == 0 else []
+        if last > max(first, 1):
+            inputs.append(self._embed(h[:, max(first - 1, 0) : last - 1], codebook))
+        inputs = torch.cat(inputs, 1)
+        if observed is not None:
+            slots = torch.arange(first, last, device=h.device).unsqueeze(-1)  # (n, 1)
+            inputs = torch.where(slots == observed.count, self.start, inputs)
+            inputs = torch.where(slots < observed.count, observed.inputs[:, first:last], inputs)
+        return inputs
 
     def _embed(self, h: Tensor, codebook: Gaussians) -> Tensor:
         if self.embedding is not None:
@@ -296,30 +453,68 @@ class FlowLayer(nn.Module):
         h = h.to(self.start.dtype)
         return h if self.input_projection is None else self.input_projection(h).to(self.start.dtype)
 
-    def _arrange(self, h: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Into the flow's own order of positions and channels."""
+    def _arrange(self, h: Tensor, order: Tensor | None = None) -> Tensor:
+        """Into the flow's own order of positions and channels: positions (B, N, D) to slots."""
+        return self._to_slots(self._shuffle(h), order)
+
+    def _rearrange(self, h: Tensor, order: Tensor | None = None) -> Tensor:
+        """Back from `_arrange`."""
+        return self._unshuffle(self._to_positions(h, order))
+
+    def _order(
+        self, h: Tensor, lengths: Tensor | None, observed_ids: Tensor | None
+    ) -> tuple[Tensor | None, Observed | None]:
+        """The position that each slot holds, (B, N), where sequences differ in that, and what is observed."""
+        num_positions = h.shape[1]
+        if observed_ids is None and (lengths is None or self.direction != "right_to_left"):
+            return None, None
+        n = torch.arange(num_positions, device=h.device).expand(len(h), -1)
+        ends = torch.full((len(h), 1), num_positions, device=h.device) if lengths is None else lengths.unsqueeze(-1)
+        # Where a position is in the flow's direction. Padding stays at the end.
+        coordinate = torch.where(n < ends, ends - 1 - n, n) if self.direction == "right_to_left" else n
+        if observed_ids is None:
+            return coordinate, None  # a reversal is its own inverse
+        is_observed = observed_ids[..., 0] >= 0
+        order = torch.argsort(coordinate + num_positions * torch.where(n < ends, (~is_observed).long(), 2), -1)
+        return order, Observed(
+            inputs=self.observed_embedding(_take(observed_ids.clamp(min=0), order)),
+            count=is_observed.sum(-1)[:, None, None],
+            position_ids=_take(coordinate, order),
+        )
+
+    def _to_slots(self, x: Tensor, order: Tensor | None) -> Tensor:
+        """Positions (B, N, ...) in the order in which the flow passes them."""
+        if order is not None:
+            return _take(x, order)
+        return x.flip(1) if self.direction == "right_to_left" else x
+
+    def _to_positions(self, x: Tensor, order: Tensor | None) -> Tensor:
+        """Back from `_to_slots`."""
+        return self._to_slots(x, None if order is None else order.argsort(-1))
+
+    def _shuffle(self, h: Tensor) -> Tensor:
+        """Channels (..., D) in the flow's own order."""
+        if self.direction == "right_to_left_within_patch":
+            h = h.unflatten(-1, (self.patch_size, -1)).flip(-2).flatten(-2)
         for _ in range(self.num_shuffles):
             h = torch.cat([h[..., 0::2], h[..., 1::2]], -1)
-        return _flip(h, lengths) if self.direction == "right_to_left" else h
+        return h
 
-    def _rearrange(self, h: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Back from `_arrange`, with 0 at padding."""
-        h = _flip(h, lengths) if self.direction == "right_to_left" else h
+    def _unshuffle(self, h: Tensor) -> Tensor:
+        """Back from `_shuffle`."""
         for _ in range(self.num_shuffles):
             half = (h.shape[-1] + 1) // 2
             unshuffled = torch.empty_like(h)
             unshuffled[..., 0::2], unshuffled[..., 1::2] = h[..., :half], h[..., half:]
             h = unshuffled
-        return _zero_padding(h, lengths)
+        if self.direction == "right_to_left_within_patch":
+            h = h.unflatten(-1, (self.patch_size, -1)).flip(-2).flatten(-2)
+        return h
 
 
-def _flip(h: Tensor, lengths: Tensor | None) -> Tensor:
-    """Reverses the real positions of each sequence and leaves its padding at the end. Its own inverse."""
-    if lengths is None:
-        return h.flip(1)
-    n = torch.arange(h.shape[1], device=h.device)
-    index = torch.where(n < lengths[:, None], lengths[:, None] - 1 - n, n)
-    return h.gather(1, index.unsqueeze(-1).expand_as(h))
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """The positions of x (B, N, ...) that the index (B, N) names."""
+    return x.gather(1, index.reshape(*index.shape, *[1] * (x.ndim - 2)).expand_as(x))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -355,8 +550,11 @@ class FlowStack(nn.Module):
         reverse: bool = False,
         num_flows: int | None = None,
         output_noise: bool = True,
-        prefix: Tensor | None = None,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
         on_position: Callable[[Tensor], None] | None = None,
+        observed_ids: Tensor | None = None,
+        observed_mask: Tensor | None = None,
     ) -> FlowOutput:
         """Maps latents to noise, or with `reverse` noise to latents.
 
@@ -369,16 +567,20 @@ class FlowStack(nn.Module):
             attention_mask: (B, T), 1 for real tokens and 0 for padding on the right.
             num_flows: Cut the stack after its first flows; it is a model of its own, with base N(0, I).
             output_noise: Whether to compute `noise`, `log_det` and the last of the `states`, or `log_prob` alone.
-            prefix: With `reverse`, known latents (B, n, d) of the first tokens. Exact where every flow runs left to
-                right; otherwise held fixed in the first flow alone.
+            known, known_mask: With `reverse`, latents (B, T, d) that are held fixed, and where, (B, T). Where no flow
+                runs right to left, those before the first unknown one are given to every flow, which is exact: the
+                others follow p(z_new | z_known). All others are held fixed in the first flow alone.
             on_position: With `reverse`, called with the latents (B, P, d) of each position the first flow completes.
+            observed_ids, observed_mask: Of a conditional model, token ids (B, T) and where they are observed, (B, T).
+                Only the other tokens have latents: the flow is that of p(z_missing | x_observed), both ways.
 
         Returns:
-            A `FlowOutput`. At padding, noise and states are 0.
+            A `FlowOutput`. At padding and at observed tokens, noise and states are 0.
 
         Raises:
-            ValueError: T is no multiple of the patch size, the mask has holes or padding on the left, or a real length
-                is no multiple of the patch size, `num_flows` is not in 1, ..., L.
+            ValueError: T is no multiple of the patch size, the mask has holes or padding on the left, a real length is
+                no multiple of the patch size, a patch is known or observed in part, `num_flows` is not in 1, ..., L,
+                `observed_mask` is given to a model that is not conditional, or covers a whole sequence.
         """
         length = latents.shape[1]
         if length % self.patch_size or length == 0:
@@ -391,43 +593,83 @@ class FlowStack(nn.Module):
         lengths = None
         if attention_mask is not None:
             lengths = _real_lengths(attention_mask, latents.shape[:2], self.patch_size)
-        h = latents.to(torch.promote_types(latents.dtype, torch.float32))
-        h = _zero_padding(self._to_positions(h), lengths)
+        h = self._to_positions(latents.to(torch.promote_types(latents.dtype, torch.float32)))
+        if known is not None and observed_mask is not None:
+            raise ValueError("Give known_mask or observed_mask, not both: what is observed has no latents.")
+        observed_ids = None if observed_mask is None else self._observed(h, lengths, observed_ids, observed_mask)
+        h = _zero_unless(_is_variable(h, lengths, observed_ids), h)
         if reverse:
-            prefixes = self._prefixes(layers, prefix)
-            return self._invert(layers, h, lengths, prefixes, on_position)
-        return self._transform(layers, h, lengths, output_noise)
+            known = self._known(layers, known, known_mask)
+            return self._invert(layers, h, lengths, observed_ids, known, on_position)
+        return self._transform(layers, h, lengths, observed_ids, output_noise)
 
-    def _transform(self, layers: nn.ModuleList, h: Tensor, lengths: Tensor | None, output_noise: bool) -> FlowOutput:
+    def _transform(self, layers: nn.ModuleList, h: Tensor, lengths, observed_ids, output_noise: bool) -> FlowOutput:
         codebook, states, log_det = self.codebook(), [h], 0.0
         for layer in layers if output_noise else layers[:-1]:
-            h, layer_log_det = layer(h, codebook, lengths)
+            h, layer_log_det = layer(h, codebook, lengths, observed_ids=observed_ids)
             log_det = log_det + layer_log_det
             states.append(h)
         tokens = tuple(map(self._to_tokens, states))
         if not output_noise:
-            log_prob = log_det + layers[-1](h, codebook, lengths, log_prob_only=True)
+            log_prob = log_det + layers[-1](h, codebook, lengths, log_prob_only=True, observed_ids=observed_ids)
             return FlowOutput(latents=tokens[0], log_prob=log_prob, states=tokens)
-        log_prob = log_det + _sum_real(normal_log_prob(h).sum(-1), lengths)
+        is_variable = _is_variable(h, lengths, observed_ids)
+        log_prob = log_det + _zero_unless(is_variable, normal_log_prob(h).sum(-1)).sum(-1)
         return FlowOutput(tokens[0], tokens[-1], log_det, log_prob, tokens)
 
-    def _invert(self, layers: nn.ModuleList, h: Tensor, lengths: Tensor | None, prefixes, on_position) -> FlowOutput:
+    def _invert(self, layers: nn.ModuleList, h: Tensor, lengths, observed_ids, known, on_position) -> FlowOutput:
         codebook, states = self.codebook(), [h]
-        for layer, prefix in zip(reversed(layers), reversed(prefixes), strict=True):
-            callback = on_position if layer is layers[0] else None
-            h = layer(h, codebook, lengths, reverse=True, prefix=prefix, on_position=callback)
+        for layer, (state, mask) in zip(reversed(layers), reversed(known), strict=True):
+            h = layer(
+                h,
+                codebook,
+                lengths,
+                reverse=True,
+                known=state,
+                known_mask=mask,
+                on_position=on_position if layer is layers[0] else None,
+                observed_ids=observed_ids,
+            )
             states.append(h)
         tokens = tuple(map(self._to_tokens, reversed(states)))
         return FlowOutput(latents=tokens[0], noise=tokens[-1], states=tokens)
 
-    def _prefixes(self, layers: nn.ModuleList, prefix: Tensor | None) -> list[Tensor | None]:
-        """What each flow knows of its input (B, n, D) when the latents of the first tokens are given."""
-        if prefix is None:
-            return [None] * len(layers)
-        if any(layer.direction != "left_to_right" for layer in layers):
-            return [self._to_positions(prefix)] + [None] * (len(layers) - 1)
-        # Left to right, the states of the first tokens depend on nothing behind them.
-        return [self._to_positions(state) for state in self(prefix, num_flows=len(layers)).states[:-1]]
+    def _observed(self, h: Tensor, lengths: Tensor | None, ids: Tensor | None, mask: Tensor) -> Tensor:
+        """Ids (B, N, P) of the observed positions, -1 elsewhere."""
+        if self.layers[0].observed_embedding is None:
+            raise ValueError(
+                "observed_mask needs a conditional model: this one's config has conditional=False, and was trained to "
+                "model all tokens."
+            )
+        shape = (len(h), h.shape[1] * self.patch_size)
+        if ids is None or ids.shape != shape or mask.shape != shape:
+            shapes = f"{None if ids is None else tuple(ids.shape)}, {tuple(mask.shape)}"
+            raise ValueError(f"observed_ids and observed_mask must have shape (B, T) = {shape}, not {shapes}.")
+        _require(((mask == 0) | (mask == 1)).all(), "observed_mask must be boolean, or 0 and 1.")
+        mask = _zero_unless(_is_variable(h, lengths, None), mask.unflatten(1, (-1, self.patch_size)) == 1)  # (B, N, P)
+        _require((mask.all(-1) == mask.any(-1)).all(), "observed_mask must cover whole patches.")
+        ids = torch.where(mask, ids.unflatten(1, (-1, self.patch_size)), -1)
+        vocab_size = self.layers[0].observed_embedding.embedding.num_embeddings
+        is_token = (ids >= 0) & (ids < vocab_size)
+        _require((is_token == mask).all(), f"observed_ids must be in 0, ..., vocab_size - 1 = {vocab_size - 1}.")
+        is_left = _is_variable(h, lengths, ids).any(-1).all()
+        _require(is_left, "observed_mask covers a whole sequence: nothing of it is left to model.")
+        return ids
+
+    def _known(self, layers: nn.ModuleList, known: Tensor | None, known_mask: Tensor | None):
+        """What each flow knows of its input (B, N, D), and where (B, N), when some latents (B, T, d) are given."""
+        if known is None:
+            return [(None, None)] * len(layers)
+        by_position = known_mask.unflatten(1, (-1, self.patch_size))
+        _require((by_position.all(-1) == by_position.any(-1)).all(), "known_mask must cover whole patches.")
+        mask = by_position.all(-1)
+        first = (self._to_positions(known), mask)
+        if len(layers) == 1 or any(layer.direction == "right_to_left" for layer in layers):
+            return [first] + [(None, None)] * (len(layers) - 1)
+        # Left to right, the states of the first positions depend on nothing behind them.
+        states = self(torch.where(known_mask.unsqueeze(-1), known, 0), num_flows=len(layers) - 1).states[1:]
+        leading = mask.long().cumprod(-1).bool()
+        return [first] + [(self._to_positions(state), leading) for state in states]
 
     def _to_positions(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, self.patch_size)).flatten(2)  # (B, T, d) to (B, N, D)
@@ -436,17 +678,19 @@ class FlowStack(nn.Module):
         return h.unflatten(-1, (self.patch_size, -1)).flatten(1, 2)  # (B, N, D) to (B, T, d)
 
 
-def _zero_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """Positions (B, N, ...) with 0 behind the real ones."""
-    if lengths is None:
-        return x
-    is_padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
-    return x.masked_fill(is_padding.reshape(*is_padding.shape, *[1] * (x.ndim - 2)), 0)
+def _is_variable(h: Tensor, lengths: Tensor | None, observed_ids: Tensor | None) -> Tensor | None:
+    """Where positions (B, N) are neither padding nor observed; None where none is."""
+    if lengths is None and observed_ids is None:
+        return None
+    is_variable = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+    if lengths is not None:
+        is_variable = torch.arange(h.shape[1], device=h.device) < lengths.unsqueeze(-1)
+    return is_variable if observed_ids is None else is_variable & (observed_ids[..., 0] < 0)
 
 
-def _sum_real(per_position: Tensor, lengths: Tensor | None) -> Tensor:
-    """Sum over the real positions, (B, N) to (B,)."""
-    return _zero_padding(per_position, lengths).sum(-1)
+def _zero_unless(mask: Tensor | None, x: Tensor) -> Tensor:
+    """x (B, N, ...) where the mask (B, N) is True, 0 elsewhere; without a mask, x."""
+    return x if mask is None else x.masked_fill(~mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), 0)
 
 
 def _require(condition: Tensor, message: str) -> None:
@@ -528,10 +772,15 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
         if isinstance(module, Codebook):
             init.normal_(module.mean)
             init.constant_(module.log_scale, self.config.initial_log_scale)
-        elif isinstance(module, FlowLayer):
+        elif isinstance(module, (FlowLayer, PatchDecoder)):
             init.normal_(module.start, std=self.config.initializer_range)
             if module.embedding is not None:
                 init.normal_(module.embedding, std=self.config.initializer_range)
+        elif isinstance(module, ObservedEmbedding):
+            init.normal_(module.marker, std=self.config.initializer_range)
+        elif isinstance(module, MixtureLogits):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
         elif isinstance(module, (MixtureCDFHead, AutoregressiveMixtureCDFHead)):
             module.init_weights(self.config.initializer_range)
 
@@ -578,40 +827,56 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         generator: torch.Generator | None = None,
         num_flows: int | None = None,
         output_noise: bool = False,
+        observed_mask: Tensor | None = None,
     ) -> TarFlowLMOutput:
         """The evidence lower bound of each sequence, from one sample of its latents.
+
+        With `observed_mask`, of a conditional model, it bounds log p(x_missing | x_observed), and all terms are those
+        of the missing tokens.
 
         Args:
             input_ids: Token ids (B, T), T a multiple of the patch size.
             attention_mask: (B, T), 1 for real tokens and 0 for padding on the right.
-            labels: Asks for the loss: `input_ids`, where padding may be -100. The bound is that of whole sequences,
-                so no real token can be left out of it.
+            labels: Asks for the loss: `input_ids`, where padding and observed tokens may be -100. The bound is that of
+                whole sequences, so no other token can be left out of it.
             latents: Latents (B, T, d) to take instead of a sample of q(z | x).
             generator: Source of the sample's noise.
             num_flows: Score the stack cut after its first flows.
             output_noise: Compute `noise` too, which the likelihood does not need.
+            observed_mask: Of a conditional model, 1 (or True) at the tokens that are given, (B, T), whole patches.
 
         Returns:
-            [`TarFlowLMOutput`].
+            [`TarFlowLMOutput`]. The loss is the mean over the missing tokens.
 
         Raises:
             ValueError: Ids outside the vocabulary, labels other than the ids, an empty or too long sequence, a length
-                that is no multiple of the patch size, or a mask that is not right padding.
+                that is no multiple of the patch size, a mask that is not right padding, an `observed_mask` that covers
+                parts of patches or a whole sequence, or that the model is not conditional for.
         """
         input_ids = self._check_ids(input_ids, attention_mask)
+        if latents is None:
+            latents = self.codebook().sample(input_ids, generator)
+        flow = self.flow(
+            latents,
+            attention_mask,
+            num_flows=num_flows,
+            output_noise=output_noise,
+            observed_ids=input_ids,
+            observed_mask=observed_mask,
+        )
+        is_scored = None if attention_mask is None else attention_mask != 0
+        if observed_mask is not None:
+            is_scored = observed_mask == 0 if is_scored is None else is_scored & (observed_mask == 0)
         if labels is not None:
-            is_real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            is_label = labels == input_ids
             _require(
-                ((labels == input_ids) | (is_real == 0)).all(),
+                (is_label if is_scored is None else is_label | ~is_scored).all(),
                 "labels must equal input_ids at every real token, because the bound is that of whole sequences: give "
                 "labels=input_ids, or give a collator that writes -100 a padding token of its own.",
             )
-        if latents is None:
-            latents = self.codebook().sample(input_ids, generator)
-        flow = self.flow(latents, attention_mask, num_flows=num_flows, output_noise=output_noise)
 
         def total(per_token: Tensor) -> Tensor:
-            return (per_token if attention_mask is None else per_token.masked_fill(attention_mask == 0, 0)).sum(-1)
+            return _zero_unless(is_scored, per_token).sum(-1)
 
         posterior_log_prob = total(self.codebook().log_prob(latents, input_ids))
         # log p(x | z) - log q(z | x) is the same for all x: no term of the bound but the sum over the codebook.
@@ -619,7 +884,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         elbo = flow.log_prob + reconstruction_minus_posterior
         loss = None
         if labels is not None:
-            num_tokens = input_ids.numel() if attention_mask is None else attention_mask.sum()
+            num_tokens = input_ids.numel() if is_scored is None else is_scored.sum()
             loss = -elbo.sum() / num_tokens
         return TarFlowLMOutput(
             loss=loss,
@@ -648,17 +913,19 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         num_samples: int = 16,
         generator: torch.Generator | None = None,
         num_flows: int | None = None,
+        observed_mask: Tensor | None = None,
     ) -> Tensor:
         """The bound log((1 / S) sum_s exp(elbo_s)) <= log p(x) of each sequence, (B,) in nats.
+
+        With `observed_mask`, of a conditional model, it bounds log p(x_missing | x_observed).
 
         S = `num_samples` independent samples of the latents; with S = 1 it is the ELBO. Its expectation rises with S
         towards log p(x) (Burda et al., *Importance Weighted Autoencoders*, ICLR 2016, arXiv:1509.00519).
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples}.")
-        samples = [
-            self(input_ids, attention_mask, generator=generator, num_flows=num_flows).elbo for _ in range(num_samples)
-        ]
+        options = {"generator": generator, "num_flows": num_flows, "observed_mask": observed_mask}
+        samples = [self(input_ids, attention_mask, **options).elbo for _ in range(num_samples)]
         return torch.logsumexp(torch.stack(samples), 0) - math.log(num_samples)
 
     def _check_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
