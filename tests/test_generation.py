@@ -83,7 +83,7 @@ def test_work_is_linear_in_the_length(model):
         )
         for layer in model.flow.layers
     ]
-    model.generate(max_new_tokens=11)
+    model.generate(max_new_tokens=11, inverse_method="sequential")
     for hook in hooks:
         hook.remove()
     assert lengths == [1] * 11 * 3

@@ -136,7 +136,7 @@ def test_cached_reverse_equals_recomputing_every_prefix(flows, patch_size):
         own = layer._arrange(h)
         found = torch.zeros_like(own)
         for n in range(own.shape[1]):
-            inputs = layer._inputs(found[:, :n], model.codebook())
+            inputs = layer._inputs(found, model.codebook(), last=n + 1)
             context = layer.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1:]
             found[:, n : n + 1] = layer.head(own[:, n : n + 1], context, model.codebook(), task="inverse")
         h = layer._rearrange(found)
@@ -332,7 +332,7 @@ def test_proposition_4_the_limit_is_the_discrete_model():
     torch.nn.init.constant_(model.codebook.log_scale, 0.0)
     out = model(input_ids)
     weights = layer.head.projection(
-        layer.decoder(inputs_embeds=layer._inputs(out.latents[:, :-1], model.codebook())).last_hidden_state
+        layer.decoder(inputs_embeds=layer._inputs(out.latents, model.codebook())).last_hidden_state
     ).log_softmax(-1)
     torch.testing.assert_close(out.elbo, torch.logsumexp(weights + model.decode(out.latents), -1).sum(-1))
 

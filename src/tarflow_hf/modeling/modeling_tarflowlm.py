@@ -16,7 +16,7 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, DynamicCache, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
@@ -42,6 +42,13 @@ from .coupling import (
     mixture_rosenblatt_log_prob,
 )
 from .generation_tarflowlm import TarFlowLMGenerationMixin
+from .inversion_tarflowlm import (
+    InverseReport,
+    choose_inverse_methods,
+    invert_by_captured_step,
+    invert_in_parallel,
+    invert_sequentially,
+)
 from .normal import normal_log_prob
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -248,6 +255,10 @@ class FlowLayer(nn.Module):
         self.decoder = AutoModel.from_config(decoder_config)
         self.decoder.set_input_embeddings(None)
         self.head = COUPLING_HEADS[flow["coupling"]](config, flow)
+        # What `inverse_method="auto"` takes; `choose_inverse_methods` says what was measured.
+        self.inverts_in_parallel = (
+            flow["coupling"] != "mixture_rosenblatt" and flow["context"] == "latent" and flow["num_hidden_layers"] <= 2
+        )
 
     def forward(
         self,
@@ -256,8 +267,13 @@ class FlowLayer(nn.Module):
         lengths: Tensor | None = None,
         log_prob_only: bool = False,
         reverse: bool = False,
-        prefix: Tensor | None = None,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
         on_position: Callable[[Tensor], None] | None = None,
+        inverse_method: str = "sequential",
+        inverse_window: int | None = None,
+        inverse_tolerance: float | None = None,
+        capture_step: bool = False,
     ):
         """Maps positions (B, N, D) to noise, or with `reverse` back.
 
@@ -266,40 +282,48 @@ class FlowLayer(nn.Module):
             codebook: The encoder's, as tensors.
             lengths: Number of real positions of each sequence, (B,), where some are padded.
             log_prob_only: Return just log p(h) (B,): no distribution function is computed.
-            reverse: Invert, one position after another, with a key-value cache.
-            prefix: With `reverse`, the flow's input at its first positions (B, n, D), where it is known.
-            on_position: With `reverse`, called with the latents (B, P, d) of each new position.
+            reverse: Invert, by `inversion_tarflowlm.py`.
+            known, known_mask: With `reverse`, the flow's input (B, N, D) where it is known, and where that is (B, N):
+                any positions of each sequence. They come back as they are; the output there is not read.
+            on_position: With `reverse`, called with the latents (B, P, d) of each new position, in the flow's order.
+            inverse_method: "sequential" or "parallel".
+            inverse_window, inverse_tolerance: Of the parallel form, see `invert_in_parallel`.
+            capture_step: Take the sequential form's steps by a CUDA graph, see `invert_by_captured_step`.
 
         Returns:
-            Output (B, N, D) and log_det (B,); or log p (B,); or, with `reverse`, the input (B, N, D). 0 at padding.
+            Output (B, N, D) and log_det (B,); or log p (B,); or, with `reverse`, the input (B, N, D) and an
+            `InverseReport`. 0 at padding.
         """
         h = self._arrange(h, lengths)
         if reverse:
-            return self._rearrange(self._invert(h, codebook, prefix, on_position), lengths)
-        context = self.decoder(inputs_embeds=self._inputs(h[:, :-1], codebook), use_cache=False).last_hidden_state
+            known, known_mask = self._arrange_known(known, known_mask, h, lengths)
+            if known_mask is not None:
+                h = h.masked_fill(known_mask.unsqueeze(-1), 0)  # what is not read may be anything
+            arguments = h, codebook, known, known_mask
+            callback = None if on_position is None else lambda state: on_position(self._tokens(state))
+            if inverse_method == "parallel":
+                h, report = invert_in_parallel(self, *arguments, callback, inverse_window, inverse_tolerance)
+            else:
+                invert = invert_by_captured_step if capture_step else invert_sequentially
+                h, report = invert(self, *arguments, callback)
+            return self._rearrange(h, lengths), report
+        context = self.decoder(inputs_embeds=self._inputs(h, codebook), use_cache=False).last_hidden_state
         if log_prob_only:
             return _sum_real(self.head(h, context, codebook, task="log_prob"), lengths)
         u, log_det = self.head(h, context, codebook)
         return self._rearrange(u, lengths), _sum_real(log_det, lengths)
 
-    def _invert(self, u: Tensor, codebook: Gaussians, prefix: Tensor | None, on_position) -> Tensor:
-        known = u[:, :0] if prefix is None else self._arrange(prefix)
-        positions = [known]
-        inputs = self._inputs(known, codebook)
-        cache = DynamicCache(config=self.decoder.config)
-        for n in range(known.shape[1], u.shape[1]):
-            context = self.decoder(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state
-            position = self.head(u[:, n : n + 1], context[:, -1:], codebook, task="inverse")
-            positions.append(position)
-            if on_position is not None:
-                on_position(self._rearrange(position).unflatten(-1, (self.patch_size, -1)).flatten(1, 2))
-            inputs = self._embed(position, codebook)
-        return torch.cat(positions, 1)
+    def _inputs(self, h: Tensor, codebook: Gaussians, first: int = 0, last: int | None = None) -> Tensor:
+        """What the decoder reads in its slots first, ..., last - 1, (B, last - first, w); by default in all N.
 
-    def _inputs(self, h: Tensor, codebook: Gaussians) -> Tensor:
-        """What the decoder reads to predict the positions after 0, ..., n: start, h_1, ..., h_n, (B, n + 1, w)."""
+        Slot s predicts position s. Its input is a function of the arranged state h[:, s - 1] alone, the start vector
+        in slot 0; so h (B, N, D) need be right only at the positions first - 1, ..., last - 2.
+        """
+        last = h.shape[1] if last is None else last
+        if first > 0:
+            return self._embed(h[:, first - 1 : last - 1], codebook)
         start = self.start.expand(len(h), 1, -1)
-        return start if h.shape[1] == 0 else torch.cat([start, self._embed(h, codebook)], 1)
+        return start if last == 1 else torch.cat([start, self._embed(h[:, : last - 1], codebook)], 1)
 
     def _embed(self, h: Tensor, codebook: Gaussians) -> Tensor:
         if self.embedding is not None:
@@ -323,6 +347,22 @@ class FlowLayer(nn.Module):
             unshuffled[..., 0::2], unshuffled[..., 1::2] = h[..., :half], h[..., half:]
             h = unshuffled
         return _zero_padding(h, lengths)
+
+    def _arrange_known(self, known: Tensor | None, known_mask: Tensor | None, h: Tensor, lengths: Tensor | None):
+        """Known states (B, N, D) and their mask (B, N) in the flow's own order; padding is known to be 0."""
+        if known is not None:
+            known = self._arrange(known, lengths)
+            if self.direction == "right_to_left":
+                known_mask = _flip(known_mask.unsqueeze(-1), lengths).squeeze(-1)
+        if lengths is not None:
+            is_padding = torch.arange(h.shape[1], device=h.device) >= lengths[:, None]
+            known = torch.zeros_like(h) if known is None else _zero_padding(known, lengths)
+            known_mask = is_padding if known_mask is None else known_mask | is_padding
+        return known, known_mask
+
+    def _tokens(self, state: Tensor) -> Tensor:
+        """One arranged position (B, 1, D) as the latents (B, P, d) of its tokens."""
+        return self._rearrange(state).unflatten(-1, (self.patch_size, -1)).flatten(1, 2)
 
 
 def _flip(h: Tensor, lengths: Tensor | None) -> Tensor:
@@ -348,6 +388,7 @@ class FlowOutput(ModelOutput):
     log_det: Tensor | None = None  # (B,) nats, summed over positions and dimensions
     log_prob: Tensor | None = None  # (B,) nats, log p(latents)
     states: tuple[Tensor, ...] | None = None
+    inverse_reports: list[InverseReport] | None = None  # of each flow from the data side, with `reverse`
 
 
 class FlowStack(nn.Module):
@@ -369,6 +410,10 @@ class FlowStack(nn.Module):
         output_noise: bool = True,
         prefix: Tensor | None = None,
         on_position: Callable[[Tensor], None] | None = None,
+        inverse_method: str | Sequence[str] = "auto",
+        inverse_window: int | None = None,
+        inverse_tolerance: float | None = None,
+        capture_step: bool = False,
     ) -> FlowOutput:
         """Maps latents to noise, or with `reverse` noise to latents.
 
@@ -384,13 +429,20 @@ class FlowStack(nn.Module):
             prefix: With `reverse`, known latents (B, n, d) of the first tokens. Exact where every flow runs left to
                 right; otherwise held fixed in the first flow alone.
             on_position: With `reverse`, called with the latents (B, P, d) of each position the first flow completes.
+            inverse_method: With `reverse`, "sequential", "parallel" or "auto", for all flows or a list with one for
+                each from the data side. All give the same latents up to rounding; see `choose_inverse_methods` for
+                what "auto" takes, and `invert_in_parallel` for the certificate in `FlowOutput.inverse_reports`.
+            inverse_window, inverse_tolerance: Of the parallel form: positions at once, and the change of a state that
+                is taken for none; see `invert_in_parallel`.
+            capture_step: Take the steps of the sequential form by a CUDA graph.
 
         Returns:
             A `FlowOutput`. At padding, noise and states are 0.
 
         Raises:
             ValueError: T is no multiple of the patch size, the mask has holes or padding on the left, or a real length
-                is no multiple of the patch size, `num_flows` is not in 1, ..., L.
+                is no multiple of the patch size, `num_flows` is not in 1, ..., L, or an option of the inverse is
+                unknown or out of range, or asks for gradients of the parallel form.
         """
         length = latents.shape[1]
         if length % self.patch_size or length == 0:
@@ -406,8 +458,17 @@ class FlowStack(nn.Module):
         h = latents.to(torch.promote_types(latents.dtype, torch.float32))
         h = _zero_padding(self._to_positions(h), lengths)
         if reverse:
-            prefixes = self._prefixes(layers, prefix)
-            return self._invert(layers, h, lengths, prefixes, on_position)
+            return self._invert(
+                layers,
+                h,
+                lengths,
+                prefix,
+                on_position,
+                inverse_method,
+                inverse_window=inverse_window,
+                inverse_tolerance=inverse_tolerance,
+                capture_step=capture_step,
+            )
         return self._transform(layers, h, lengths, output_noise)
 
     def _transform(self, layers: nn.ModuleList, h: Tensor, lengths: Tensor | None, output_noise: bool) -> FlowOutput:
@@ -423,23 +484,54 @@ class FlowStack(nn.Module):
         log_prob = log_det + _sum_real(normal_log_prob(h).sum(-1), lengths)
         return FlowOutput(tokens[0], tokens[-1], log_det, log_prob, tokens)
 
-    def _invert(self, layers: nn.ModuleList, h: Tensor, lengths: Tensor | None, prefixes, on_position) -> FlowOutput:
-        codebook, states = self.codebook(), [h]
-        for layer, prefix in zip(reversed(layers), reversed(prefixes), strict=True):
-            callback = on_position if layer is layers[0] else None
-            h = layer(h, codebook, lengths, reverse=True, prefix=prefix, on_position=callback)
+    def _invert(
+        self,
+        layers: nn.ModuleList,
+        h: Tensor,
+        lengths: Tensor | None,
+        prefix: Tensor | None,
+        on_position: Callable[[Tensor], None] | None,
+        inverse_method: str | Sequence[str],
+        **options: Any,
+    ) -> FlowOutput:
+        parameters_need_gradients = any(parameter.requires_grad for parameter in self.parameters())
+        is_differentiable = torch.is_grad_enabled() and (h.requires_grad or parameters_need_gradients)
+        methods = choose_inverse_methods(inverse_method, layers, is_differentiable)
+        known = self._known(layers, prefix, h)
+        codebook, states, reports = self.codebook(), [h], []
+        for index in reversed(range(len(layers))):
+            h, report = layers[index](
+                h,
+                codebook,
+                lengths,
+                reverse=True,
+                known=known[index][0],
+                known_mask=known[index][1],
+                on_position=on_position if index == 0 else None,
+                inverse_method=methods[index],
+                **options,
+            )
             states.append(h)
+            reports.append(report)
         tokens = tuple(map(self._to_tokens, reversed(states)))
-        return FlowOutput(latents=tokens[0], noise=tokens[-1], states=tokens)
+        return FlowOutput(latents=tokens[0], noise=tokens[-1], states=tokens, inverse_reports=reports[::-1])
 
-    def _prefixes(self, layers: nn.ModuleList, prefix: Tensor | None) -> list[Tensor | None]:
-        """What each flow knows of its input (B, n, D) when the latents of the first tokens are given."""
+    def _known(self, layers: nn.ModuleList, prefix: Tensor | None, h: Tensor):
+        """What each flow knows of its input (B, N, D), and where (B, N), given the latents of the first tokens."""
+        nothing = [(None, None)] * (len(layers) - 1)
         if prefix is None:
-            return [None] * len(layers)
+            return [(None, None), *nothing]
+        num_known = prefix.shape[1] // self.patch_size
+        mask = torch.arange(h.shape[1], device=h.device) < num_known
+
+        def padded(state: Tensor) -> tuple[Tensor, Tensor]:
+            state = F.pad(self._to_positions(state), (0, 0, 0, h.shape[1] - num_known))
+            return state, mask.expand(len(h), -1)
+
         if any(layer.direction != "left_to_right" for layer in layers):
-            return [self._to_positions(prefix)] + [None] * (len(layers) - 1)
+            return [padded(prefix), *nothing]
         # Left to right, the states of the first tokens depend on nothing behind them.
-        return [self._to_positions(state) for state in self(prefix, num_flows=len(layers)).states[:-1]]
+        return list(map(padded, self(prefix, num_flows=len(layers)).states[:-1]))
 
     def _to_positions(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, self.patch_size)).flatten(2)  # (B, T, d) to (B, N, D)
