@@ -143,6 +143,8 @@ def find_root(
         upper = torch.where(value >= 0, x, upper)
         spacing = eps * x.abs()
         done = done | (value.abs() <= tolerance) | (upper - lower <= spacing)
+        if x.device.type == "cpu" and bool(done.all()):
+            break
         step = -value * torch.exp(-log_slope)
         newton = x + torch.where(step.abs() < spacing, -value.sign() * spacing, step)
         # A comparison with NaN or infinity (a slope of 0) is false, which means bisection.
@@ -150,6 +152,4 @@ def find_root(
         new_x = torch.where(is_good, newton, lower + 0.5 * (upper - lower))
         last_step = torch.where(is_good, step, new_x - x).abs()
         x = torch.where(done, x, new_x)
-        if x.device.type == "cpu" and bool(done.all()):
-            break
     return x
