@@ -81,7 +81,8 @@ def _invert(u: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> Te
 
         residual(z) = (Y - y) Y / h(-|u|),   y = sqrt(-2 log F(z)),   Y = sqrt(-2 log Phi(-|u|)),   h = phi / Phi,
 
-    makes it agree with u(z) - u to first order.
+    makes it agree with u(z) - u to first order. The tolerance is what rounding log F alone makes of it: below that it
+    would hop over 0 until the bracket closes.
     """
     candidates = loc + torch.exp(log_scale) * u.unsqueeze(-1)
     sign = torch.where(u > 0, -1.0, 1.0).to(u.dtype)
@@ -99,14 +100,15 @@ def _invert(u: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> Te
         log_tail = torch.logsumexp(log_joint, -1).clamp(max=-eps)
         y = torch.sqrt(-2 * log_tail)
         slope = (torch.softmax(log_joint, -1) * torch.exp(tails.log_cdf_hazard - log_scale)).sum(-1)
-        return (target_y - y) * signed_factor, torch.log(slope / y) + log_factor
+        difference = 2 * (log_tail - target.log_cdf) / (target_y + y)  # Y - y, without rounding its terms
+        return difference * signed_factor, torch.log(slope / y) + log_factor
 
     return find_root(
         residual,
         lower=candidates.amin(-1),
         upper=candidates.amax(-1),
         initial=(log_weight.exp() * candidates).sum(-1).clamp(candidates.amin(-1), candidates.amax(-1)),
-        tolerance=eps * (1 + u.abs()),
+        tolerance=1.5 * eps * (1 + u.abs()),
     )
 
 
