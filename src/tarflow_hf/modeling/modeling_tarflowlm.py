@@ -255,8 +255,8 @@ class FlowLayer(nn.Module):
         self.decoder = AutoModel.from_config(decoder_config)
         self.decoder.set_input_embeddings(None)
         self.head = COUPLING_HEADS[flow["coupling"]](config, flow)
-        # What `inverse_method="auto"` takes; `choose_inverse_methods` says what was measured.
-        self.inverts_in_parallel = (
+        # Whether `inverse_method="auto"` may take the parallel form: see `choose_inverse_methods`.
+        self.is_shallow = (
             flow["coupling"] != "mixture_rosenblatt" and flow["context"] == "latent" and flow["num_hidden_layers"] <= 2
         )
 
@@ -496,7 +496,7 @@ class FlowStack(nn.Module):
     ) -> FlowOutput:
         parameters_need_gradients = any(parameter.requires_grad for parameter in self.parameters())
         is_differentiable = torch.is_grad_enabled() and (h.requires_grad or parameters_need_gradients)
-        methods = choose_inverse_methods(inverse_method, layers, is_differentiable)
+        methods = choose_inverse_methods(inverse_method, layers, h, is_differentiable)
         known = self._known(layers, prefix, h)
         codebook, states, reports = self.codebook(), [h], []
         for index in reversed(range(len(layers))):
@@ -525,7 +525,7 @@ class FlowStack(nn.Module):
         mask = torch.arange(h.shape[1], device=h.device) < num_known
 
         def padded(state: Tensor) -> tuple[Tensor, Tensor]:
-            state = F.pad(self._to_positions(state), (0, 0, 0, h.shape[1] - num_known))
+            state = F.pad(self._to_positions(state).to(h.dtype), (0, 0, 0, h.shape[1] - num_known))
             return state, mask.expand(len(h), -1)
 
         if any(layer.direction != "left_to_right" for layer in layers):

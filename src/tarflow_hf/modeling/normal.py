@@ -114,10 +114,11 @@ def find_root(
     """Root of an increasing function in a bracket, element by element: Newton steps, safeguarded by bisection.
 
     A Newton step is taken where it stays in the bracket and is at most half as long as the step before, or as the
-    bracket that was halved before; the bracket is halved otherwise. An element rests once its value is within ``tolerance`` or its bracket has no number left
-    inside. To close the bracket, a Newton step too short to move x is made as long as the spacing of numbers there: it
-    crosses the root, or shows that the slope holds nowhere but at x. The number of steps is fixed by the dtype and
-    nothing is read back from the device; only on a CPU, where looking is free, the loop ends when every element rests.
+    bracket that was halved before; the bracket is halved otherwise. An element rests once its value is within
+    ``tolerance`` or its bracket has no number left inside. To close the bracket, a Newton step too short to move x is
+    made as long as the spacing of numbers there: it crosses the root, or shows that the slope holds nowhere but at x.
+    The number of steps is fixed by the dtype and nothing is read back from the device; only on a CPU, where looking is
+    free, the loop ends when every element rests.
 
     Args:
         function: Maps x to ``(value, log of the derivative)``; its root is where the value is 0.
