@@ -212,7 +212,7 @@ def test_what_auto_takes():
         flow("mixture_rosenblatt"),
         flow("mixture_cdf", "right_to_left", num_components=2),
         flow("affine"),
-        flow("affine") | {"num_hidden_layers": 3},
+        flow("affine") | {"num_hidden_layers": 5},
     ]
     model = make(flows)
     u = torch.randn(1, 6, 2, dtype=torch.float64)

@@ -54,17 +54,24 @@ def choose_inverse_methods(
 ) -> list[str]:
     """The method of each flow, "sequential" or "parallel", from one for all of them or a list with one for each.
 
-    "auto" is a rule made from measurements on one core of a CPU, with stacks of width 128 trained for 250 steps on
-    1,024 characters (time of the sequential form over that of the parallel one, batch 1): 7 to 12 for Mix-1 flows of
-    one and two layers, in 10 to 27 iterations; 7 for an affine flow; 0.2 to 1 for a Mix-d flow that reads the posterior
-    over tokens, whose states hang on those before almost as discrete tokens do. At a batch of 16 the CPU has enough to
-    do at each step of the sequential form, and the parallel form is no faster. So "auto" takes the parallel form
+    "auto" is a rule made from rough timings on one core of a CPU, of stacks of width 128 trained on characters for 250
+    steps of 1,024 or 600 steps of 256. How many times faster the parallel form was than the sequential one at batch 1
+    (in brackets the iterations it took):
 
-    - for a flow of an affine or mixture-CDF coupling and at most two layers that reads the latents themselves,
-    - on a CPU up to a batch of 8,
+    - Mix-1 flows of one and two layers on top of a Mix-d flow: 40 to 50 at 256 positions (3 iterations);
+    - flows of Mix-1 stacks, one to four layers: 2 to 20 at 256 positions (8 to 35), 7 to 12 at 1,024 (10 to 27);
+    - an affine flow of one layer: 7 at 1,024 positions (5);
+    - a Mix-d flow of four layers that reads the posterior over tokens: 0.3 at 256 positions (226): its states hang on
+      those before almost as discrete tokens do.
+
+    At batches of 4 and 8 Mix-1 flows gained a factor of 1.2 to 5 and of 1.3 to 1.9, at 16 nothing: there the steps of
+    the sequential form have enough to do. So "auto" takes the parallel form
+
+    - for a flow of an affine or mixture-CDF coupling and at most four layers that reads the latents themselves,
+    - on a CPU up to a batch of 8 (a GPU has not been measured; there the batch does not count),
     - where no gradients are asked for, which only the sequential form has,
 
-    and the sequential form otherwise. On a GPU, not yet measured, the batch does not count.
+    and the sequential form otherwise.
 
     Args:
         methods: "auto", "sequential" or "parallel", or a list of these.

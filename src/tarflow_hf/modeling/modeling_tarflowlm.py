@@ -257,7 +257,7 @@ class FlowLayer(nn.Module):
         self.head = COUPLING_HEADS[flow["coupling"]](config, flow)
         # Whether `inverse_method="auto"` may take the parallel form: see `choose_inverse_methods`.
         self.is_shallow = (
-            flow["coupling"] != "mixture_rosenblatt" and flow["context"] == "latent" and flow["num_hidden_layers"] <= 2
+            flow["coupling"] != "mixture_rosenblatt" and flow["context"] == "latent" and flow["num_hidden_layers"] <= 4
         )
 
     def forward(
