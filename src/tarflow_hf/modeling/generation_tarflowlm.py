@@ -78,7 +78,7 @@ class TarFlowLMGenerationMixin(GenerationMixin):
                 inverted, position after position or many at once. The result is the same up to rounding; "auto" takes
                 what is expected to be faster, see `choose_inverse_methods`.
             inverse_window, inverse_tolerance (*optional*): Of the parallel form, see `invert_in_parallel`.
-            capture_step (`bool`): On a GPU, take the steps of the sequential form by a CUDA graph. Not tried on one yet.
+            capture_step (`bool`): On a GPU, take the sequential form's steps by a CUDA graph. Not run on one yet.
             output_inverse_report (`bool`): Also return each flow's [`InverseReport`].
             max_new_tokens, max_length (`int`): Length; by default that which the model was made for,
                 `max_position_embeddings`, which is also the most.
