@@ -85,6 +85,7 @@ def _invert(u: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> Te
     would hop over 0 until the bracket closes.
     """
     candidates = loc + torch.exp(log_scale) * u.unsqueeze(-1)
+    lower, upper = candidates.amin(-1), candidates.amax(-1)
     sign = torch.where(u > 0, -1.0, 1.0).to(u.dtype)
     mirrored_inverse_scale = sign.unsqueeze(-1) * torch.exp(-log_scale)
     target = normal_tails(-u.abs())
@@ -105,9 +106,9 @@ def _invert(u: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> Te
 
     return find_root(
         residual,
-        lower=candidates.amin(-1),
-        upper=candidates.amax(-1),
-        initial=(log_weight.exp() * candidates).sum(-1).clamp(candidates.amin(-1), candidates.amax(-1)),
+        lower=lower,
+        upper=upper,
+        initial=(log_weight.exp() * candidates).sum(-1).clamp(lower, upper),
         tolerance=1.5 * eps * (1 + u.abs()),
     )
 
