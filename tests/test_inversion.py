@@ -260,5 +260,6 @@ def test_bad_options():
         for call in (lambda **o: invert(model, u, **o), lambda **o: model.generate(noise=u, **o)):
             with pytest.raises(ValueError, match=message):
                 call(**options)
-    with pytest.raises(ValueError, match="has no gradients"):
-        model.flow(u, reverse=True, inverse_method="parallel")
+    for options in ({"inverse_method": "parallel"}, {"capture_step": True}):
+        with pytest.raises(ValueError, match="has no gradients"):
+            model.flow(u, reverse=True, **options)

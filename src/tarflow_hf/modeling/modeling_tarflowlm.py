@@ -497,6 +497,8 @@ class FlowStack(nn.Module):
         parameters_need_gradients = any(parameter.requires_grad for parameter in self.parameters())
         is_differentiable = torch.is_grad_enabled() and (h.requires_grad or parameters_need_gradients)
         methods = choose_inverse_methods(inverse_method, layers, h, is_differentiable)
+        if is_differentiable and options["capture_step"]:
+            raise ValueError("capture_step=True has no gradients: use torch.no_grad(), or capture_step=False.")
         known = self._known(layers, prefix, h)
         codebook, states, reports = self.codebook(), [h], []
         for index in reversed(range(len(layers))):
