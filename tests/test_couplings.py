@@ -324,6 +324,24 @@ def test_log_prob_is_log_det_plus_base(run, name):
     torch.testing.assert_close(run(case.kind + "_log_prob", z, *parameters), log_det + base, rtol=1e-12, atol=1e-12)
 
 
+def test_no_element_keeps_the_others_waiting(monkeypatch):
+    """On a CPU a batch is as slow as its slowest element: none may hop over its root until bisection ends that."""
+    num_steps = []
+    find_root = coupling_reference.find_root
+
+    def counting(function, *arguments, **options):
+        values = []
+        root = find_root(lambda x: values.append(x) or function(x), *arguments, **options)
+        num_steps.append(len(values))
+        return root
+
+    monkeypatch.setattr(coupling_reference, "find_root", counting)
+    for seed in range(5):
+        u, *parameters = draw(CASES["cdf, K=7"], (4000,), torch.float32, seed)
+        coupling.mixture_cdf_inverse(u / 3, *parameters)
+    assert max(num_steps) <= 24 and sum(num_steps) / len(num_steps) <= 18
+
+
 @every_implementation
 @pytest.mark.parametrize("name", CASES)
 def test_round_trips(run, name, dtype):

@@ -74,19 +74,43 @@ def _transform(z: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) ->
 
 
 def _invert(u: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
-    """The z with u(z) = u. Each component alone would put it at z_k = m_k + exp(s_k) u: it lies between those."""
+    """The z with u(z) = u. Each component alone would put it at z_k = m_k + exp(s_k) u: it lies between those.
+
+    The sign of u says which tail of the mixture is the smaller one at the root: that tail alone is looked at, with
+    everything mirrored to make it the lower one, F. The quantile of F is not needed either: as u does, -sqrt(-2 log F)
+    grows almost linearly with z, and dividing by its slope in u at the root,
+
+        residual(z) = (Y - y) Y / h(-|u|),   y = sqrt(-2 log F(z)),   Y = sqrt(-2 log Phi(-|u|)),   h = phi / Phi,
+
+    makes it agree with u(z) - u to first order. The tolerance is what rounding log F alone makes of it: below that it
+    would hop over 0 until the bracket closes.
+    """
     candidates = loc + torch.exp(log_scale) * u.unsqueeze(-1)
+    lower, upper = candidates.amin(-1), candidates.amax(-1)
+    sign = torch.where(u > 0, -1.0, 1.0).to(u.dtype)
+    mirrored_inverse_scale = sign.unsqueeze(-1) * torch.exp(-log_scale)
+    target = normal_tails(-u.abs())
+    target_y = torch.sqrt(-2 * target.log_cdf)
+    log_factor = torch.log(target_y) - target.log_cdf_hazard
+    signed_factor = sign * torch.exp(log_factor)
+    eps = torch.finfo(u.dtype).eps
 
     def residual(z: Tensor) -> tuple[Tensor, Tensor]:
-        transformed = _transform(z, log_weight, loc, log_scale)
-        return transformed.u - u, transformed.log_det
+        tails = normal_tails((z.unsqueeze(-1) - loc) * mirrored_inverse_scale)
+        log_joint = log_weight + tails.log_cdf
+        # Not above -eps: far in the other tail F rounds to 1, where the slope below is of no use but must be finite.
+        log_tail = torch.logsumexp(log_joint, -1).clamp(max=-eps)
+        y = torch.sqrt(-2 * log_tail)
+        slope = (torch.softmax(log_joint, -1) * torch.exp(tails.log_cdf_hazard - log_scale)).sum(-1)
+        difference = 2 * (log_tail - target.log_cdf) / (target_y + y)  # Y - y, without rounding its terms
+        return difference * signed_factor, torch.log(slope / y) + log_factor
 
     return find_root(
         residual,
-        lower=candidates.amin(-1),
-        upper=candidates.amax(-1),
-        initial=(log_weight.exp() * candidates).sum(-1).clamp(candidates.amin(-1), candidates.amax(-1)),
-        tolerance=torch.finfo(u.dtype).eps * (1 + u.abs()),
+        lower=lower,
+        upper=upper,
+        initial=(log_weight.exp() * candidates).sum(-1).clamp(lower, upper),
+        tolerance=1.5 * eps * (1 + u.abs()),
     )
 
 

@@ -1,5 +1,6 @@
 """`generate`: noise -> inverse flows -> latents -> tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput, logging
+
+from .inversion_tarflowlm import InverseReport
 
 logger = logging.get_logger(__name__)
 
@@ -28,12 +31,13 @@ OPTIONS = (
 
 @dataclass
 class TarFlowLMGenerateOutput(ModelOutput):
-    """What [`TarFlowLMModel.generate`] returns with `return_dict_in_generate` or `output_states`."""
+    """What [`TarFlowLMModel.generate`] returns with `return_dict_in_generate` or another `output_...`."""
 
     sequences: Tensor | None = None  # (B, T)
     latents: Tensor | None = None  # (B, T, d)
     noise: Tensor | None = None  # (B, T, d)
     states: tuple[Tensor, ...] | None = None  # h0 (latents), ..., hL (noise), each (B, T, d)
+    inverse_reports: list[InverseReport] | None = None  # how each flow was inverted, from the data side
 
 
 class TarFlowLMGenerationMixin(GenerationMixin):
@@ -48,6 +52,11 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         decode: str | None = None,
         output_states: bool = False,
         infill_mask: Tensor | None = None,
+        inverse_method: str | Sequence[str] = "auto",
+        inverse_window: int | None = None,
+        inverse_tolerance: float | None = None,
+        capture_step: bool = False,
+        output_inverse_report: bool = False,
         **kwargs: Any,
     ) -> Tensor | TarFlowLMGenerateOutput:
         """Samples sequences: draws noise u ~ N(0, I), inverts the flows from the last to the first, decodes.
@@ -85,6 +94,12 @@ class TarFlowLMGenerationMixin(GenerationMixin):
                 whatever their ids; all others are held fixed. The text keeps its length, and an end-of-sequence token
                 ends nothing.
             output_states (`bool`): Also return every flow's state, see [`TarFlowLMGenerateOutput`].
+            inverse_method ("auto", "sequential" or "parallel", or a list with one for each flow): How the flows are
+                inverted, position after position or many at once. The result is the same up to rounding; "auto" takes
+                what is expected to be faster, see `choose_inverse_methods`.
+            inverse_window, inverse_tolerance (*optional*): Of the parallel form, see `invert_in_parallel`.
+            capture_step (`bool`): On a GPU, take the sequential form's steps by a CUDA graph. Not run on one yet.
+            output_inverse_report (`bool`): Also return each flow's [`InverseReport`].
             max_new_tokens, max_length (`int`): Length; by default that which the model was made for,
                 `max_position_embeddings`, which is also the most.
             num_return_sequences (`int`): Sequences per prompt.
@@ -216,7 +231,17 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         is_in_order = self.config.flows[0]["direction"] != "right_to_left" and infill_mask is None
         streams = streamer is not None and is_in_order
         attention_mask = None if pieces.order is None else is_real
-        flow = self.flow(noise, attention_mask, reverse=True, on_position=stream if streams else None, **known)
+        flow = self.flow(
+            noise,
+            attention_mask,
+            reverse=True,
+            on_position=stream if streams else None,
+            inverse_method=inverse_method,
+            inverse_window=inverse_window,
+            inverse_tolerance=inverse_tolerance,
+            capture_step=capture_step,
+            **known,
+        )
         states = tuple(map(pieces.scatter, flow.states))
         if streams:
             new = torch.cat(new_tokens, 1)
@@ -233,8 +258,14 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             end_token_id = eos_token_id[0] if isinstance(eos_token_id, (list, tuple)) else eos_token_id
             new = new.masked_fill(is_after_end, end_token_id if pad_token_id is None else pad_token_id)
         sequences = torch.cat([text[:, :first_new], new], 1)
-        if output_states or option("return_dict_in_generate", False):
-            return TarFlowLMGenerateOutput(sequences, states[0], states[-1], states if output_states else None)
+        if output_states or output_inverse_report or option("return_dict_in_generate", False):
+            return TarFlowLMGenerateOutput(
+                sequences=sequences,
+                latents=states[0],
+                noise=states[-1],
+                states=states if output_states else None,
+                inverse_reports=flow.inverse_reports if output_inverse_report else None,
+            )
         return sequences
 
     def _check_infill(self, text: Tensor, is_real: Tensor, infill_mask: Tensor, options: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,6 +42,13 @@ from .coupling import (
 )
 from .coupling_reference import AutoregressiveNetwork, autoregressive_mixture_parameters
 from .generation_tarflowlm import TarFlowLMGenerationMixin
+from .inversion_tarflowlm import (
+    InverseReport,
+    choose_inverse_methods,
+    invert_by_captured_step,
+    invert_in_parallel,
+    invert_sequentially,
+)
 from .normal import normal_log_prob
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -326,6 +333,10 @@ class FlowLayer(nn.Module):
         self.decoder = _decoder(config, flow["num_hidden_layers"])
         self.observed_embedding = ObservedEmbedding(config) if config.conditional else None
         self.head = COUPLING_HEADS[flow["coupling"]](config, flow)
+        # Whether `inverse_method="auto"` may take the parallel form: see `choose_inverse_methods`.
+        self.is_shallow = (
+            flow["coupling"] != "mixture_rosenblatt" and flow["context"] == "latent" and flow["num_hidden_layers"] <= 4
+        )
 
     def forward(
         self,
@@ -338,6 +349,10 @@ class FlowLayer(nn.Module):
         known_mask: Tensor | None = None,
         on_position: Callable[[Tensor], None] | None = None,
         observed_ids: Tensor | None = None,
+        inverse_method: str = "sequential",
+        inverse_window: int | None = None,
+        inverse_tolerance: float | None = None,
+        capture_step: bool = False,
     ):
         """Maps positions (B, N, D) to noise, or with `reverse` back.
 
@@ -346,25 +361,34 @@ class FlowLayer(nn.Module):
             codebook: The encoder's, as tensors.
             lengths: Number of real positions of each sequence, (B,), where some are padded.
             log_prob_only: Return just log p(h) (B,): no distribution function is computed.
-            reverse: Invert, one position after another, with a key-value cache.
-            known, known_mask: With `reverse`, the flow's input (B, N, D) where it is given, and where that is, (B, N).
-            on_position: With `reverse`, called with the latents (B, P, d) of each new position.
+            reverse: Invert, by `inversion_tarflowlm.py`.
+            known, known_mask: With `reverse`, the flow's input (B, N, D) where it is known, and where that is (B, N):
+                any positions of each sequence. They come back as they are; the output there is not read.
+            on_position: With `reverse`, called with the latents (B, P, d) of each new position, in the flow's order.
             observed_ids: Of a conditional model, the ids (B, N, P) of the observed positions, -1 at the missing ones.
+            inverse_method: "sequential" or "parallel".
+            inverse_window, inverse_tolerance: Of the parallel form, see `invert_in_parallel`.
+            capture_step: Take the sequential form's steps by a CUDA graph, see `invert_by_captured_step`.
 
         Returns:
-            Output (B, N, D) and log_det (B,); or log p (B,); or, with `reverse`, the input (B, N, D). 0 at padding and
-            at observed positions, which nothing is summed over.
+            Output (B, N, D) and log_det (B,); or log p (B,); or, with `reverse`, the input (B, N, D) and an
+            `InverseReport`. 0 at padding and at observed positions, which nothing is summed over.
         """
         order, observed = self._order(h, lengths, observed_ids)
         is_variable = _is_variable(h, lengths, observed_ids)
         h = self._arrange(h, order)
         if reverse:
-            if observed is not None:
-                known, known_mask = torch.zeros_like(h), ~is_variable
-            if known is not None:
-                known, known_mask = self._arrange(known, order), self._to_slots(known_mask, order)
-            h = self._invert(h, codebook, known, known_mask, on_position, observed)
-            return _zero_unless(is_variable, self._rearrange(h, order))
+            known, known_mask = self._known_slots(known, known_mask, is_variable, h, order)
+            if known_mask is not None:
+                h = h.masked_fill(known_mask.unsqueeze(-1), 0)  # what is not read may be anything
+            callback = None if on_position is None else lambda state: on_position(self._tokens(state))
+            arguments = h, codebook, observed, known, known_mask, callback
+            if inverse_method == "parallel":
+                h, report = invert_in_parallel(self, *arguments, inverse_window, inverse_tolerance)
+            else:
+                invert = invert_by_captured_step if capture_step else invert_sequentially
+                h, report = invert(self, *arguments)
+            return _zero_unless(is_variable, self._rearrange(h, order)), report
         context = self._context(self._inputs(h, codebook, observed=observed), observed)
         if log_prob_only:
             log_prob = self.head(h, context, codebook, task="log_prob")
@@ -372,32 +396,6 @@ class FlowLayer(nn.Module):
         u, log_det = self.head(h, context, codebook)
         log_det = _zero_unless(is_variable, self._to_positions(log_det, order)).sum(-1)
         return _zero_unless(is_variable, self._rearrange(u, order)), log_det
-
-    def _invert(
-        self,
-        u: Tensor,
-        codebook: Gaussians,
-        known: Tensor | None,
-        known_mask: Tensor | None,
-        on_position: Callable[[Tensor], None] | None,
-        observed: Observed | None,
-    ) -> Tensor:
-        h, num_known = torch.zeros_like(u), 0
-        if known is not None:
-            h = torch.where(known_mask.unsqueeze(-1), known, 0)
-            num_known = int(known_mask.long().cumprod(-1).sum(-1).min())  # at the front, in every sequence
-        cache, num_read = DynamicCache(config=self.decoder.config), 0
-        for n in range(num_known, u.shape[1]):
-            inputs = self._inputs(h, codebook, num_read, n + 1, observed)
-            context = self._context(inputs, observed, num_read, cache)
-            num_read = n + 1
-            position = self.head(u[:, n : n + 1], context[:, -1:], codebook, task="inverse")
-            if known is not None:
-                position = torch.where(known_mask[:, n : n + 1, None], known[:, n : n + 1], position)
-            h = torch.cat([h[:, :n], position, h[:, n + 1 :]], 1)
-            if on_position is not None:
-                on_position(self._unshuffle(position).unflatten(-1, (self.patch_size, -1)).flatten(1, 2))
-        return h
 
     def _context(
         self, inputs: Tensor, observed: Observed | None = None, first: int = 0, cache: DynamicCache | None = None
@@ -511,6 +509,26 @@ class FlowLayer(nn.Module):
             h = h.unflatten(-1, (self.patch_size, -1)).flip(-2).flatten(-2)
         return h
 
+    def _known_slots(
+        self,
+        known: Tensor | None,
+        known_mask: Tensor | None,
+        is_variable: Tensor | None,
+        h: Tensor,
+        order: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Known states (B, N, D) and where they are (B, N), in the flow's own order; what is no variable is known."""
+        if is_variable is not None:
+            known = torch.zeros_like(h) if known is None else _zero_unless(is_variable, known)
+            known_mask = ~is_variable if known_mask is None else known_mask | ~is_variable
+        if known is None:
+            return None, None
+        return self._arrange(known, order), self._to_slots(known_mask, order)
+
+    def _tokens(self, state: Tensor) -> Tensor:
+        """One arranged position (B, 1, D) as the latents (B, P, d) of its tokens."""
+        return self._unshuffle(state).unflatten(-1, (self.patch_size, -1)).flatten(1, 2)
+
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """The positions of x (B, N, ...) that the index (B, N) names."""
@@ -531,6 +549,7 @@ class FlowOutput(ModelOutput):
     log_det: Tensor | None = None  # (B,) nats, summed over positions and dimensions
     log_prob: Tensor | None = None  # (B,) nats, log p(latents)
     states: tuple[Tensor, ...] | None = None
+    inverse_reports: list[InverseReport] | None = None  # of each flow from the data side, with `reverse`
 
 
 class FlowStack(nn.Module):
@@ -555,6 +574,10 @@ class FlowStack(nn.Module):
         on_position: Callable[[Tensor], None] | None = None,
         observed_ids: Tensor | None = None,
         observed_mask: Tensor | None = None,
+        inverse_method: str | Sequence[str] = "auto",
+        inverse_window: int | None = None,
+        inverse_tolerance: float | None = None,
+        capture_step: bool = False,
     ) -> FlowOutput:
         """Maps latents to noise, or with `reverse` noise to latents.
 
@@ -573,6 +596,12 @@ class FlowStack(nn.Module):
             on_position: With `reverse`, called with the latents (B, P, d) of each position the first flow completes.
             observed_ids, observed_mask: Of a conditional model, token ids (B, T) and where they are observed, (B, T).
                 Only the other tokens have latents: the flow is that of p(z_missing | x_observed), both ways.
+            inverse_method: With `reverse`, "sequential", "parallel" or "auto", for all flows or a list with one for
+                each from the data side. All give the same latents up to rounding; see `choose_inverse_methods` for
+                what "auto" takes, and `invert_in_parallel` for the certificate in `FlowOutput.inverse_reports`.
+            inverse_window, inverse_tolerance: Of the parallel form: positions at once, and the change of a state that
+                is taken for none; see `invert_in_parallel`.
+            capture_step: Take the steps of the sequential form by a CUDA graph.
 
         Returns:
             A `FlowOutput`. At padding and at observed tokens, noise and states are 0.
@@ -580,7 +609,8 @@ class FlowStack(nn.Module):
         Raises:
             ValueError: T is no multiple of the patch size, the mask has holes or padding on the left, a real length is
                 no multiple of the patch size, a patch is known or observed in part, `num_flows` is not in 1, ..., L,
-                `observed_mask` is given to a model that is not conditional, or covers a whole sequence.
+                `observed_mask` is given to a model that is not conditional, or covers a whole sequence; an option of
+                the inverse is unknown or out of range, or asks for gradients of the parallel form.
         """
         length = latents.shape[1]
         if length % self.patch_size or length == 0:
@@ -599,8 +629,10 @@ class FlowStack(nn.Module):
         observed_ids = None if observed_mask is None else self._observed(h, lengths, observed_ids, observed_mask)
         h = _zero_unless(_is_variable(h, lengths, observed_ids), h)
         if reverse:
+            options = {"inverse_window": inverse_window, "inverse_tolerance": inverse_tolerance}
+            options["capture_step"] = capture_step
             known = self._known(layers, known, known_mask)
-            return self._invert(layers, h, lengths, observed_ids, known, on_position)
+            return self._invert(layers, h, lengths, observed_ids, known, on_position, inverse_method, options)
         return self._transform(layers, h, lengths, observed_ids, output_noise)
 
     def _transform(self, layers: nn.ModuleList, h: Tensor, lengths, observed_ids, output_noise: bool) -> FlowOutput:
@@ -617,22 +649,32 @@ class FlowStack(nn.Module):
         log_prob = log_det + _zero_unless(is_variable, normal_log_prob(h).sum(-1)).sum(-1)
         return FlowOutput(tokens[0], tokens[-1], log_det, log_prob, tokens)
 
-    def _invert(self, layers: nn.ModuleList, h: Tensor, lengths, observed_ids, known, on_position) -> FlowOutput:
-        codebook, states = self.codebook(), [h]
-        for layer, (state, mask) in zip(reversed(layers), reversed(known), strict=True):
-            h = layer(
+    def _invert(
+        self, layers: nn.ModuleList, h: Tensor, lengths, observed_ids, known, on_position, inverse_method, options
+    ) -> FlowOutput:
+        parameters_need_gradients = any(parameter.requires_grad for parameter in self.parameters())
+        is_differentiable = torch.is_grad_enabled() and (h.requires_grad or parameters_need_gradients)
+        methods = choose_inverse_methods(inverse_method, layers, h, is_differentiable)
+        if is_differentiable and options["capture_step"]:
+            raise ValueError("capture_step=True has no gradients: use torch.no_grad(), or capture_step=False.")
+        codebook, states, reports = self.codebook(), [h], []
+        for index in reversed(range(len(layers))):
+            h, report = layers[index](
                 h,
                 codebook,
                 lengths,
                 reverse=True,
-                known=state,
-                known_mask=mask,
-                on_position=on_position if layer is layers[0] else None,
+                known=known[index][0],
+                known_mask=known[index][1],
+                on_position=on_position if index == 0 else None,
                 observed_ids=observed_ids,
+                inverse_method=methods[index],
+                **options,
             )
             states.append(h)
+            reports.append(report)
         tokens = tuple(map(self._to_tokens, reversed(states)))
-        return FlowOutput(latents=tokens[0], noise=tokens[-1], states=tokens)
+        return FlowOutput(latents=tokens[0], noise=tokens[-1], states=tokens, inverse_reports=reports[::-1])
 
     def _observed(self, h: Tensor, lengths: Tensor | None, ids: Tensor | None, mask: Tensor) -> Tensor:
         """Ids (B, N, P) of the observed positions, -1 elsewhere."""

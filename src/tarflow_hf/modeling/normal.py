@@ -113,11 +113,12 @@ def find_root(
 ) -> Tensor:
     """Root of an increasing function in a bracket, element by element: Newton steps, safeguarded by bisection.
 
-    A Newton step is taken where it stays in the bracket and is at most half as long as the step before; the bracket
-    is halved otherwise. An element rests once its value is within ``tolerance`` or its bracket has no number left
-    inside. To close the bracket, a Newton step too short to move x is made as long as the spacing of numbers there: it
-    crosses the root, or shows that the slope holds nowhere but at x. The number of steps is fixed by the dtype and
-    nothing is read back from the device; only on a CPU, where looking is free, the loop ends when every element rests.
+    A Newton step is taken where it stays in the bracket and is at most half as long as the step before, or as the
+    bracket that was halved before; the bracket is halved otherwise. An element rests once its value is within
+    ``tolerance`` or its bracket has no number left inside. To close the bracket, a Newton step too short to move x is
+    made as long as the spacing of numbers there: it crosses the root, or shows that the slope holds nowhere but at x.
+    The number of steps is fixed by the dtype and nothing is read back from the device; only on a CPU, where looking is
+    free, the loop ends when every element rests.
 
     Args:
         function: Maps x to ``(value, log of the derivative)``; its root is where the value is 0.
@@ -143,13 +144,13 @@ def find_root(
         upper = torch.where(value >= 0, x, upper)
         spacing = eps * x.abs()
         done = done | (value.abs() <= tolerance) | (upper - lower <= spacing)
+        if x.device.type == "cpu" and bool(done.all()):
+            break
         step = -value * torch.exp(-log_slope)
         newton = x + torch.where(step.abs() < spacing, -value.sign() * spacing, step)
         # A comparison with NaN or infinity (a slope of 0) is false, which means bisection.
         is_good = (newton >= lower) & (newton <= upper) & (2 * step.abs() <= last_step)
         new_x = torch.where(is_good, newton, lower + 0.5 * (upper - lower))
-        last_step = torch.where(is_good, step, new_x - x).abs()
+        last_step = torch.where(is_good, step.abs(), upper - lower)
         x = torch.where(done, x, new_x)
-        if x.device.type == "cpu" and bool(done.all()):
-            break
     return x

@@ -1,0 +1,297 @@
+"""Tokens per second of `generate`, side by side with the library's own Llama of the same layers, width and vocabulary.
+
+    python benchmarks/generation.py --quick                           # minutes on two CPU cores
+    python benchmarks/generation.py --output generation.jsonl         # batch 1 and 16, 256 and 1,024 tokens
+    python benchmarks/generation.py --checkpoint runs/demo/model      # a trained stack
+    python benchmarks/generation.py --config examples/configs/openwebtext.json --patch_sizes 1   # on a GPU
+
+Two tables. The first is of whole stacks, with random weights where no checkpoint is given, whose flows are easier to
+invert in parallel than trained ones. The second is therefore of trained flows, one by one: of the checkpoint, or of a
+small Mix-1 stack that is trained first on the Python documentation.
+
+A mode whose tokens differ from those of the sequential inverse for the same noise gets no time. Times are medians of
+repeats in which the modes take turns.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModel, DynamicCache, set_seed
+
+from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
+from tarflow_hf.data import PYTHON_DOCS, PackedTokens, character_tokenizer, load_splits
+from tarflow_hf.training import TrainingConfig, compute_loss, discrete_baseline, make_optimizer
+
+LIBRARY = "transformers, Llama"
+METHODS = {
+    "sequential": {"inverse_method": "sequential"},
+    "sequential, captured step": {"inverse_method": "sequential", "capture_step": True},
+    "parallel": {"inverse_method": "parallel"},
+    "auto": {"inverse_method": "auto"},
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    configs = Path(__file__).parent.parent / "examples" / "configs"
+    parser.add_argument("--config", default=str(configs / "mixd.json"), help="TarFlowLMConfig as JSON")
+    parser.add_argument("--checkpoint", help="a trained stack instead, with its own patch size")
+    parser.add_argument("--hidden_size", type=int, help="another width than the configuration's")
+    parser.add_argument("--vocab_size", type=int, default=27, help="where the configuration names none")
+    parser.add_argument("--patch_sizes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--num_tokens", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--recompute_up_to", type=int, default=256, help="tokens of the loop without a cache")
+    parser.add_argument("--captured_step", action="store_true", help="also the step that a GPU captures as a graph")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--train_steps", type=int, default=300, help="of the second table's stack; 0: no such table")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--quick", action="store_true", help="128 tokens, batch 1 and 4, 60 steps of training")
+    parser.add_argument("--output", type=Path, help="file to append the rows to, as JSON lines")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.num_tokens, arguments.batch_sizes, arguments.train_steps = [128], [1, 4], 60
+        arguments.recompute_up_to = min(arguments.recompute_up_to, 128)
+    return arguments
+
+
+# --------------------------------------------------------------------------------------------------------- what is run
+
+
+def cached_loop(model: TarFlowLMModel, noise: Tensor) -> Tensor:
+    """The plainest cached inverse of every flow: a list, and a dynamic cache."""
+    codebook = model.codebook()
+    h = model.flow._to_positions(noise)
+    for layer in reversed(model.flow.layers):
+        u, states, cache = layer._arrange(h), [], DynamicCache(config=layer.decoder.config)
+        inputs = layer._inputs(u, codebook, 0, 1)
+        for n in range(u.shape[1]):
+            context = layer.decoder(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state
+            states.append(layer.head(u[:, n : n + 1], context, codebook, task="inverse"))
+            inputs = layer._inputs(states[-1], codebook, 1, 2)
+        h = layer._rearrange(torch.cat(states, 1))
+    return model.decode(model.flow._to_tokens(h)).argmax(-1)
+
+
+def recomputing_loop(model: TarFlowLMModel, noise: Tensor) -> Tensor:
+    """Every prefix is read again for every position: no cache."""
+    codebook = model.codebook()
+    h = model.flow._to_positions(noise)
+    for layer in reversed(model.flow.layers):
+        u = layer._arrange(h)
+        states = torch.zeros_like(u)
+        for n in range(u.shape[1]):
+            inputs = layer._inputs(states, codebook, 0, n + 1)
+            context = layer.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1:]
+            states[:, n : n + 1] = layer.head(u[:, n : n + 1], context, codebook, task="inverse")
+        h = layer._rearrange(states)
+    return model.decode(model.flow._to_tokens(h)).argmax(-1)
+
+
+def build(arguments: argparse.Namespace, patch_size: int) -> TarFlowLMModel:
+    """A stack with random weights, long enough for what is asked."""
+    fields = {"vocab_size": arguments.vocab_size, **json.loads(Path(arguments.config).read_text())}
+    fields["max_position_embeddings"] = max(*arguments.num_tokens, fields.get("max_position_embeddings", 1024))
+    if arguments.hidden_size is not None:
+        fields["hidden_size"] = arguments.hidden_size
+    return TarFlowLMModel(TarFlowLMConfig(**fields | {"patch_size": patch_size}))
+
+
+def trained_stack(num_tokens: int, num_steps: int, device: str) -> TarFlowLMModel:
+    """Three shallow Mix-1 flows, trained on the Python documentation in batches of two sequences."""
+    tokenizer = character_tokenizer()
+    flow = {"coupling": "mixture_cdf", "num_components": 8, "head_hidden_size": 32}
+    config = TarFlowLMConfig(
+        vocab_size=len(tokenizer),
+        latent_size=8,
+        max_position_embeddings=num_tokens,
+        hidden_size=128,
+        num_attention_heads=4,
+        flows=[
+            {**flow, "direction": "left_to_right", "num_hidden_layers": 2},
+            {**flow, "direction": "right_to_left", "num_hidden_layers": 2},
+            {**flow, "direction": "left_to_right", "num_hidden_layers": 1},
+        ],
+    )
+    set_seed(0)
+    model = TarFlowLMModel(config).to(device)
+    training = TrainingConfig(num_steps=num_steps)
+    optimizer = make_optimizer(model, training)
+    data = PackedTokens(load_splits(PYTHON_DOCS)["train"], tokenizer, num_tokens)
+    order = torch.randperm(len(data)).tolist()
+    for step in range(num_steps):
+        rows = (order[(2 * step + i) % len(order)] for i in range(2))
+        input_ids = torch.stack([torch.as_tensor(data[row]["input_ids"]) for row in rows]).to(device)
+        loss = compute_loss(model, input_ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * min(1, (step + 1) / training.warmup_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"Trained {num_steps} steps of {2 * num_tokens:,} characters, last loss {loss.item():.2f} nats/character.")
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------- how it is run
+
+
+def median_times(modes: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """Seconds of each mode, the modes taking turns."""
+
+    def seconds(run: Callable[[], object]) -> float:
+        if device != "cpu":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    times = {name: [] for name in modes}
+    for _ in range(repeats):
+        for name, run in modes.items():
+            times[name].append(seconds(run))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+class Table:
+    """Prints rows and appends them to a file, each with the device, the date and the versions."""
+
+    def __init__(self, device: str, output: Path | None):
+        self.output = output
+        self.facts = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name() if device != "cpu" else f"CPU, {platform.machine()}",
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        print(", ".join(f"{name} {value}" for name, value in self.facts.items()))
+
+    def title(self, **widths: int) -> None:
+        self.widths = widths
+        print("\n" + "  ".join(f"{name:>{width}}" for name, width in widths.items()))
+
+    def row(self, **values) -> None:
+        cells = (
+            f"{values[name]:,.2f}" if isinstance(values[name], float) else str(values[name]) for name in self.widths
+        )
+        print(
+            "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, self.widths.values(), strict=True)), flush=True
+        )
+        if self.output is not None:
+            with self.output.open("a") as file:
+                file.write(json.dumps({**self.facts, **values}) + "\n")
+
+
+def whole_stacks(arguments: argparse.Namespace, table: Table) -> None:
+    """Every mode of `generate` at every size, and the library's own model beside them."""
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    if arguments.checkpoint:
+        models = [AutoModel.from_pretrained(arguments.checkpoint)]
+    else:
+        models = [build(arguments, patch_size) for patch_size in arguments.patch_sizes]
+    models = {model.config.patch_size: model.to(device, dtype).eval() for model in models}
+    config = next(iter(models.values())).config
+    library = discrete_baseline(config).to(device, dtype).eval()
+    methods = {name: options for name, options in METHODS.items() if arguments.captured_step or "captured" not in name}
+    table.title(mode=27, patch=5, batch=5, tokens=6, seconds=9, tokens_per_second=17, ratio=6)
+    for batch in arguments.batch_sizes:
+        for length in arguments.num_tokens:
+            start = torch.full((batch, 1), library.config.bos_token_id, device=device)
+            length_options = {"max_new_tokens": length, "min_new_tokens": length, "pad_token_id": 0}
+
+            def sample_library(start=start, options=length_options):
+                library.generate(start, do_sample=True, top_k=0, **options)
+
+            runs, differ = {(LIBRARY, 1): sample_library}, []
+            for patch_size, model in models.items():
+                noise = torch.randn(batch, length, model.config.latent_size, device=device)
+                candidates = {
+                    name: lambda model=model, noise=noise, options=options: model.generate(noise=noise, **options)
+                    for name, options in methods.items()
+                }
+                candidates["cached loop"] = lambda model=model, noise=noise: cached_loop(model, noise)
+                if length <= arguments.recompute_up_to and batch == min(arguments.batch_sizes):
+                    candidates["without a cache"] = lambda model=model, noise=noise: recomputing_loop(model, noise)
+                expected = candidates["sequential"]()
+                for name, run in candidates.items():
+                    if torch.equal(run(), expected):
+                        runs[name, patch_size] = run
+                    else:
+                        differ.append((name, patch_size))
+            times = median_times(runs, arguments.repeats, device)
+            for (name, patch_size), seconds in times.items():
+                ratio = times[LIBRARY, 1] / seconds
+                speed = batch * length / seconds
+                values = {"seconds": seconds, "tokens_per_second": speed, "ratio": ratio}
+                table.row(mode=name, patch=patch_size, batch=batch, tokens=length, **values)
+            for name, patch_size in differ:
+                values = dict.fromkeys(("seconds", "tokens_per_second", "ratio"), "differs")
+                table.row(mode=name, patch=patch_size, batch=batch, tokens=length, **values)
+
+
+def trained_flows(model: TarFlowLMModel, arguments: argparse.Namespace, table: Table) -> None:
+    """Each flow of a trained stack, from the noise side: the parallel inverse against the sequential one."""
+    device, length = arguments.device, min(max(arguments.num_tokens), model.config.max_position_embeddings)
+    table.title(flow=4, coupling=18, layers=6, batch=5, tokens=6, sequential=10, parallel=9, ratio=6, iterations=10)
+    for batch in arguments.batch_sizes:
+        noise = torch.randn(batch, length, model.config.latent_size, device=device)
+        u, codebook = model.flow._to_positions(noise), model.codebook()
+        for index in reversed(range(len(model.flow.layers))):
+            layer, facts = model.flow.layers[index], model.config.flows[index]
+
+            def invert(method, layer=layer, u=u, codebook=codebook):
+                return layer(u, codebook, reverse=True, inverse_method=method)
+
+            h, _ = invert("sequential")
+            found, report = invert("parallel")
+            row = {
+                "flow": index,
+                "coupling": facts["coupling"],
+                "layers": facts["num_hidden_layers"],
+                "batch": batch,
+                "tokens": length,
+                "iterations": report.iterations,
+                "residual": report.residual,
+                "max_difference": (found - h).abs().max().item(),
+            }
+            if torch.allclose(found, h, rtol=1e-2, atol=1e-2):
+                runs = {method: lambda method=method: invert(method) for method in ("sequential", "parallel")}
+                times = median_times(runs, arguments.repeats, device)
+                table.row(**row, **times, ratio=times["sequential"] / times["parallel"])
+            else:
+                table.row(**row, **dict.fromkeys(("sequential", "parallel", "ratio"), "differs"))
+            u = h
+
+
+def main():
+    arguments = parse_arguments()
+    set_seed(0)
+    table = Table(arguments.device, arguments.output)
+    with torch.no_grad():
+        whole_stacks(arguments, table)
+    if arguments.checkpoint:
+        model = AutoModel.from_pretrained(arguments.checkpoint).to(arguments.device)
+    elif arguments.train_steps:
+        model = trained_stack(max(arguments.num_tokens), arguments.train_steps, arguments.device)
+    else:
+        return
+    with torch.no_grad():
+        trained_flows(model.eval(), arguments, table)
+
+
+if __name__ == "__main__":
+    main()
