@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test check clean
+.PHONY: train test check gpu-check clean
 
 # Trains the demo: at most five minutes on two CPU cores. More options: see examples/train.py.
 train: $(VENV)/.installed
@@ -15,6 +15,13 @@ test: check
 check: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+# On a machine with a GPU: the kernels' tests, then their table. Needs torch, triton, transformers, numpy and pytest, in
+# the environment of PYTHON, and neither network nor installation.
+RESULTS ?= benchmarks/results
+gpu-check:
+	PYTHONPATH=src $(PYTHON) -m pytest -q tests/test_coupling_triton.py tests/test_couplings.py -k triton
+	PYTHONPATH=src $(PYTHON) benchmarks/couplings.py --output $(RESULTS)/couplings.jsonl
 
 # The tested versions (constraints.txt) in an environment of their own.
 $(VENV)/.installed: pyproject.toml constraints.txt

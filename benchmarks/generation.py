@@ -14,16 +14,11 @@ repeats in which the modes take turns.
 """
 
 import argparse
-import datetime
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
+from measure import Table, median_times
 from torch import Tensor
 from transformers import AutoModel, DynamicCache, set_seed
 
@@ -144,56 +139,6 @@ def trained_stack(num_tokens: int, num_steps: int, device: str) -> TarFlowLMMode
 
 
 # ------------------------------------------------------------------------------------------------------- how it is run
-
-
-def median_times(modes: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Seconds of each mode, the modes taking turns."""
-
-    def seconds(run: Callable[[], object]) -> float:
-        if device != "cpu":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    times = {name: [] for name in modes}
-    for _ in range(repeats):
-        for name, run in modes.items():
-            times[name].append(seconds(run))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-class Table:
-    """Prints rows and appends them to a file, each with the device, the date and the versions."""
-
-    def __init__(self, device: str, output: Path | None):
-        self.output = output
-        self.facts = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name() if device != "cpu" else f"CPU, {platform.machine()}",
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
-        print(", ".join(f"{name} {value}" for name, value in self.facts.items()))
-
-    def title(self, **widths: int) -> None:
-        self.widths = widths
-        print("\n" + "  ".join(f"{name:>{width}}" for name, width in widths.items()))
-
-    def row(self, **values) -> None:
-        cells = (
-            f"{values[name]:,.2f}" if isinstance(values[name], float) else str(values[name]) for name in self.widths
-        )
-        print(
-            "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, self.widths.values(), strict=True)), flush=True
-        )
-        if self.output is not None:
-            with self.output.open("a") as file:
-                file.write(json.dumps({**self.facts, **values}) + "\n")
 
 
 def whole_stacks(arguments: argparse.Namespace, table: Table) -> None:

@@ -231,3 +231,49 @@ def test_where_the_kernels_cannot_run(monkeypatch):
     monkeypatch.setattr(coupling, "triton", None)
     with pytest.raises(ValueError, match="triton is not installed"):
         coupling.mixture_rosenblatt(*draw("mixture_rosenblatt", 2, 3), implementation="triton")
+
+
+# ------------------------------------------------------------------------------------------------------ on a GPU alone
+
+on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+
+
+@on_a_gpu
+def test_more_than_2_to_the_31_parameters():
+    """Offsets are 64 bits wide: the last rows are computed as they are alone."""
+    n, k = 2**25 + 5, 64
+    tensors = [torch.zeros(n, device=DEVICE), *(torch.zeros(n, k, dtype=torch.bfloat16, device=DEVICE) for _ in "123")]
+    tail = draw("mixture_cdf", 9, k)
+    for x, y in zip(tensors, tail, strict=True):
+        x[-9:] = y
+    tail = [x[-9:].clone() for x in tensors]
+    for op in ("mixture_cdf_log_prob", "mixture_cdf_inverse"):
+        actual, expected = (getattr(coupling, op)(*x, implementation="triton") for x in (tensors, tail))
+        torch.testing.assert_close(actual[-9:], expected, rtol=0, atol=0)
+    del tensors
+    n, k = 2**31 // 50_257 + 20, 50_257
+    z, logits, mean, log_scale = draw("mixture_rosenblatt", 9, k, latent_size=3)
+    many = torch.zeros(n, k, dtype=torch.bfloat16, device=DEVICE)
+    many[-9:] = logits
+    all_z = torch.cat([torch.zeros(n - 9, 3, device=DEVICE), z])
+    actual, expected = (
+        coupling.mixture_rosenblatt(*x, mean, log_scale, implementation="triton")[0]
+        for x in ((all_z, many), (z, many[-9:]))
+    )
+    torch.testing.assert_close(actual[-9:], expected, rtol=0, atol=0)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_takes_the_kernels_also_when_compiled(kind, suffix):
+    tensors = draw(kind, 50, 9)
+    expected = run(kind + suffix, tensors, "triton")
+    for a, e in zip(run(kind + suffix, tensors, "auto"), expected, strict=True):
+        assert torch.equal(a, e)
+    op = getattr(coupling, kind + suffix)
+    with torch.autocast("cuda", torch.bfloat16):
+        actual = torch.compile(lambda *x: op(*x))(*tensors)
+    actual = actual if isinstance(actual, tuple) else (actual,)
+    for a, e in zip(actual, expected, strict=False):
+        torch.testing.assert_close(a, e, rtol=0, atol=0)

@@ -1,0 +1,73 @@
+"""What the benchmarks share: timing in turns, the ceiling of the memory, and tables that are kept as rows."""
+
+import datetime
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """Wall-clock time of one run, on a GPU until it has finished."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def median_times(modes: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """Seconds of each mode, the modes taking turns."""
+    times = {name: [] for name in modes}
+    for _ in range(repeats):
+        for name, run in modes.items():
+            times[name].append(seconds(run, device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second of a copy within the device's memory, reads and writes counted: the ceiling of what streams."""
+    source = torch.zeros(2**28 if device != "cpu" else 2**25, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    run = lambda: target.copy_(source)  # noqa: E731
+    run()
+    return 2 * source.nbytes / median_times({"copy": run}, 10, device)["copy"]
+
+
+class Table:
+    """Prints rows and appends them to a file, each with the device, the date and the versions."""
+
+    def __init__(self, device: str, output: Path | None):
+        self.output = output
+        self.facts = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name() if device != "cpu" else f"CPU, {platform.machine()}",
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        print(", ".join(f"{name} {value}" for name, value in self.facts.items()))
+
+    def title(self, **widths: int) -> None:
+        self.widths = widths
+        print("\n" + "  ".join(f"{name:>{width}}" for name, width in widths.items()))
+
+    def row(self, **values) -> None:
+        """One row: the columns of the title are printed, all of it is kept. None is what was not measured."""
+        cells = []
+        for name, width in self.widths.items():
+            value = values[name]
+            value = "-" if value is None else f"{value:,.2f}" if isinstance(value, float) else str(value)
+            cells.append(f"{value:>{width}}")
+        print("  ".join(cells), flush=True)
+        if self.output is not None:
+            with self.output.open("a") as file:
+                file.write(json.dumps({**self.facts, **values}) + "\n")
