@@ -4,6 +4,11 @@ On a GPU if there is one, else in Triton's interpreter (see conftest.py). The ke
 `test_couplings.py`, too.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -231,6 +236,17 @@ def test_where_the_kernels_cannot_run(monkeypatch):
     monkeypatch.setattr(coupling, "triton", None)
     with pytest.raises(ValueError, match="triton is not installed"):
         coupling.mixture_rosenblatt(*draw("mixture_rosenblatt", 2, 3), implementation="triton")
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_the_kernels_compile_for_a_gpu(architecture, tmp_path):
+    """The interpreter is more lenient than the compiler, which needs no GPU."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py"), architecture]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 12
 
 
 # ------------------------------------------------------------------------------------------------------ on a GPU alone

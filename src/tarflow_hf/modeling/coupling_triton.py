@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .coupling_reference import AutoregressiveNetwork
-from .normal_triton import exact_exp, lower_quantile, normal_tails
+from .normal_triton import IS_INTERPRETED, exact_exp, lower_quantile, normal_tails
 
 MAX_COMPONENTS = 256  # of a mixture: they must fit into one tile
-TILE_ELEMENTS = 4096  # scalars times components (padded to a power of two) of one program
+# Scalars times components (padded to a power of two) of one program. 512 leave a thread 4, and no register spills;
+# Triton's interpreter takes as long for a large tile as for a small one.
+TILE_ELEMENTS = 4096 if IS_INTERPRETED else 512
 
 try:  # everything that needs triton stands in here: a checkpoint must load where there is none
     import triton
@@ -281,7 +283,8 @@ def _launch(kernel, num_rows: int, num_components: int, *tensors: Tensor, **opti
     block_k = triton.next_power_of_2(num_components)
     grid_block = max(1, TILE_ELEMENTS // block_k)
     grid = (triton.cdiv(num_rows, grid_block),)
-    kernel[grid](*tensors, num_rows, K=num_components, BLOCK=grid_block, BLOCK_K=block_k, **options)
+    with torch.cuda.device_of(tensors[0]):  # a kernel runs on the current device, which need not be the tensors'
+        kernel[grid](*tensors, num_rows, K=num_components, BLOCK=grid_block, BLOCK_K=block_k, **options)
 
 
 def _sizes(z: Tensor, logits: Tensor) -> tuple[int, int]:
@@ -372,9 +375,10 @@ def autoregressive_mixture_cdf_inverse(u: Tensor, from_context: Tensor, network:
     num_features, num_components = network.features_bias.shape[-1], network.output_bias.shape[-1] // 3
     if num_rows:
         tensors = _contiguous(u.float(), from_context, *network[:-1])
-        _autoregressive_inverse_kernel[num_rows,](
-            *tensors, z, float(network.max_log_scale), D=size, E=num_features, H=hidden_size, K=num_components,
-            BLOCK_D=triton.next_power_of_2(size), BLOCK_E=triton.next_power_of_2(num_features),
-            BLOCK_H=triton.next_power_of_2(hidden_size), BLOCK_K=triton.next_power_of_2(num_components),
-        )  # fmt: skip
+        with torch.cuda.device_of(u):
+            _autoregressive_inverse_kernel[num_rows,](
+                *tensors, z, float(network.max_log_scale), D=size, E=num_features, H=hidden_size, K=num_components,
+                BLOCK_D=triton.next_power_of_2(size), BLOCK_E=triton.next_power_of_2(num_features),
+                BLOCK_H=triton.next_power_of_2(hidden_size), BLOCK_K=triton.next_power_of_2(num_components),
+            )  # fmt: skip
     return z

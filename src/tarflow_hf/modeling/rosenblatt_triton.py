@@ -17,14 +17,14 @@ from torch.autograd.function import once_differentiable
 from .coupling_reference import rosenblatt_backward
 from .normal import log_reversed_hazard, ndtri_exp
 from .normal import normal_tails as normal_tails_reference
-from .normal_triton import log1p, log_half_erfcx, lower_quantile, normal_tails
+from .normal_triton import IS_INTERPRETED, log1p, log_half_erfcx, lower_quantile, normal_tails
 
-# What a program holds at once.
-BLOCK_ROWS = 16
+# What a program holds at once: without register spills, and in Triton's interpreter without haste.
+BLOCK_ROWS = 16 if IS_INTERPRETED else 8
 BLOCK_COMPONENTS = 64
 INVERSE_BLOCK_COMPONENTS = 2048
 MAX_SPLITS = 32  # programs that share the components of a block of rows
-MAX_PARTIAL_SUMS = 2**26  # numbers that the programs of a backward pass leave behind, to be added up
+MAX_PARTIAL_SUMS = 2**25  # numbers that the programs of a backward pass leave behind, to be added up
 # Arguments that are loop bounds: a size of 1 must not become a constant of another type.
 SIZES = ["num_rows", "num_components", "tiles_per_split"]
 
@@ -329,12 +329,13 @@ def _sums(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor, transform:
     weight = torch.empty(*shape[:2], latent_size + 1, dtype=dtype, device=z.device)
     cdf, sf = (torch.empty(shape, dtype=dtype, device=z.device) for _ in range(2))
     if num_rows:
-        _sums_kernel[triton.cdiv(num_rows, BLOCK_ROWS), splits](
-            z, logits, *_codebook(mean, log_scale, dtype), weight, cdf, sf,
-            num_rows, num_components, *logits.stride(), tiles_per_split,
-            D=latent_size, COLUMNS=triton.next_power_of_2(latent_size + 1), BLOCK=BLOCK_ROWS,
-            BLOCK_K=BLOCK_COMPONENTS, TRANSFORM=transform,
-        )  # fmt: skip
+        with torch.cuda.device_of(z):
+            _sums_kernel[triton.cdiv(num_rows, BLOCK_ROWS), splits](
+                z, logits, *_codebook(mean, log_scale, dtype), weight, cdf, sf,
+                num_rows, num_components, *logits.stride(), tiles_per_split,
+                D=latent_size, COLUMNS=triton.next_power_of_2(latent_size + 1), BLOCK=BLOCK_ROWS,
+                BLOCK_K=BLOCK_COMPONENTS, TRANSFORM=transform,
+            )  # fmt: skip
     share = torch.log_softmax(weight[..., : cdf.shape[-1]], 0)
     return _Sums(torch.logsumexp(weight, 0), torch.logsumexp(share + cdf, 0), torch.logsumexp(share + sf, 0))
 
@@ -372,13 +373,14 @@ def _backward(
                 (row_blocks, num_components),
             )
         ]
-        _backward_kernel[row_blocks, component_blocks](
-            z[part], logits[part], *codebook, *(x[part] for x in rows),
-            shares[0], None if grad_logits is None else grad_logits[part], shares[1], shares[2],
-            num_rows, num_components, *logits.stride(),
-            D=latent_size, BLOCK=BLOCK_ROWS, BLOCK_K=BLOCK_COMPONENTS,
-            TRANSFORM=transform, GRAD_LOGITS=grad_logits is not None,
-        )  # fmt: skip
+        with torch.cuda.device_of(z):
+            _backward_kernel[row_blocks, component_blocks](
+                z[part], logits[part], *codebook, *(x[part] for x in rows),
+                shares[0], None if grad_logits is None else grad_logits[part], shares[1], shares[2],
+                num_rows, num_components, *logits.stride(),
+                D=latent_size, BLOCK=BLOCK_ROWS, BLOCK_K=BLOCK_COMPONENTS,
+                TRANSFORM=transform, GRAD_LOGITS=grad_logits is not None,
+            )  # fmt: skip
         grad_z[part] = shares[0].sum(0)
         grad_mean += shares[1].sum(0)
         grad_log_scale += shares[2].sum(0)
@@ -446,12 +448,13 @@ class _MixtureRosenblattInverse(torch.autograd.Function):
         if len(u):
             weight = torch.empty(len(u), num_components, dtype=torch.float64, device=u.device)
             index = torch.empty(len(u), num_components, dtype=torch.int32, device=u.device)
-            _inverse_kernel[len(u),](
-                u, logits, *_codebook(mean, log_scale, torch.float64), reach, weight, index, z,
-                num_components, *logits.stride(),
-                D=latent_size, BLOCK_K=min(INVERSE_BLOCK_COMPONENTS, triton.next_power_of_2(num_components)),
-                num_warps=8,
-            )  # fmt: skip
+            with torch.cuda.device_of(u):
+                _inverse_kernel[len(u),](
+                    u, logits, *_codebook(mean, log_scale, torch.float64), reach, weight, index, z,
+                    num_components, *logits.stride(),
+                    D=latent_size, BLOCK_K=min(INVERSE_BLOCK_COMPONENTS, triton.next_power_of_2(num_components)),
+                    num_warps=8,
+                )  # fmt: skip
         ctx.save_for_backward(z, logits, mean, log_scale)
         return z
 
