@@ -96,12 +96,13 @@ def _invert(u: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> Te
     eps = torch.finfo(u.dtype).eps
 
     def residual(z: Tensor) -> tuple[Tensor, Tensor]:
-        tails = normal_tails((z.unsqueeze(-1) - loc) * mirrored_inverse_scale)
-        log_joint = log_weight + tails.log_cdf
+        t = (z.unsqueeze(-1) - loc) * mirrored_inverse_scale
+        log_cdf = torch.special.log_ndtr(t)
+        log_joint = log_weight + log_cdf
         # Not above -eps: far in the other tail F rounds to 1, where the slope below is of no use but must be finite.
         log_tail = torch.logsumexp(log_joint, -1).clamp(max=-eps)
         y = torch.sqrt(-2 * log_tail)
-        slope = (torch.softmax(log_joint, -1) * torch.exp(tails.log_cdf_hazard - log_scale)).sum(-1)
+        slope = (torch.softmax(log_joint, -1) * torch.exp(normal_log_prob(t) - log_cdf - log_scale)).sum(-1)
         difference = 2 * (log_tail - target.log_cdf) / (target_y + y)  # Y - y, without rounding its terms
         return difference * signed_factor, torch.log(slope / y) + log_factor
 
