@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
-
 # Control characters, which a terminal obeys and HTML has not, but for tabs and new lines; and those that reorder text.
 NOT_PRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
