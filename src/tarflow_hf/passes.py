@@ -143,7 +143,8 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: any
 .passes li { border-top: 1px solid var(--line); padding: 1rem 0; }
 .passes h2 { font-size: 1rem; margin: 0; }
 .passes .summary { margin: 0 0 .5rem; color: var(--quiet); font-size: .875rem; }
-.passes .text { margin: 0; font: .9375rem/1.6 ui-monospace, monospace; white-space: break-spaces; overflow-wrap: anywhere; }
+.passes .text { margin: 0; font: .9375rem/1.6 ui-monospace, monospace; }
+.passes .text { white-space: break-spaces; overflow-wrap: anywhere; }
 mark { background: var(--mark); color: inherit; text-decoration: underline; text-underline-offset: .2em; }
 .given { color: var(--quiet); font-style: italic; }
 mark::before, mark::after {
