@@ -55,6 +55,11 @@ def test_neutral_values_change_nothing(model, option, prompt):
         assert all(map(torch.equal, actual.states, expected.states)) and actual.elbo is None
 
 
+def test_the_defaults_of_the_library_ask_for_nothing():
+    """A top_k of 50, as older versions have it, would be an error here, where no flow has such weights."""
+    assert make(STACKS["mix-1"]).generate(generation_config=GenerationConfig(max_new_tokens=4)).shape == (1, 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("num_kept", [1, 2, 5])
 @pytest.mark.parametrize("log_scale", [0.0, -7.0])
