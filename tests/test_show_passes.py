@@ -57,6 +57,11 @@ class Page(HTMLParser):
             self.titles.append(data)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def model():
     return make(STACKS["mix-d, mix-1, mix-1"], vocab_size=27).float()

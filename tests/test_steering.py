@@ -22,6 +22,11 @@ NEUTRAL = {
 }
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def model():
     return make(STACKS["mix-d, mix-1, mix-1"]).float()
@@ -86,21 +91,17 @@ def test_the_last_flow_temperature_is_the_temperature(model, options):
     assert torch.equal(actual.sequences, model.generate(noise=0.5 * expected.noise))
 
 
-def test_flow_temperatures_scale_the_state_that_enters_each_inverse(model):
-    temperatures, noise = [0.5, 2.0, 0.8], torch.randn(2, 8, 2)
-    state = noise
-    for flows in (3, 2, 1):  # flow by flow, each of them a stack of its own
-        state = temperatures[flows - 1] * state
-        state = model.flow(state, reverse=True, num_flows=flows).states[flows - 1]
+@torch.no_grad()
+def test_flow_temperatures_scale_the_state_that_enters_each_inverse():
+    model = make(STACKS["mix-d, mix-1, mix-1"])
+    temperatures, noise = [0.5, 2.0, 0.8], torch.randn(2, 8, 2, dtype=torch.float64)
+    state, scaled = noise, []
+    for flows in (3, 2, 1):  # flow by flow, each of them the last one of a stack of its own
+        scaled.append(temperatures[flows - 1] * state)
+        state = model.flow(scaled[-1], reverse=True, num_flows=flows).states[flows - 1]
     out = model.generate(noise=noise, flow_temperatures=temperatures, output_states=True)
-    torch.testing.assert_close(out.latents, state, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out.noise, 0.8 * noise)
-    for flows in (1, 2, 3):  # the states are those that the inverses saw
-        torch.testing.assert_close(
-            model.flow(out.states[flows], reverse=True, num_flows=flows).states[flows - 1],
-            out.states[flows - 1] / (1 if flows == 1 else temperatures[flows - 2]),
-            atol=1e-4, rtol=1e-4,
-        )  # fmt: skip
+    for actual, expected in zip(out.states, [state, *reversed(scaled)], strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-7, rtol=1e-7)
 
 
 def first_flow_logits(model, latents):
