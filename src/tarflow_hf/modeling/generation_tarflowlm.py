@@ -1,26 +1,39 @@
 """`generate`: noise -> inverse flows -> latents -> tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.utils import ModelOutput, logging
 
 from .inversion_tarflowlm import InverseReport
 
 logger = logging.get_logger(__name__)
 
-# The options of a GenerationConfig that mean something here.
+# The options of a GenerationConfig that mean something here, the library's and some of our own.
 OPTIONS = (
     "max_new_tokens",
     "max_length",
     "num_return_sequences",
     "do_sample",
     "temperature",
+    "flow_temperatures",
+    "mixture_temperature",
+    "top_k",
+    "top_p",
+    "num_candidates",
     "eos_token_id",
     "pad_token_id",
     "bos_token_id",
@@ -38,6 +51,7 @@ class TarFlowLMGenerateOutput(ModelOutput):
     noise: Tensor | None = None  # (B, T, d)
     states: tuple[Tensor, ...] | None = None  # h0 (latents), ..., hL (noise), each (B, T, d)
     inverse_reports: list[InverseReport] | None = None  # how each flow was inverted, from the data side
+    elbo: Tensor | None = None  # (B,) nats: with `num_candidates` above 1, the bound by which each was chosen
 
 
 class TarFlowLMGenerationMixin(GenerationMixin):
@@ -52,6 +66,7 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         decode: str | None = None,
         output_states: bool = False,
         infill_mask: Tensor | None = None,
+        num_flows: int | None = None,
         inverse_method: str | Sequence[str] = "auto",
         inverse_window: int | None = None,
         inverse_tolerance: float | None = None,
@@ -78,6 +93,9 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         Texts of different lengths may share a batch: each is continued or filled as it would be alone
         (`test_prompts_of_different_lengths_share_a_batch`).
 
+        Steering is for taste: what `temperature`, `flow_temperatures`, `mixture_temperature`, `top_k`, `top_p` and
+        `num_candidates` leave at their defaults is the model's own distribution, and what they change is not.
+
         Args:
             inputs (`torch.LongTensor` of shape (B, n), *optional*): Prompt, or text with gaps, also accepted as
                 `input_ids`.
@@ -94,6 +112,8 @@ class TarFlowLMGenerationMixin(GenerationMixin):
                 whatever their ids; all others are held fixed. The text keeps its length, and an end-of-sequence token
                 ends nothing.
             output_states (`bool`): Also return every flow's state, see [`TarFlowLMGenerateOutput`].
+            num_flows (`int`, *optional*): Invert the first flows only. `noise` is then the state h of that flow (of
+                `output_states`, or of `model.flow`), and what is drawn without it is a sample of the stack cut there.
             inverse_method ("auto", "sequential" or "parallel", or a list with one for each flow): How the flows are
                 inverted, position after position or many at once. The result is the same up to rounding; "auto" takes
                 what is expected to be faster, see `choose_inverse_methods`.
@@ -103,7 +123,21 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             max_new_tokens, max_length (`int`): Length; by default that which the model was made for,
                 `max_position_embeddings`, which is also the most.
             num_return_sequences (`int`): Sequences per prompt.
-            temperature (`float`): Standard deviation of the noise, 1 by default.
+            temperature (`float`): Standard deviation of the noise that is drawn, 1 by default.
+            flow_temperatures (`list[float]`): One for each inverted flow, from the data side: the factor by which the
+                state on its noise side is multiplied before it is inverted. The noise enters the last flow alone, so
+                [1, ..., 1, t] is what `temperature=t` is (the two multiply); the others scale the states in between,
+                which the flows behind have just made.
+            mixture_temperature (`float`): Of the mixture weights of every "mixture_rosenblatt" flow, which become
+                proportional to their power 1 / mixture_temperature. In a flow with the encoder's codebook these are
+                the probabilities of the tokens.
+            top_k (`int`), top_p (`float`): In every such flow, only the k components of the largest weights, or the
+                fewest that together have the weight p; after the temperature, as in the library. 0 and 1, the
+                defaults, leave all of them in.
+            num_candidates (`int`): Draw so many for each sequence, as one batch, and return the one with the highest
+                evidence lower bound (`model(ids).elbo`) of the whole text, prompt and what follows an end-of-sequence
+                token included; in a conditional model that of what is new given what is known. The candidates of a
+                sequence share the noise of its one-sample estimate.
             do_sample (`bool`): True by default; False puts the noise at its mode, 0.
             eos_token_id, pad_token_id: After the first end-of-sequence token of a sequence comes padding.
             return_dict_in_generate (`bool`): Return a [`TarFlowLMGenerateOutput`].
@@ -113,7 +147,8 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             [`TarFlowLMGenerateOutput`].
 
         Raises:
-            ValueError: An unknown option or one out of range, a prompt with no room behind it, a prompt or a
+            ValueError: An unknown option or one out of range, mixture weights steered where no flow has them,
+                `num_candidates` with `noise` or a streamer, a prompt with no room behind it, a prompt or a
                 continuation whose length is no multiple of the patch size, a gap that is not of whole patches, a text
                 without a gap.
 
@@ -155,6 +190,16 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         num_return_sequences = option("num_return_sequences", 1)
         if num_return_sequences < 1:
             raise ValueError(f"num_return_sequences must be at least 1, not {num_return_sequences}.")
+        num_candidates = option("num_candidates", 1)
+        if not isinstance(num_candidates, int) or num_candidates < 1:
+            raise ValueError(f"num_candidates must be an integer of at least 1, not {num_candidates!r}.")
+        if num_candidates > 1 and noise is not None:
+            raise ValueError(f"noise already is that of one candidate: leave out num_candidates={num_candidates}.")
+        if num_candidates > 1 and streamer is not None:
+            raise ValueError(f"A streamer cannot wait for the best of num_candidates={num_candidates}.")
+        logits_processor = self._logits_processor(
+            option("mixture_temperature", 1.0), option("top_k", 0), option("top_p", 1.0), num_flows
+        )
 
         # Offloaded weights stand on the meta device, and hooks bring the inputs to where the work is done.
         home = torch.device("cpu") if self.device.type == "meta" else self.device
@@ -166,7 +211,7 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         is_known = is_real if infill_mask is None else is_real & (infill_mask == 0)
         if noise is None:
             prompt, is_real, is_known = (
-                x.repeat_interleave(num_return_sequences, 0) for x in (prompt, is_real, is_known)
+                x.repeat_interleave(num_return_sequences * num_candidates, 0) for x in (prompt, is_real, is_known)
             )
         elif num_return_sequences != 1:
             raise ValueError("noise already says how many sequences there are: leave out num_return_sequences.")
@@ -201,7 +246,7 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             if self.config.conditional:
                 known = {"observed_ids": ids, "observed_mask": is_known}
             else:
-                self._check_directions(is_known, is_prompt=infill_mask is None)
+                self._check_directions(is_known, num_flows, is_prompt=infill_mask is None)
                 known = {"known": self.encode(ids, noise=noise), "known_mask": is_known}
 
         new_tokens: list[Tensor] = []
@@ -235,6 +280,9 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             noise,
             attention_mask,
             reverse=True,
+            num_flows=num_flows,
+            flow_temperatures=option("flow_temperatures", None),
+            logits_processor=logits_processor,
             on_position=stream if streams else None,
             inverse_method=inverse_method,
             inverse_window=inverse_window,
@@ -248,6 +296,14 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         else:
             new = choose(states[0][:, first_new:]).to(prompt.device)
             new = torch.where(is_new[:, first_new:], new, text[:, first_new:])
+        elbo = None
+        if num_candidates > 1:
+            ids = pieces.gather(torch.cat([text[:, :first_new], new], 1).to(home))
+            observed_mask = known.get("observed_mask")
+            elbo = self._common_noise_elbo(ids, attention_mask, num_flows, observed_mask, num_candidates, generator)
+            best = elbo.unflatten(0, (-1, num_candidates)).argmax(-1).cpu()
+            best = best + num_candidates * torch.arange(len(best))
+            states, (elbo, text, new) = ([x[best.to(x.device)] for x in xs] for xs in (states, (elbo, text, new)))
         is_after_end = _is_after_end(new, eos_token_id)
         if streamer is not None:
             if not streams:
@@ -263,10 +319,54 @@ class TarFlowLMGenerationMixin(GenerationMixin):
                 sequences=sequences,
                 latents=states[0],
                 noise=states[-1],
-                states=states if output_states else None,
+                states=tuple(states) if output_states else None,
                 inverse_reports=flow.inverse_reports if output_inverse_report else None,
+                elbo=elbo,
             )
         return sequences
+
+    def _logits_processor(
+        self, mixture_temperature: float, top_k: int, top_p: float, num_flows: int | None
+    ) -> Callable[[Tensor], Tensor] | None:
+        """The library's warpers, in its order, as a map of mixture logits (n, K); None where nothing is asked for."""
+        if not 0 < mixture_temperature < float("inf"):
+            raise ValueError(f"mixture_temperature must be positive and finite, not {mixture_temperature}.")
+        if not isinstance(top_k, int) or top_k < 0:
+            raise ValueError(f"top_k must be a positive integer, or 0 for all components, not {top_k!r}.")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}.")
+        warpers = LogitsProcessorList()
+        if mixture_temperature != 1:
+            warpers.append(TemperatureLogitsWarper(float(mixture_temperature)))
+        if top_k > 0:
+            warpers.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            warpers.append(TopPLogitsWarper(top_p))
+        if not warpers:
+            return None
+        couplings = [flow["coupling"] for flow in self.config.flows[:num_flows]]
+        if "mixture_rosenblatt" not in couplings:
+            raise ValueError(
+                f"mixture_temperature, top_k and top_p steer mixture_rosenblatt flows, but the flows are {couplings}."
+            )
+        return partial(warpers, None)  # whatever tokens came before
+
+    def _common_noise_elbo(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        num_flows: int | None,
+        observed_mask: Tensor | None,
+        num_candidates: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The bounds of texts (B n, T), (B n,) in nats, from latents drawn by the same noise for n in a row."""
+        if attention_mask is not None:
+            ids = ids.masked_fill(~attention_mask, 0)
+        shape = (len(ids) // num_candidates, ids.shape[1], self.config.latent_size)
+        noise = torch.randn(shape, generator=generator, device=ids.device if generator is None else generator.device)
+        latents = self.encode(ids, noise=noise.repeat_interleave(num_candidates, 0))
+        return self(ids, attention_mask, latents=latents, num_flows=num_flows, observed_mask=observed_mask).elbo
 
     def _check_infill(self, text: Tensor, is_real: Tensor, infill_mask: Tensor, options: dict[str, Any]) -> None:
         """Whether there is a text (B, T), and something to fill in, in whole patches, in each sequence."""
@@ -285,10 +385,10 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         if not bool(((infill_mask == 1) & is_real).any(-1).all()):
             raise ValueError("infill_mask has a sequence with nothing to fill in.")
 
-    def _check_directions(self, is_known: Tensor, is_prompt: bool) -> None:
+    def _check_directions(self, is_known: Tensor, num_flows: int | None, is_prompt: bool) -> None:
         """Whether flows that are not conditional can go on from what is known of pieces (B, T), and how well."""
-        directions = [flow["direction"] for flow in self.config.flows]
-        if is_prompt and directions[0] == "right_to_left":
+        directions = [flow["direction"] for flow in self.config.flows[:num_flows]]
+        if is_prompt and self.config.flows[0]["direction"] == "right_to_left":
             raise ValueError("A prompt needs a first flow that runs left to right.")
         is_leading = bool((is_known.long().diff(dim=-1) <= 0).all())
         if "right_to_left" in directions or not is_leading:

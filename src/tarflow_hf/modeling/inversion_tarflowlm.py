@@ -7,9 +7,9 @@ Sequentially that is N steps with a key-value cache. In parallel it is a fixed p
 first k states are those of the sequential inverse, whatever the flow; where a state depends little on those before it,
 far more are, and that is what the parallel form lives on.
 
-Everything here is in the flow's own, arranged order. Of a `FlowLayer` it asks `head(u, context, codebook,
-task="inverse")`, `_inputs(h, codebook, first, last)`, the decoder's inputs of the slots first, ..., last - 1 (slot s
-predicts position s and reads the state at s - 1), and `_context(inputs)`, what the decoder makes of them.
+Everything here is in the flow's own, arranged order. Of a `FlowLayer` it asks `_inputs(h, codebook, first, last)`, the
+decoder's inputs of the slots first, ..., last - 1 (slot s predicts position s and reads the state at s - 1),
+`_context(inputs)`, what the decoder makes of them, and `_inverse(u, context, codebook)`, the coupling's inverse there.
 
 Shapes: B batch, N positions of size D.
 
@@ -104,6 +104,7 @@ def invert_sequentially(
     known: Tensor | None = None,
     known_mask: Tensor | None = None,
     on_position: Callable[[Tensor], None] | None = None,
+    logits_processor: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, InverseReport]:
     """One position after another: each costs the decoder one slot. Differentiable.
 
@@ -115,6 +116,7 @@ def invert_sequentially(
         known, known_mask: States (B, N, D) that are given where the mask (B, N) is true, and stay as they are.
         on_position: Called with each new state (B, 1, D), as it is found; not with those known to all sequences at
             the beginning, which are read at once.
+        logits_processor: Steers the inverse of a mixture Rosenblatt coupling.
 
     Returns:
         The states (B, N, D) and the report.
@@ -130,7 +132,7 @@ def invert_sequentially(
         if n > first:  # of the states before, slot n reads the last alone
             inputs, start = flow._inputs(states[-1].expand(-1, n, -1), codebook, n, n + 1, observed), n
         context = flow._context(inputs, observed, start, cache)
-        state = flow.head(u[:, n : n + 1], context[:, -1:], codebook, task="inverse")
+        state = flow._inverse(u[:, n : n + 1], context[:, -1:], codebook, logits_processor)
         if known_mask is not None:
             state = torch.where(known_mask[:, n : n + 1, None], known[:, n : n + 1], state)
         states.append(state)
@@ -148,6 +150,7 @@ def invert_by_captured_step(
     known: Tensor | None = None,
     known_mask: Tensor | None = None,
     on_position: Callable[[Tensor], None] | None = None,
+    logits_processor: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, InverseReport]:
     """`invert_sequentially` by a step of fixed shapes on fixed buffers, which on a GPU is captured and replayed.
 
@@ -171,7 +174,7 @@ def invert_by_captured_step(
         if inputs is None:
             inputs = flow._inputs(h.index_select(1, slot - 1), codebook, 1, 2)
         context = flow._context(inputs, cache=cache)
-        state = flow.head(u.index_select(1, slot), context[:, -1:], codebook, task="inverse")
+        state = flow._inverse(u.index_select(1, slot), context[:, -1:], codebook, logits_processor)
         if known_mask is not None:
             state = torch.where(known_mask.index_select(1, slot).unsqueeze(-1), h.index_select(1, slot), state)
         h.index_copy_(1, slot, state)
@@ -203,6 +206,7 @@ def invert_in_parallel(
     known: Tensor | None = None,
     known_mask: Tensor | None = None,
     on_position: Callable[[Tensor], None] | None = None,
+    logits_processor: Callable[[Tensor], Tensor] | None = None,
     window: int | None = None,
     tolerance: float | None = None,
 ) -> tuple[Tensor, InverseReport]:
@@ -227,6 +231,7 @@ def invert_in_parallel(
         flow, u, codebook, observed, known, known_mask: As in `invert_sequentially`.
         on_position: Called with the state (B, 1, D) of each final position that is not among those known to all
             sequences at the beginning, in order.
+        logits_processor: As in `invert_sequentially`.
         window: Positions computed at once; by default all, but on a CPU at least 16 and about 1,024 over the batch.
         tolerance: Of |G(h) - h| / (1 + |h|). By default 32 times the relative spacing of the states' dtype or, if the
             decoder runs in a coarser one, a quarter of that one's.
@@ -258,7 +263,7 @@ def invert_in_parallel(
         last = min(max(first, num_known) + window, num_positions)
         inputs = flow._inputs(h, codebook, first, last, observed)
         context = flow._context(inputs, observed, first, cache)
-        new = flow.head(u[:, first:last], context, codebook, task="inverse")
+        new = flow._inverse(u[:, first:last], context, codebook, logits_processor)
         if known_mask is not None:
             new = torch.where(known_mask[:, first:last, None], known[:, first:last], new)
         old = h[:, first:last]

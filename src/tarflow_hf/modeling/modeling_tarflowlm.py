@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, PreTrainedModel
 from transformers import initialization as init
@@ -39,6 +40,7 @@ from .coupling import (
     mixture_cdf,
     mixture_cdf_inverse,
     mixture_cdf_log_prob,
+    mixture_rosenblatt_inverse,
 )
 from .coupling_reference import AutoregressiveNetwork, autoregressive_mixture_parameters
 from .generation_tarflowlm import TarFlowLMGenerationMixin
@@ -55,6 +57,7 @@ from .normal import normal_log_prob
 # Coupling heads: from the decoder's output at a position to the coupling of that position.
 # Each maps h (B, N, D) and context (B, N, w), by `task`, to
 #   "transform":  u (B, N, D) and log_det (B, N);   "log_prob":  log p(h | context) (B, N);   "inverse":  h, of u.
+# The inverse of a mixture Rosenblatt coupling may be steered: by a `logits_processor`, from logits (n, K) to logits.
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -69,6 +72,7 @@ def _decoder(config: TarFlowLMConfig, num_hidden_layers: int) -> PreTrainedModel
 
 
 MAX_LOG_SCALE = 10.0
+LogitsProcessor = Callable[[Tensor], Tensor]
 
 
 def _bounded(log_scale: Tensor) -> Tensor:
@@ -213,17 +217,24 @@ class MixtureRosenblattHead(nn.Module):
         self.projection = MixtureLogits(config.hidden_size, num_mixtures, self.num_components)
         self.codebook = None if flow["tie_codebook"] else Codebook(self.num_components, config.latent_size)
 
-    def forward(self, h: Tensor, context: Tensor, codebook: Gaussians | None = None, task: str = "transform"):
+    def forward(
+        self,
+        h: Tensor,
+        context: Tensor,
+        codebook: Gaussians | None = None,
+        task: str = "transform",
+        logits_processor: LogitsProcessor | None = None,
+    ):
         components = codebook if self.codebook is None else self.codebook()
         tokens = h.unflatten(-1, (self.patch_size, -1)).flatten(0, 1)  # (B N, P, d)
         context = context.flatten(0, 1)  # (B N, w)
         if self.patch_decoder is None:
-            output = self._couple(task, tokens, context, components)
+            output = self._couple(task, tokens, context, components, logits_processor)
         elif task == "inverse":
             output = tokens[:, :0]
             for p in range(self.patch_size):
                 token_context = self.patch_decoder(output, context, codebook)[:, -1:]
-                token = self._couple(task, tokens[:, p : p + 1], token_context, components)
+                token = self._couple(task, tokens[:, p : p + 1], token_context, components, logits_processor)
                 output = torch.cat([output, token], 1)
         else:
             output = self._couple(task, tokens, self.patch_decoder(tokens[:, :-1], context, codebook), components)
@@ -232,7 +243,14 @@ class MixtureRosenblattHead(nn.Module):
             return u.reshape(h.shape), log_det.sum(-1).reshape(h.shape[:-1])
         return output.sum(-1).reshape(h.shape[:-1]) if task == "log_prob" else output.reshape(h.shape)
 
-    def _couple(self, task: str, tokens: Tensor, context: Tensor, components: Gaussians):
+    def _couple(
+        self,
+        task: str,
+        tokens: Tensor,
+        context: Tensor,
+        components: Gaussians,
+        logits_processor: LogitsProcessor | None = None,
+    ):
         """The coupling of tokens (n, p, d), whose weights follow from contexts (n, p, w) or, in common, (n, w)."""
         op = {
             "transform": linear_mixture_rosenblatt,
@@ -241,6 +259,11 @@ class MixtureRosenblattHead(nn.Module):
         }[task]
 
         def run(tokens: Tensor, context: Tensor, weights: tuple[Tensor, Tensor]):
+            if task == "inverse" and logits_processor is not None:
+                logits = F.linear(context, *weights)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                processed = logits_processor(logits.flatten(0, -2)).reshape(logits.shape)
+                return mixture_rosenblatt_inverse(tokens, processed, *components)
             return op(tokens, context, *weights, *components, max_logits=self.max_logits)
 
         weights = self.projection()
@@ -353,6 +376,7 @@ class FlowLayer(nn.Module):
         inverse_window: int | None = None,
         inverse_tolerance: float | None = None,
         capture_step: bool = False,
+        logits_processor: LogitsProcessor | None = None,
     ):
         """Maps positions (B, N, D) to noise, or with `reverse` back.
 
@@ -369,6 +393,7 @@ class FlowLayer(nn.Module):
             inverse_method: "sequential" or "parallel".
             inverse_window, inverse_tolerance: Of the parallel form, see `invert_in_parallel`.
             capture_step: Take the sequential form's steps by a CUDA graph, see `invert_by_captured_step`.
+            logits_processor: With `reverse`, from the logits (n, K) of a mixture Rosenblatt coupling to other ones.
 
         Returns:
             Output (B, N, D) and log_det (B,); or log p (B,); or, with `reverse`, the input (B, N, D) and an
@@ -382,7 +407,7 @@ class FlowLayer(nn.Module):
             if known_mask is not None:
                 h = h.masked_fill(known_mask.unsqueeze(-1), 0)  # what is not read may be anything
             callback = None if on_position is None else lambda state: on_position(self._tokens(state))
-            arguments = h, codebook, observed, known, known_mask, callback
+            arguments = h, codebook, observed, known, known_mask, callback, logits_processor
             if inverse_method == "parallel":
                 h, report = invert_in_parallel(self, *arguments, inverse_window, inverse_tolerance)
             else:
@@ -418,6 +443,15 @@ class FlowLayer(nn.Module):
         return self.decoder(
             inputs_embeds=inputs, past_key_values=cache, use_cache=cache is not None, **options
         ).last_hidden_state
+
+    def _inverse(
+        self, u: Tensor, context: Tensor, codebook: Gaussians, logits_processor: LogitsProcessor | None = None
+    ) -> Tensor:
+        """The states (B, n, D) that the coupling maps to u (B, n, D), of contexts (B, n, w)."""
+        options = {}
+        if logits_processor is not None and isinstance(self.head, MixtureRosenblattHead):
+            options["logits_processor"] = logits_processor
+        return self.head(u, context, codebook, task="inverse", **options)
 
     def _inputs(
         self,
@@ -578,6 +612,8 @@ class FlowStack(nn.Module):
         inverse_window: int | None = None,
         inverse_tolerance: float | None = None,
         capture_step: bool = False,
+        flow_temperatures: Sequence[float] | None = None,
+        logits_processor: LogitsProcessor | None = None,
     ) -> FlowOutput:
         """Maps latents to noise, or with `reverse` noise to latents.
 
@@ -602,6 +638,11 @@ class FlowStack(nn.Module):
             inverse_window, inverse_tolerance: Of the parallel form: positions at once, and the change of a state that
                 is taken for none; see `invert_in_parallel`.
             capture_step: Take the steps of the sequential form by a CUDA graph.
+            flow_temperatures: With `reverse`, a factor for each flow from the data side, by which its output is
+                multiplied before it is inverted: the last one is the noise's standard deviation. `states` are those
+                multiplied.
+            logits_processor: With `reverse`, what makes of the logits (n, K) of every mixture Rosenblatt flow other
+                ones, in float32 or better, -inf for components that are left out.
 
         Returns:
             A `FlowOutput`. At padding and at observed tokens, noise and states are 0.
@@ -630,9 +671,13 @@ class FlowStack(nn.Module):
         h = _zero_unless(_is_variable(h, lengths, observed_ids), h)
         if reverse:
             options = {"inverse_window": inverse_window, "inverse_tolerance": inverse_tolerance}
-            options["capture_step"] = capture_step
+            options |= {"capture_step": capture_step, "logits_processor": logits_processor}
+            if flow_temperatures is not None:
+                flow_temperatures = _checked_temperatures(flow_temperatures, len(layers))
             known = self._known(layers, known, known_mask)
-            return self._invert(layers, h, lengths, observed_ids, known, on_position, inverse_method, options)
+            return self._invert(
+                layers, h, lengths, observed_ids, known, on_position, inverse_method, flow_temperatures, options
+            )
         return self._transform(layers, h, lengths, observed_ids, output_noise)
 
     def _transform(self, layers: nn.ModuleList, h: Tensor, lengths, observed_ids, output_noise: bool) -> FlowOutput:
@@ -650,15 +695,26 @@ class FlowStack(nn.Module):
         return FlowOutput(tokens[0], tokens[-1], log_det, log_prob, tokens)
 
     def _invert(
-        self, layers: nn.ModuleList, h: Tensor, lengths, observed_ids, known, on_position, inverse_method, options
+        self,
+        layers: nn.ModuleList,
+        h: Tensor,
+        lengths,
+        observed_ids,
+        known,
+        on_position,
+        inverse_method,
+        flow_temperatures: list[float] | None,
+        options,
     ) -> FlowOutput:
         parameters_need_gradients = any(parameter.requires_grad for parameter in self.parameters())
         is_differentiable = torch.is_grad_enabled() and (h.requires_grad or parameters_need_gradients)
         methods = choose_inverse_methods(inverse_method, layers, h, is_differentiable)
         if is_differentiable and options["capture_step"]:
             raise ValueError("capture_step=True has no gradients: use torch.no_grad(), or capture_step=False.")
-        codebook, states, reports = self.codebook(), [h], []
+        codebook, states, reports = self.codebook(), [], []
         for index in reversed(range(len(layers))):
+            h = h if flow_temperatures is None else flow_temperatures[index] * h
+            states.append(h)
             h, report = layers[index](
                 h,
                 codebook,
@@ -671,8 +727,8 @@ class FlowStack(nn.Module):
                 inverse_method=methods[index],
                 **options,
             )
-            states.append(h)
             reports.append(report)
+        states.append(h)
         tokens = tuple(map(self._to_tokens, reversed(states)))
         return FlowOutput(latents=tokens[0], noise=tokens[-1], states=tokens, inverse_reports=reports[::-1])
 
@@ -718,6 +774,15 @@ class FlowStack(nn.Module):
 
     def _to_tokens(self, h: Tensor) -> Tensor:
         return h.unflatten(-1, (self.patch_size, -1)).flatten(1, 2)  # (B, N, D) to (B, T, d)
+
+
+def _checked_temperatures(temperatures: Sequence[float], num_flows: int) -> list[float]:
+    temperatures = list(temperatures)
+    if len(temperatures) != num_flows:
+        raise ValueError(f"flow_temperatures has {len(temperatures)} entries for {num_flows} flows: {temperatures}.")
+    if not all(0 < temperature < math.inf for temperature in temperatures):
+        raise ValueError(f"flow_temperatures must be positive and finite, not {temperatures}.")
+    return temperatures
 
 
 def _is_variable(h: Tensor, lengths: Tensor | None, observed_ids: Tensor | None) -> Tensor | None:

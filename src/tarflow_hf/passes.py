@@ -1,0 +1,187 @@
+"""The multi-pass view (the paper's Figure 6): the text that every flow's state decodes to, from noise to final text.
+
+states (of `generate(output_states=True)` or `model.flow`)  ->  `find_passes`  ->  `passes_text` or `passes_page`
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from string import Template
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .modeling.modeling_tarflowlm import TarFlowLMModel
+
+# Control characters, which a terminal obeys and HTML has not, but for tabs and new lines; and those that reorder text.
+NOT_PRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+@dataclass
+class Pass:
+    """What one state of a sequence decodes to: its most likely tokens."""
+
+    name: str
+    token_ids: Tensor  # (T,)
+    is_changed: Tensor  # (T,) where they differ from those of the pass before; nowhere in the first
+    is_given: Tensor  # (T,) where they are no state's, but the prompt's
+
+    def segments(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool, bool]]:
+        """Runs of tokens that are alike in being changed and given: (text, changed, given), printable."""
+        tokens = zip(self.is_changed.tolist(), self.is_given.tolist(), self.token_ids.tolist(), strict=True)
+        segments = []
+        for (is_changed, is_given), run in groupby(tokens, key=lambda token: token[:2]):
+            text = tokenizer.decode([token_id for *_, token_id in run], clean_up_tokenization_spaces=False)
+            segments.append((NOT_PRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text), is_changed, is_given))
+        return segments
+
+    def summary(self) -> str:
+        """How much of it changed, and how much is given."""
+        parts = [f"{int(self.is_changed.sum())} of {len(self.token_ids)} tokens changed"]
+        if bool(self.is_given.any()):
+            parts.append(f"{int(self.is_given.sum())} given")
+        return ", ".join(parts)
+
+
+@torch.no_grad()
+def find_passes(
+    model: TarFlowLMModel, states: Sequence[Tensor], row: int = 0, given_ids: Tensor | None = None
+) -> list[Pass]:
+    """The passes of one sequence, from the noise to the text.
+
+    Args:
+        model: Whose codebook decodes the states.
+        states: h0 (the latents), ..., hL (the noise), each (B, T, d).
+        row: Which of the B sequences.
+        given_ids: The prompt (n,), n <= T, whose tokens stand for what the states decode to there.
+
+    Returns:
+        One [`Pass`] for each state, the noise first.
+
+    Raises:
+        ValueError: There is no such row, or the prompt is longer than the states.
+
+    Example:
+        >>> from tarflow_hf import TarFlowLMConfig
+        >>> from tarflow_hf.data import character_tokenizer
+        >>> flow = {"coupling": "affine", "direction": "left_to_right", "num_hidden_layers": 1}
+        >>> config = TarFlowLMConfig(27, 2, hidden_size=16, num_attention_heads=2, flows=[flow, flow])
+        >>> model = TarFlowLMModel(config)
+        >>> states = [model.codebook().mean[torch.tensor([[1, 2, number]])] for number in (7, 6, 6)]
+        >>> passes = find_passes(model, states)
+        >>> print(passes_text(passes, character_tokenizer()))
+        Noise (before flow 2): 0 of 3 tokens changed
+        abf
+        <BLANKLINE>
+        Before flow 1: 0 of 3 tokens changed
+        abf
+        <BLANKLINE>
+        Text: 1 of 3 tokens changed
+        ab[g]
+    """
+    num_rows, length = states[0].shape[:2]
+    if not 0 <= row < num_rows:
+        raise ValueError(f"row must be in 0, ..., {num_rows - 1}, not {row}.")
+    num_given = 0 if given_ids is None else len(given_ids)
+    if num_given > length:
+        raise ValueError(f"given_ids are {num_given} tokens, but the states have only {length}.")
+    passes = []
+    for level in reversed(range(len(states))):
+        name = "Text" if level == 0 else f"Before flow {level}"
+        if level > 0 and level == len(states) - 1:
+            name = f"Noise (before flow {level})"
+        token_ids = model.decode(states[level][row]).argmax(-1).cpu()
+        if num_given:
+            token_ids[:num_given] = given_ids.to(token_ids)
+        is_changed = token_ids != (passes[-1].token_ids if passes else token_ids)
+        passes.append(Pass(name, token_ids, is_changed, torch.arange(length) < num_given))
+    return passes
+
+
+def passes_text(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, color: bool = False) -> str:
+    """For a terminal: what changed in reverse video if `color`, else in brackets."""
+    before, after = ("\x1b[7m", "\x1b[27m") if color else ("[", "]")
+    blocks = []
+    for state in passes:
+        text = "".join(
+            before + text + after if is_changed else text for text, is_changed, _ in state.segments(tokenizer)
+        )
+        blocks.append(f"{state.name}: {state.summary()}\n{text}")
+    return "\n\n".join(blocks)
+
+
+def passes_section(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The passes as a part of an HTML page that has `PASSES_STYLE`: a list with one item for each."""
+    items = []
+    for state in passes:
+        text = ""
+        for segment, is_changed, is_given in state.segments(tokenizer):
+            segment = escape(segment)
+            segment = f'<span class="given">{segment}</span>' if is_given else segment
+            text += f"<mark>{segment}</mark>" if is_changed else segment
+        items.append(
+            f'<li>\n<h2>{escape(state.name)}</h2>\n<p class="summary">{state.summary()}</p>\n'
+            f'<p class="text" dir="auto">{text}</p>\n</li>'
+        )
+    return '<ol class="passes">\n' + "\n".join(items) + "\n</ol>"
+
+
+# What is marked is announced to screen readers, too, which pass over <mark>, and is not told by its colour alone.
+PASSES_STYLE = """\
+:root { color-scheme: light dark; --page: #fdfdfb; --ink: #1d1d22; --quiet: #5a5a66; --line: #d9d9de; --mark: #ffe9a3; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #17171b; --ink: #e9e9ee; --quiet: #a3a3b0; --line: #35353d; --mark: #5e4a00; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
+main { max-width: 52rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+.passes { list-style: none; margin: 1.5rem 0 0; padding: 0; }
+.passes li { border-top: 1px solid var(--line); padding: 1rem 0; }
+.passes h2 { font-size: 1rem; margin: 0; }
+.passes .summary { margin: 0 0 .5rem; color: var(--quiet); font-size: .875rem; }
+.passes .text { margin: 0; font: .9375rem/1.6 ui-monospace, monospace; }
+.passes .text { white-space: break-spaces; overflow-wrap: anywhere; }
+mark { background: var(--mark); color: inherit; text-decoration: underline; text-underline-offset: .2em; }
+.given { color: var(--quiet); font-style: italic; }
+mark::before, mark::after {
+  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap;
+}
+mark::before { content: " [changed: "; }
+mark::after { content: "] "; }
+"""
+
+PAGE = Template("""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+$style</style>
+</head>
+<body>
+<main>
+<h1>$title</h1>
+<p>The most likely text of every flow's state, from noise to the final text.
+Tokens that differ from the pass before are <mark>marked</mark>$given.</p>
+$section
+</main>
+</body>
+</html>
+""")
+
+
+def passes_page(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, title: str = "From noise to text") -> str:
+    """A self-contained HTML page: no script, nothing loaded, light or dark as the reader has it."""
+    has_given = any(bool(state.is_given.any()) for state in passes)
+    return PAGE.substitute(
+        title=escape(title),
+        style=PASSES_STYLE,
+        given=', those that were given are <span class="given">in italics</span>' if has_given else "",
+        section=passes_section(passes, tokenizer),
+    )
