@@ -9,6 +9,7 @@ from test_generation import CAUSAL, Recorder
 from test_modeling import PATCH_STACKS, STACKS, flow, make
 from transformers import GenerationConfig
 
+from tarflow_hf import TarFlowLMModel
 from tarflow_hf.modeling.coupling import mixture_rosenblatt_inverse
 
 NEUTRAL = {
@@ -295,3 +296,12 @@ def test_bad_input(model):
     for options in ({"top_k": 1}, {"top_p": 0.5}, {"mixture_temperature": 0.5}):
         with pytest.raises(ValueError, match="steer mixture_rosenblatt flows"):
             make(STACKS["mix-1"]).generate(**options)
+
+
+def test_options_are_saved_with_the_model(tmp_path):
+    model = make(STACKS["mix-d"])
+    model.generation_config.num_candidates = 3
+    model.generation_config.decode = "sample"
+    model.save_pretrained(tmp_path)
+    loaded = TarFlowLMModel.from_pretrained(tmp_path).generation_config
+    assert (loaded.num_candidates, loaded.decode, loaded.do_sample) == (3, "sample", True)

@@ -177,7 +177,7 @@ def invert_by_captured_step(
         state = flow._inverse(u.index_select(1, slot), context[:, -1:], codebook, logits_processor)
         if known_mask is not None:
             state = torch.where(known_mask.index_select(1, slot).unsqueeze(-1), h.index_select(1, slot), state)
-        h.index_copy_(1, slot, state)
+        h.index_copy_(1, slot, state.to(h.dtype))
         slot.add_(1)
 
     graph = None

@@ -919,6 +919,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         self.flow = FlowStack(config)
         # Said outright, because `pipeline` samples at another temperature where a model has no opinion.
         self.generation_config.update(do_sample=True, temperature=1.0)
+        self.generation_config._from_model_config = False  # or else saving forgets the options that are our own
         self.post_init()
 
     @property
