@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, HfArgumentParser, set_seed
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, StreamingPackedTokens, character_tokenizer, load_splits
 from tarflow_hf.evaluation import likelihoods, report_table
-from tarflow_hf.training import TrainingConfig, discrete_baseline, make_accelerator, train
+from tarflow_hf.training import TrainingConfig, discrete_baseline, make_accelerator, share_cores, train
 
 
 @dataclass
@@ -71,6 +71,8 @@ def build(run: RunConfig, tokenizer):
 def main():
     run, training = HfArgumentParser((RunConfig, TrainingConfig)).parse_args_into_dataclasses()
     accelerator = make_accelerator(training)
+    if accelerator.device.type == "cpu":
+        share_cores()
     set_seed(training.seed)
 
     tokenizer = character_tokenizer() if run.tokenizer == "text8" else AutoTokenizer.from_pretrained(run.tokenizer)

@@ -331,6 +331,10 @@ class StreamingPackedTokens(IterableDataset):
         self.epoch = state["epoch"]
         self._handed_out = self._skip = state["blocks"]
 
+    def has_blocks(self, num_blocks: int) -> bool:
+        """Whether there are this many blocks; reads that many from the beginning, and changes nothing."""
+        return sum(1 for _ in islice(self._blocks(), num_blocks)) == num_blocks
+
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:

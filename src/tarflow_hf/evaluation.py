@@ -45,15 +45,21 @@ class Likelihood:
 
 
 def negative_log_likelihood(
-    model: PreTrainedModel, input_ids: Tensor, num_samples: int = 1, generator: torch.Generator | None = None
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    num_samples: int = 1,
+    generator: torch.Generator | None = None,
+    num_flows: int | None = None,
 ) -> Tensor:
     """Nats of each sequence, (B,), of ids (B, T): all T tokens count, the first one too.
 
-    Of a TarFlowLM minus its bound with `num_samples` samples of the latents (1: the ELBO). A discrete model reads its
+    Of a TarFlowLM, or of its stack cut after `num_flows`, minus its bound with `num_samples` samples of the latents (1:
+    the ELBO). A discrete model reads its
     beginning-of-sequence token first, and is exact.
     """
     if isinstance(model, TarFlowLMModel):
-        return -model.importance_weighted_bound(input_ids, num_samples=num_samples, generator=generator)
+        options = {"num_samples": num_samples, "generator": generator, "num_flows": num_flows}
+        return -model.importance_weighted_bound(input_ids, **options)
     inputs = prepend_start(model, input_ids)
     logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]  # (B, T, V)
     return F.cross_entropy(logits.float().transpose(1, 2), input_ids, reduction="none").sum(-1)
@@ -106,6 +112,7 @@ def likelihood(
     max_sequences: int | None = None,
     seed: int = 0,
     progress: bool = False,
+    num_flows: int | None = None,
 ) -> Likelihood:
     """Likelihood of text that is cut into sequences, each scored on its own from its first token on.
 
@@ -117,6 +124,7 @@ def likelihood(
         sequences: Each `{"input_ids": (T,)}`, as of `PackedTokens`.
         num_samples: Samples S of the importance-weighted bound.
         max_sequences: Score the first ones only.
+        num_flows: Score the stack cut after its first flows, a model of its own.
 
     Raises:
         ValueError: There is no sequence.
@@ -126,7 +134,8 @@ def likelihood(
     nats, lengths = [], []
     ids = (sequence["input_ids"] for sequence in islice(sequences, max_sequences))
     for batch in tqdm(_batches(ids, batch_size), desc="scoring", unit="batch", disable=not progress, leave=False):
-        nats.append(negative_log_likelihood(model, batch.to(model.device), num_samples, generator).double().cpu())
+        scores = negative_log_likelihood(model, batch.to(model.device), num_samples, generator, num_flows)
+        nats.append(scores.double().cpu())
         lengths.extend([batch.shape[1]] * len(batch))
     if not nats:
         raise ValueError("There is no sequence to score.")
