@@ -13,6 +13,11 @@ from transformers import PreTrainedModel
 
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
+WHAT_IS_SCORED = (
+    "Every token counts, the first of a sequence too. Nothing reaches over the cut between two sequences: a sequence's "
+    "first tokens are scored without the text before them, so longer sequences score better. No window slides."
+)
+
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -42,6 +47,9 @@ class Likelihood:
 
     def bits_per_character(self, characters_per_token: float) -> float:
         return self.bits_per_token / characters_per_token
+
+    def perplexity_per_word(self, tokens_per_word: float) -> float:
+        return math.exp(self.nats_per_token * tokens_per_word)
 
 
 def negative_log_likelihood(
@@ -85,13 +93,13 @@ def likelihoods(
     }
 
 
-def report_table(rows: dict[str, Likelihood], characters_per_token: float) -> str:
-    """A table to print, one row for each likelihood.
+def report_table(rows: dict[str, Likelihood], characters_per_token: float, tokens_per_word: float | None = None) -> str:
+    """A table to print, one row for each likelihood, with the perplexity per token and (if it can be told) per word.
 
     Example:
-        >>> print(report_table({"exact": Likelihood(nats=69.3, num_tokens=100, standard_error=0.01)}, 1.0))
-        100 tokens             nats/token      +-   bits/char  perplexity
-        exact                      0.6930  0.0100      0.9998       2.000
+        >>> print(report_table({"exact": Likelihood(nats=69.3, num_tokens=100, standard_error=0.01)}, 1.0, 5.0))
+        100 tokens             nats/token      +-   bits/char  perplexity    per word
+        exact                      0.6930  0.0100      0.9998       2.000        32.0
     """
     num_tokens = f"{next(iter(rows.values())).num_tokens:,} tokens"
     lines = [f"{num_tokens:<23}{'nats/token':>10}  {'+-':>6}  {'bits/char':>10}  {'perplexity':>10}"]
@@ -100,6 +108,10 @@ def report_table(rows: dict[str, Likelihood], characters_per_token: float) -> st
         lines.append(
             f"{name:<23}{row.nats_per_token:>10.4f}  {row.standard_error:>6.4f}  {bits:>10.4f}  {row.perplexity:>10.3f}"
         )
+    if tokens_per_word is not None:
+        lines[0] += f"  {'per word':>10}"
+        for index, row in enumerate(rows.values(), 1):
+            lines[index] += f"  {row.perplexity_per_word(tokens_per_word):>10.1f}"
     return "\n".join(lines)
 
 
