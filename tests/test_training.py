@@ -656,6 +656,41 @@ def test_the_command_line_wins_over_the_recipe(tmp_path, monkeypatch):
             get("--recipe", str(path))
 
 
+def benchmark(name: str, *arguments: str, capsys, monkeypatch) -> str:
+    return script(f"../benchmarks/{name}", *arguments, capsys=capsys, monkeypatch=monkeypatch)
+
+
+def test_benchmark_of_training(tmp_path, capsys, monkeypatch):
+    run = partial(benchmark, "training.py", capsys=capsys, monkeypatch=monkeypatch)
+    printed = run("--quick", "--batch_size", "1", "--stage", "2", "--output", str(tmp_path / "rows.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["model"] for row in rows] == ["TarFlowLM", "Llama"] and {row["layers"] for row in rows} == {5}
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(128 / row["seconds"]) and len(row["seconds_of_rounds"]) == 3
+    ratio = rows[0]["tokens_per_second"] / rows[1]["tokens_per_second"]
+    assert f"tokens/s of TarFlowLM / Llama: {ratio:.3f}" in printed
+    with pytest.raises(ValueError, match=r"must be in 1, ..., 3, not 4"):
+        run("--quick", "--num_flows", "4")
+
+
+def test_the_study_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT * 3)
+    options = ["--dataset", "text.txt", "--num_layers", "6", "--hidden_size", "32", "--num_tokens", "32"]
+    options += ["--num_steps", "6", "--batch_size", "4", "--test_sequences", "4", "--test_samples", "2"]
+    run = partial(benchmark, "study.py", *options, capsys=capsys, monkeypatch=monkeypatch)
+    first = run("--cases", "discrete", "--output", "rows.jsonl")
+    assert first.splitlines()[-1].startswith("| discrete |") and ", exact |" in first
+    cases = ["discrete", "affine", "Mix-1, progressive", "Mix-d, deep"]
+    printed = run("--cases", *cases, "--output", "rows.jsonl")
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert [row["case"] for row in rows] == cases and "discrete, seed" not in printed
+    assert first.splitlines()[-1] in printed
+    for row in rows:
+        assert row["parameters"] == pytest.approx(rows[0]["parameters"], rel=0.03)
+        assert f"| {row['case']} | {row['parameters']:,} | 1 | {row['elbo_bits_per_character']:.3f}" in printed
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate").iterdir()), ids=lambda path: path.stem)
 def test_accelerate_reads_its_configs(path):
     from accelerate.commands.config import load_config_from_file
