@@ -422,8 +422,11 @@ def train(
                     result = likelihood(evaluated, validation_data, **options)
                     log.validation(step, result)
                     stage.choose_parameters(model)
-                is_better = progress.best is None or result.nats_per_token < progress.best
-                progress.best = result.nats_per_token if is_better else progress.best
+                # One number for all processes, which must agree on when the stage ends.
+                nats = torch.tensor(result.nats_per_token, device=accelerator.device)
+                nats = accelerator.reduce(nats, "mean").item()
+                is_better = progress.best is None or nats < progress.best
+                progress.best = nats if is_better else progress.best
                 progress.stale = 0 if is_better else progress.stale + 1
                 is_over = is_stage_over(progress, stage, config)
             if is_save_due or is_over:
