@@ -3,7 +3,7 @@
     python benchmarks/generation.py --quick                           # minutes on two CPU cores
     python benchmarks/generation.py --output generation.jsonl         # batch 1 and 16, 256 and 1,024 tokens
     python benchmarks/generation.py --checkpoint runs/demo/model      # a trained stack
-    python benchmarks/generation.py --config examples/configs/openwebtext.json --patch_sizes 1   # on a GPU
+    python benchmarks/generation.py --config examples/recipes/openwebtext_deep.json --patch_sizes 1   # on a GPU
 
 Two tables. The first is of whole stacks, with random weights where no checkpoint is given, whose flows are easier to
 invert in parallel than trained ones. The second is therefore of trained flows, one by one: of the checkpoint, or of a
@@ -37,8 +37,8 @@ METHODS = {
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    configs = Path(__file__).parent.parent / "examples" / "configs"
-    parser.add_argument("--config", default=str(configs / "mixd.json"), help="TarFlowLMConfig as JSON")
+    recipes = Path(__file__).parent.parent / "examples" / "recipes"
+    parser.add_argument("--config", default=str(recipes / "demo.json"), help="a recipe, or a TarFlowLMConfig as JSON")
     parser.add_argument("--checkpoint", help="a trained stack instead, with its own patch size")
     parser.add_argument("--hidden_size", type=int, help="another width than the configuration's")
     parser.add_argument("--vocab_size", type=int, default=27, help="where the configuration names none")
@@ -95,7 +95,8 @@ def recomputing_loop(model: TarFlowLMModel, noise: Tensor) -> Tensor:
 
 def build(arguments: argparse.Namespace, patch_size: int) -> TarFlowLMModel:
     """A stack with random weights, long enough for what is asked."""
-    fields = {"vocab_size": arguments.vocab_size, **json.loads(Path(arguments.config).read_text())}
+    fields = json.loads(Path(arguments.config).read_text())
+    fields = {"vocab_size": arguments.vocab_size, **fields.get("config", fields)}
     fields["max_position_embeddings"] = max(*arguments.num_tokens, fields.get("max_position_embeddings", 1024))
     if arguments.hidden_size is not None:
         fields["hidden_size"] = arguments.hidden_size

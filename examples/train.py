@@ -1,12 +1,14 @@
 """Train a TarFlowLM, or the discrete transformer beside it.
 
-    accelerate launch examples/train.py                                    # five minutes on two CPU cores
-    accelerate launch examples/train.py --model ar --output_dir runs/ar    # the discrete baseline, same data
-    accelerate launch examples/train.py --dataset my.txt --config my.json --num_steps 10000
-    accelerate launch examples/train.py --dataset afmck/text8 --mixed_precision bf16 --batch_size 64
-    accelerate launch examples/train.py --dataset Skylion007/openwebtext --streaming --tokenizer gpt2 \\
-        --config examples/configs/openwebtext.json
+    accelerate launch examples/train.py                                    # the demo: five minutes on two CPU cores
+    accelerate launch examples/train.py --recipe demo_ar                   # the discrete baseline, same data
+    accelerate launch examples/train.py --recipe text8_mixd --num_steps 10000 --stage_steps 8000 1000 1000
+    accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py --recipe openwebtext_deep
+    accelerate launch examples/train.py --dataset my.txt --mode progressive --patience 3 --eval_every 100
     accelerate launch examples/train.py --resume                           # go on where a run stopped
+
+A recipe is a file of examples/recipes/, by its name, or any JSON file like these: a model's configuration, and options.
+Options of the command line win over those of the recipe.
 """
 
 import json
@@ -18,21 +20,22 @@ from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, StreamingPackedTokens, character_tokenizer, load_splits
-from tarflow_hf.evaluation import likelihoods, report_table
-from tarflow_hf.training import TrainingConfig, discrete_baseline, make_accelerator, train
+from tarflow_hf.evaluation import WHAT_IS_SCORED, likelihoods, report_table
+from tarflow_hf.training import TrainingConfig, discrete_baseline, make_accelerator, share_cores, train
+
+RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass
 class RunConfig:
     """What to train, on what."""
 
+    recipe: str = field(default="demo", metadata={"help": f"{', '.join(sorted(p.stem for p in RECIPES.iterdir()))}"})
     model: str = field(
         default="tarflowlm",
         metadata={"help": "tarflowlm, or ar: the discrete baseline", "choices": ["tarflowlm", "ar"]},
     )
-    config: str = field(
-        default=str(Path(__file__).parent / "configs" / "mixd.json"), metadata={"help": "TarFlowLMConfig as JSON"}
-    )
+    config: str | None = field(default=None, metadata={"help": "TarFlowLMConfig as JSON, in place of the recipe's"})
     dataset: str = field(default=PYTHON_DOCS, metadata={"help": f"{PYTHON_DOCS}, a text file, or a Hub dataset"})
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
     text_column: str = field(default="text", metadata={"help": "column of a Hub dataset"})
@@ -40,6 +43,34 @@ class RunConfig:
     tokenizer: str = field(default="text8", metadata={"help": "text8 (27 characters), or any AutoTokenizer"})
     test_sequences: int = field(default=64, metadata={"help": "sequences of the closing table"})
     test_samples: int = field(default=16, metadata={"help": "samples of the importance-weighted bound in it"})
+
+
+def read_recipe(name: str) -> dict:
+    """The `config` and the `options` of a recipe, by name or path.
+
+    Raises:
+        ValueError: There is no such recipe, or it has other keys.
+    """
+    path = Path(name) if name.endswith(".json") else RECIPES / f"{name}.json"
+    if not path.is_file():
+        names = ", ".join(sorted(path.stem for path in RECIPES.iterdir()))
+        raise ValueError(f"There is no recipe {name!r}: give a JSON file, or one of {names}.")
+    recipe = json.loads(path.read_text())
+    if unknown := sorted(set(recipe) - {"description", "config", "options"}):
+        raise ValueError(f"{path} has unknown keys {unknown}: a recipe has a description, a config and options.")
+    return recipe
+
+
+def parse_arguments() -> tuple[RunConfig, TrainingConfig, dict]:
+    """What the command line says, else the recipe, else the defaults; and the model's configuration."""
+    parser = HfArgumentParser((RunConfig, TrainingConfig))
+    recipe = read_recipe(parser.parse_known_args()[0].recipe)
+    options = recipe.get("options", {})
+    if unknown := sorted(set(options) - {action.dest for action in parser._actions}):
+        raise ValueError(f"The recipe's options {unknown} are none of this script; see --help.")
+    parser.set_defaults(**options)
+    run, training = parser.parse_args_into_dataclasses()
+    return run, training, json.loads(Path(run.config).read_text()) if run.config else recipe["config"]
 
 
 def data(run: RunConfig, sequence_length: int, tokenizer, seed: int):
@@ -59,22 +90,24 @@ def data(run: RunConfig, sequence_length: int, tokenizer, seed: int):
     return packed
 
 
-def build(run: RunConfig, tokenizer):
-    """The model, from its configuration file and the tokenizer's vocabulary."""
-    config = TarFlowLMConfig(**{"vocab_size": len(tokenizer), **json.loads(Path(run.config).read_text())})
+def build(run: RunConfig, fields: dict, tokenizer):
+    """The model, from the fields of its configuration and the tokenizer's vocabulary."""
+    config = TarFlowLMConfig(**{"vocab_size": len(tokenizer), **fields})
     if config.vocab_size < len(tokenizer):
-        raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, {run.config} only {config.vocab_size}.")
+        raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, the configuration only {config.vocab_size}.")
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return config, discrete_baseline(config) if run.model == "ar" else TarFlowLMModel(config)
 
 
 def main():
-    run, training = HfArgumentParser((RunConfig, TrainingConfig)).parse_args_into_dataclasses()
+    run, training, fields = parse_arguments()
     accelerator = make_accelerator(training)
+    if accelerator.device.type == "cpu":
+        share_cores()
     set_seed(training.seed)
 
     tokenizer = character_tokenizer() if run.tokenizer == "text8" else AutoTokenizer.from_pretrained(run.tokenizer)
-    config, model = build(run, tokenizer)
+    config, model = build(run, fields, tokenizer)
     with accelerator.main_process_first():
         train_data, validation_data, test_data = data(run, config.max_position_embeddings, tokenizer, training.seed)
     accelerator.print(f"{run.model}: {model.num_parameters():,} parameters; {run.dataset}: {describe(train_data)}")
@@ -101,7 +134,8 @@ def report(model, tokenizer, test_data, run: RunConfig) -> None:
         tokens = model.generate()
     rows = likelihoods(model, test_data, run.test_samples, max_sequences=run.test_sequences, progress=True)
     print(f"\nA sample:\n{tokenizer.decode(tokens[0], skip_special_tokens=True)}\n")
-    print(f"Test text:\n{report_table(rows, test_data.characters_per_token)}")
+    table = report_table(rows, test_data.characters_per_token, test_data.tokens_per_word)
+    print(f"Test text:\n{table}\n{WHAT_IS_SCORED}")
 
 
 if __name__ == "__main__":

@@ -381,6 +381,7 @@ def test_documents_are_parted_by_the_eos_token():
     assert blocks.tokens.tolist().count(tokenizer.eos_token_id) == len(documents) - 1
     assert blocks.num_characters == sum(map(len, DOCUMENTS))
     assert blocks.characters_per_token == sum(map(len, DOCUMENTS)) / len(blocks.tokens)
+    assert blocks.tokens_per_word == len(blocks.tokens) / sum(len(document.split()) for document in DOCUMENTS)
     packed = torch.cat([block["input_ids"] for block in blocks])
     assert torch.equal(packed, blocks.tokens[: len(packed)].long())
     assert len(blocks.tokens) - len(packed) < 10
@@ -507,3 +508,18 @@ def test_stream_refuses_workers_that_would_repeat_it():
     loader = torch.utils.data.DataLoader(stream, batch_size=2, num_workers=2)
     with pytest.raises(RuntimeError, match="num_workers <= 1"):
         next(iter(loader))
+
+
+def test_words_of_a_character_tokenizer_are_those_of_its_tokens():
+    blocks = PackedTokens(["In 1984: don't", "stop"], character_tokenizer(), 1)
+    assert blocks.num_words == 8  # in one nine eight four don t stop
+    long = PackedTokens([long_text(1, 50_000)], character_tokenizer(), 1)
+    assert long.num_words == len(text8(long_text(1, 50_000)).split())
+
+
+def test_whether_a_stream_has_enough_blocks():
+    stream = StreamingPackedTokens(["abc def ghi"] * 4, character_tokenizer(), 10, shuffle_buffer=3)
+    assert stream.has_blocks(4) and not stream.has_blocks(5)
+    assert stream.state_dict() == {"epoch": 0, "blocks": 0}
+    with pytest.raises(ValueError, match="no sequence of 10 tokens"):
+        StreamingPackedTokens(["abc"], character_tokenizer(), 10).has_blocks(1)

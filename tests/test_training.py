@@ -2,27 +2,34 @@
 
 import json
 import os
+import random
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import PackedTokens, StreamingPackedTokens, character_tokenizer
 from tarflow_hf.evaluation import likelihood, negative_log_likelihood
+from tarflow_hf.throughput import forward_flops, training_flops
 from tarflow_hf.training import (
     TrainingConfig,
     compute_loss,
     discrete_baseline,
     draw_observed_mask,
     make_optimizer,
+    make_stages,
     save_model,
     train,
 )
@@ -122,13 +129,6 @@ def test_what_is_observed_follows_from_seed_and_step(tmp_path, data, tokenizer, 
     assert_same_weights(whole, resumed)
 
 
-def test_accumulation_changes_nothing_but_the_noise(tmp_path, data, tokenizer):
-    """The discrete baseline draws no latents: the same losses, computed in parts."""
-    _, whole = run(tmp_path / "a", data, tokenizer, baseline=True)
-    _, parts = run(tmp_path / "b", data, tokenizer, baseline=True, gradient_accumulation_steps=4)
-    assert parts == pytest.approx(whole, abs=1e-4)
-
-
 def test_a_run_with_another_seed_is_another_one(tmp_path, data, tokenizer):
     _, a = run(tmp_path / "a", data, tokenizer)
     _, b = run(tmp_path / "b", data, tokenizer)
@@ -153,8 +153,6 @@ def test_the_saved_model_is_the_trained_one(tmp_path, data, tokenizer):
     saved_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert saved_tokenizer("Hello, World").input_ids == tokenizer("hello world").input_ids
     checkpoint = TarFlowLMModel(config())
-    from safetensors.torch import load_file
-
     checkpoint.load_state_dict(load_file(tmp_path / "checkpoint-8" / "model.safetensors"))
     assert not torch.equal(checkpoint.codebook.mean, model.codebook.mean)  # the average is not the last iterate
 
@@ -266,7 +264,7 @@ def test_weight_decay_spares_the_codebook():
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
     assert {"flow.codebook.mean", "flow.codebook.log_scale"} <= {names[id(p)] for p in kept["params"]}
-    assert all(p.ndim == 2 for p in decayed["params"])
+    assert all(p.ndim >= 2 and not names[id(p)].endswith("bias") for p in decayed["params"])
 
 
 def test_bfloat16(tmp_path, data, tokenizer):
@@ -279,6 +277,9 @@ def test_bfloat16(tmp_path, data, tokenizer):
 def test_bad_input(tmp_path, data, tokenizer):
     with pytest.raises(ValueError, match="fewer than batch_size"):
         run(tmp_path, data, tokenizer, batch_size=1000)
+    stream = StreamingPackedTokens([TEXT[:100]], tokenizer, 16)
+    with pytest.raises(ValueError, match="stream ends with fewer sequences to train on than batch_size 64"):
+        run(tmp_path, data, tokenizer, train_data=stream, batch_size=64)
     with pytest.raises(ValueError, match="gradient_accumulation_steps"):
         run(tmp_path, data, tokenizer, gradient_accumulation_steps=3)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
@@ -325,6 +326,271 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, tokenizer, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+# ------------------------------------------------------------------------------------------------------------- stages
+
+STACK = [
+    {"coupling": "mixture_rosenblatt", "direction": "left_to_right", "num_hidden_layers": 1},
+    {"coupling": "mixture_cdf", "direction": "right_to_left", "num_hidden_layers": 1, "num_components": 2},
+    {"coupling": "affine", "direction": "left_to_right", "num_hidden_layers": 1},
+]
+
+
+def entries(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_progressive_training_freezes_what_is_done(tmp_path, data, tokenizer, ema_decay):
+    """Each stage changes its flow (the first the codebook, too) and nothing else by one bit; the last changes all."""
+    options = {"mode": "progressive_then_joint", "stage_steps": [3, 2, 2, 2], "save_every": 1, "keep_checkpoints": 99}
+    _, losses = run(tmp_path, data, tokenizer, config(flows=STACK), ema_decay=ema_decay, **options)
+    assert list(losses) == list(range(1, 10))
+    stages = [entry["stage"] for entry in entries(tmp_path) if "loss" in entry]
+    assert stages == ["flow 1"] * 3 + ["flow 2"] * 2 + ["flow 3"] * 2 + ["joint"] * 2
+    validations = {entry["step"]: entry["num_flows"] for entry in entries(tmp_path) if "validation_loss" in entry}
+    assert validations == {3: 1, 5: 2, 7: 3, 9: 3}
+
+    trained = [("flow.layers.0.", "flow.codebook."), ("flow.layers.1.",), ("flow.layers.2.",)]
+    ends = [3, 5, 7]
+    for prefixes, end in zip(trained, ends, strict=True):
+        before, after = weights(tmp_path / f"checkpoint-{end - 1}"), weights(tmp_path / f"checkpoint-{end}")
+        for name in before:
+            assert torch.equal(before[name], after[name]) != name.startswith(prefixes), name
+    last = weights(tmp_path / "checkpoint-8"), weights(tmp_path / "checkpoint-9")
+    assert not any(torch.equal(last[0][name], last[1][name]) for name in last[0])
+    optimizer = torch.load(tmp_path / "checkpoint-5" / "optimizer.bin", weights_only=True)
+    size = sum(w.numel() for name, w in last[0].items() if name.startswith("flow.layers.1."))
+    assert sum(state["exp_avg"].numel() for state in optimizer["state"].values()) == size
+
+
+def test_frozen_flows_run_no_backward(tmp_path, data, tokenizer, monkeypatch):
+    """The backward pass of a CDF would be that of a frozen flow: the trained flow, the last one, needs none."""
+    from tarflow_hf.modeling import coupling_reference
+
+    functions = [f for f in vars(coupling_reference).values() if isinstance(f, type) and hasattr(f, "backward")]
+    transforms = [f for f in functions if issubclass(f, torch.autograd.Function) and "LogProb" not in f.__name__]
+    assert transforms
+    called = []
+    for function in transforms:
+        original = function.backward
+        watch = staticmethod(lambda *a, f=original, n=function.__name__: (called.append(n), f(*a))[1])
+        monkeypatch.setattr(function, "backward", watch)
+    options = {"stage_steps": [1, 1, 1], "eval_sequences": 4}
+    run(tmp_path / "a", data, tokenizer, config(flows=STACK), mode="progressive", **options)
+    assert called == []
+    run(tmp_path / "b", data, tokenizer, config(flows=STACK), num_steps=1, eval_sequences=4)
+    assert called
+
+
+def test_a_stage_is_the_training_of_the_cut_stack(tmp_path, data, tokenizer):
+    """The first stage gives the losses and the weights of a model that has the first flow alone."""
+    torch.manual_seed(0)
+    stack, first = TarFlowLMModel(config(flows=STACK)), TarFlowLMModel(config(flows=STACK[:1]))
+    first.load_state_dict({name: stack.state_dict()[name] for name in first.state_dict()})
+    options = {"batch_size": 4, "warmup_steps": 2, "log_every": 1, "eval_sequences": 8}
+    for name, model, more in (
+        ("stack", stack, {"mode": "progressive", "stage_steps": [6, 1, 1]}),
+        ("first", first, {"num_steps": 6}),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(model, data, data, tokenizer, TrainingConfig(output_dir=str(tmp_path / name), **options, **more))
+    losses = [[e.get("loss", e.get("validation_loss")) for e in entries(tmp_path / n)][:7] for n in ("stack", "first")]
+    assert losses[0] == losses[1] and len(losses[0]) == 7
+    cut = likelihood(stack, data, max_sequences=8, num_flows=1)
+    assert cut == likelihood(first, data, max_sequences=8) != likelihood(stack, data, max_sequences=8)
+
+
+@pytest.mark.parametrize("end", [2, 3, 5, 8])
+def test_a_run_resumes_inside_and_between_stages(tmp_path, data, tokenizer, end):
+    options = {"mode": "progressive_then_joint", "stage_steps": [3, 2, 3], "save_every": 1, "keep_checkpoints": 99}
+    options["mixed_precision"] = "bf16" if end == 3 else "no"
+    options |= {"ema_decay": 0.5, "stage_learning_rates": [0.01, 0.02, 0.001], "eval_sequences": 4}
+    whole, expected = run(tmp_path, data, tokenizer, **options)
+    for step in range(end + 1, 9):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 9, "lo')  # as a kill leaves it
+    resumed, losses = run(tmp_path, data, tokenizer, resume=True, **options)
+    assert losses == expected and len(losses) == 8
+    assert_same_weights(whole, resumed)
+
+
+def test_patience(tmp_path, data, tokenizer, monkeypatch):
+    """A stage ends when two evaluations in a row were no better; also after a resume between them."""
+    from tarflow_hf import training as module
+
+    values = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0, 10: 1.5, 12: 1.6, 14: 1.0}  # 8: as good is no better
+    step = [0]
+    monkeypatch.setattr(module.Log, "losses", lambda self, done, *_: step.__setitem__(0, done))
+    fake = module.Likelihood(0.0, 1, 0.0)
+    monkeypatch.setattr(
+        module, "likelihood", lambda *_, **__: module.Likelihood(values[step[0]], 1, 0.0) if step[0] in values else fake
+    )
+    written = []
+    monkeypatch.setattr(
+        module.Log, "validation", lambda self, done, result: written.append((self.stage["stage"], done))
+    )
+    options = {"mode": "progressive", "stage_steps": [12, 4], "patience": 2, "eval_every": 2, "save_every": 6}
+    run(tmp_path, data, tokenizer, keep_checkpoints=9, **options)
+    expected = [("flow 1", 2), ("flow 1", 4), ("flow 1", 6), ("flow 1", 8), ("flow 2", 10), ("flow 2", 12)]
+    assert written == expected
+    for name in ("checkpoint-8", "checkpoint-12"):
+        shutil.rmtree(tmp_path / name)
+    written.clear()
+    run(tmp_path, data, tokenizer, keep_checkpoints=9, resume=True, **options)
+    assert written == expected[3:]
+    with pytest.raises(ValueError, match="eval_every was 2 and is 1"):
+        run(tmp_path, data, tokenizer, resume=True, **{**options, "eval_every": 1})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"mode": "alternating"}, "mode must be one of joint, progressive"),
+        ({"mode": "progressive", "stage_steps": [1, 2, 3]}, r"stage_steps must have one value .*flow 1, flow 2\), not"),
+        ({"mode": "progressive", "stage_learning_rates": [1.0]}, "stage_learning_rates must have one value"),
+        ({"stage_steps": [0]}, "stage_steps must be positive"),
+        ({"mode": "progressive", "num_steps": 1}, "less than one for each of 2 stages"),
+        ({"mode": "progressive", "baseline": True}, "a discrete model has no flows"),
+        ({"patience": 2}, "patience counts evaluations"),
+    ],
+)
+def test_stages_that_can_not_be(tmp_path, data, tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, data, tokenizer, **options)
+
+
+# ------------------------------------------------------------------------------------------------- the same curve
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    """DDP and FSDP2 on gloo: a flow model, the discrete one, a stream in parts, and the stages."""
+    import two_processes
+
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(Path(__file__).parent)]
+    command[-1] += "/two_processes.py"
+    paths = [str(ROOT / "src"), str(Path(__file__).parent)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    with subprocess.Popen(
+        [sys.executable, *command, str(tmp_path / "two")], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        expected = two_processes.losses(tmp_path / "one")
+        for baseline in (False, True):
+            expected[f"sharded, baseline {baseline}"] = two_processes.sharded_losses(baseline)
+        output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0
+    results = json.loads(output.splitlines()[-1])
+    assert results.keys() == expected.keys()
+    for name, losses in results.items():
+        assert losses == pytest.approx(expected[name], abs=2e-5), name
+        assert len(set(losses)) == len(losses) >= 3
+
+
+@pytest.mark.parametrize("change", ["parts", "checkpointing", "compiled"])
+@pytest.mark.parametrize("baseline", [False, True])
+def test_how_a_step_is_computed_changes_no_loss(tmp_path, data, tokenizer, monkeypatch, change, baseline):
+    options = {"baseline": baseline, "num_steps": 5, "learning_rate": 0.01, "eval_sequences": 4}
+    _, expected = run(tmp_path / "a", data, tokenizer, **options)
+    if change == "compiled":
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    more = {"parts": {"gradient_accumulation_steps": 4}, "checkpointing": {"gradient_checkpointing": True}}
+    _, losses = run(tmp_path / "b", data, tokenizer, **options, **more.get(change, {}))
+    assert losses == pytest.approx(expected, abs=2e-5)
+
+
+def run_that_may_be_killed(folder: Path) -> None:
+    options = {"mode": "progressive", "stage_steps": [20, 20], "save_every": 1, "eval_sequences": 2}
+    tokenizer = character_tokenizer()
+    resume = any(folder.glob("checkpoint-*"))
+    run(folder, PackedTokens([TEXT], tokenizer, 16), tokenizer, keep_checkpoints=1, resume=resume, **options)
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    """SIGKILL at random moments of a run that saves at every step: the log is that of a run that nobody killed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(Path(__file__).parent)])
+    code = "import sys, pathlib, test_training as t; t.run_that_may_be_killed(pathlib.Path(sys.argv[1]))"
+    command, draw = [sys.executable, "-c", code, str(tmp_path / "killed")], random.Random()
+    run_that_may_be_killed(tmp_path / "whole")
+    for first_step in (0, 15):  # begins after this step's checkpoint
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not newer(tmp_path / "killed", first_step):
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.2))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    run_that_may_be_killed(tmp_path / "killed")
+    for name in ("stage", "loss", "learning_rate", "validation_loss"):
+        a, b = ([(e["step"], e.get(name)) for e in entries(tmp_path / run)] for run in ("whole", "killed"))
+        assert a == b
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["checkpoint-40", "log.jsonl", "model"]
+    a, b = (TarFlowLMModel.from_pretrained(tmp_path / run / "model") for run in ("whole", "killed"))
+    assert_same_weights(a, b)
+
+
+def newer(folder: Path, step: int) -> bool:
+    """Whether there is a checkpoint of this step or a later one."""
+    return any(int(path.name.split("-")[1]) >= step for path in folder.glob("checkpoint-*"))
+
+
+# ------------------------------------------------------------------------------------------------- throughput
+
+
+@pytest.mark.parametrize("patch_size", [1, 4])
+@pytest.mark.parametrize("coupling", ["affine", "mixture_cdf", "mixture_rosenblatt", "baseline"])
+def test_flops_are_those_that_torch_counts(coupling, patch_size):
+    """Within 3%: what is left out are rotations and, of the Mix-d coupling, the products with the codebook."""
+    flow = {"coupling": coupling, "direction": "left_to_right", "num_hidden_layers": 2}
+    if coupling == "baseline":
+        flow["coupling"] = "affine"
+    if coupling == "mixture_rosenblatt" and patch_size > 1:
+        flow["patch_head_layers"] = 1
+    sizes = {"hidden_size": 128, "vocab_size": 96, "max_position_embeddings": 64, "patch_size": patch_size}
+    model_config = config(flows=[flow], **sizes)
+    model = discrete_baseline(model_config) if coupling == "baseline" else TarFlowLMModel(model_config)
+    model.set_attn_implementation("eager")
+    model.eval().requires_grad_(False)
+    input_ids = torch.randint(96, (2, 64))
+    with FlopCounterMode(display=False) as counter:
+        if coupling == "baseline":
+            model(input_ids)
+        else:
+            model(input_ids, labels=input_ids)
+    assert 2 * sum(forward_flops(model, 64)) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_training_flops_by_hand():
+    """Three flows of one layer of width 16 with feed-forward width 64, attention over 16 positions."""
+    model = TarFlowLMModel(config(flows=STACK, intermediate_size=64))
+    layer = 2 * 16 * (4 * 16**2 + 3 * 16 * 64) + 4 * 16 * 16**2
+    mix_d = layer + 2 * 16 * (16 * 27) + 2 * 16 * 27 * 16  # logits; the posterior's average of embeddings
+    affine = layer + 2 * 16 * (2 * 16) + 2 * 16 * (16 * 4)  # input projection; head
+    flops = forward_flops(model, 16)
+    assert flops[0] == mix_d and flops[2] == affine
+    stages = make_stages(model, TrainingConfig(mode="progressive"))
+    stages[2].choose_parameters(model)
+    assert training_flops(model, 16, 3) == flops[0] + flops[1] + 3 * flops[2]
+    stages[0].choose_parameters(model)
+    assert training_flops(model, 16, 1) == 3 * flops[0]
+
+
+def test_the_log_says_how_fast(tmp_path, data, tokenizer, monkeypatch):
+    from tarflow_hf import training as module
+
+    monkeypatch.setattr(module, "peak_flops", lambda *_: 1e12)
+    model, _ = run(tmp_path, data, tokenizer, num_steps=4, log_every=2, eval_sequences=4)
+    for entry in (entry for entry in entries(tmp_path) if "loss" in entry):
+        expected = entry["tokens_per_second"] * training_flops(model, 16) / 16
+        assert entry["flops_per_second"] == pytest.approx(expected, rel=0.05)
+        assert entry["model_flops_utilization"] == entry["flops_per_second"] / 1e12
+        assert 0.05 < entry["peak_memory_gib"] < 50
+
+
 # --------------------------------------------------------------------------------------------------- the scripts
 
 
@@ -335,6 +601,91 @@ def script(name: str, *arguments: str, capsys, monkeypatch) -> str:
     capsys.readouterr()
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     return capsys.readouterr().out
+
+
+def arguments_of(*arguments: str, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    return runpy.run_path(str(ROOT / "examples" / "train.py"))["parse_arguments"]()
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "examples" / "recipes").iterdir()))
+def test_recipes(tmp_path, data, tokenizer, monkeypatch, recipe):
+    """Each is read by its name, builds, and runs two steps in each stage, at reduced size."""
+    run_options, training, fields = arguments_of("--recipe", recipe, monkeypatch=monkeypatch)
+    fields |= {"vocab_size": 27, "max_position_embeddings": 16, "hidden_size": 8, "num_attention_heads": 2}
+    fields["flows"] = [{**flow, "num_hidden_layers": 1} for flow in fields["flows"]]
+    for flow in fields["flows"]:
+        flow |= {name: 2 for name in ("num_components", "head_hidden_size") if name in flow}
+    reduced = TarFlowLMConfig(**fields)
+    baseline = run_options.model == "ar"
+    num_stages = len(make_stages(TarFlowLMModel(reduced), training))
+    assert training.stage_steps is None or len(training.stage_steps) == num_stages
+    options = {"mode": training.mode, "num_steps": 2 * num_stages, "eval_sequences": 2}
+    _, losses = run(tmp_path, data, tokenizer, reduced, baseline=baseline, **options)
+    assert len(losses) == 2 * num_stages and all(1 < loss < 20 for loss in losses.values())
+    assert run_options.dataset == {"demo": "python-docs", "text8": "afmck/text8"}.get(
+        recipe.split("_")[0], "Skylion007/openwebtext"
+    )
+
+
+def test_the_command_line_wins_over_the_recipe(tmp_path, monkeypatch):
+    get = partial(arguments_of, monkeypatch=monkeypatch)
+    run_options, training, fields = get("--recipe", "text8_mixd", "--stage_steps", "3", "2", "1", "--dataset", "x.txt")
+    assert training.mode == "progressive" and training.stage_steps == [3, 2, 1] and run_options.dataset == "x.txt"
+    assert [flow["num_hidden_layers"] for flow in fields["flows"]] == [2, 2, 8] and fields["latent_size"] == 5
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"config": {"latent_size": 3}, "options": {"num_steps": 7}}))
+    _, training, fields = get("--recipe", str(path), "--config", str(path))
+    assert training.num_steps == 7 and fields["config"] == {"latent_size": 3}
+    with pytest.raises(ValueError, match=r"no recipe 'text9'.*openwebtext_deep"):
+        get("--recipe", "text9")
+    for content, message in (({"opts": {}}, "unknown keys"), ({"options": {"num_step": 1}}, "none of this script")):
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            get("--recipe", str(path))
+
+
+def benchmark(name: str, *arguments: str, capsys, monkeypatch) -> str:
+    return script(f"../benchmarks/{name}", *arguments, capsys=capsys, monkeypatch=monkeypatch)
+
+
+def test_benchmark_of_training(tmp_path, capsys, monkeypatch):
+    run = partial(benchmark, "training.py", capsys=capsys, monkeypatch=monkeypatch)
+    printed = run("--quick", "--batch_size", "1", "--stage", "2", "--output", str(tmp_path / "rows.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["model"] for row in rows] == ["TarFlowLM", "Llama"] and {row["layers"] for row in rows} == {5}
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(128 / row["seconds"]) and len(row["seconds_of_rounds"]) == 3
+    ratio = rows[0]["tokens_per_second"] / rows[1]["tokens_per_second"]
+    assert f"tokens/s of TarFlowLM / Llama: {ratio:.3f}" in printed
+    with pytest.raises(ValueError, match=r"must be in 1, ..., 3, not 4"):
+        run("--quick", "--num_flows", "4")
+
+
+def test_the_study_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT * 3)
+    options = ["--dataset", "text.txt", "--num_layers", "6", "--hidden_size", "32", "--num_tokens", "32"]
+    options += ["--num_steps", "6", "--batch_size", "4", "--test_sequences", "4", "--test_samples", "2"]
+    run = partial(benchmark, "study.py", *options, capsys=capsys, monkeypatch=monkeypatch)
+    first = run("--cases", "discrete", "--output", "rows.jsonl")
+    assert first.splitlines()[-1].startswith("| discrete |") and ", exact |" in first
+    cases = ["discrete", "affine", "Mix-1, progressive", "Mix-d, deep"]
+    printed = run("--cases", *cases, "--output", "rows.jsonl")
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert [row["case"] for row in rows] == cases and "discrete, seed" not in printed
+    assert first.splitlines()[-1] in printed
+    for row in rows:
+        assert row["parameters"] == pytest.approx(rows[0]["parameters"], rel=0.03)
+        assert f"| {row['case']} | {row['parameters']:,} | 1 | {row['elbo_bits_per_character']:.3f}" in printed
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate").iterdir()), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(path):
+    from accelerate.commands.config import load_config_from_file
+
+    loaded = load_config_from_file(str(path))
+    assert loaded.mixed_precision == "bf16" and loaded.num_processes == 8 * loaded.num_machines
 
 
 def test_the_scripts_end_to_end(tmp_path, capsys, monkeypatch):
@@ -362,7 +713,10 @@ def test_the_scripts_end_to_end(tmp_path, capsys, monkeypatch):
     assert first == run(*sample) and first.count("[before flow 1]") == 2
     assert run("generate.py", "flow/model", "--prompt", "the fox").startswith("the fox")
 
+    cut = run("evaluate.py", "flow/model", "--data", "text.txt", "--num_samples", "1", "--num_flows", "1")
     scored = run("evaluate.py", "flow/model", "--data", "text.txt", "--num_samples", "3")
+    assert "per word" in scored and "No window slides" in scored
+    assert cut.splitlines()[1] != scored.splitlines()[1]
     num_tokens = len(character_tokenizer()(TEXT * 3).input_ids)
     assert f"{num_tokens:,} tokens" in scored and "bound, 1 sample" in scored and "bound, 3 samples" in scored
     assert f"{num_tokens:,} tokens" in run("evaluate.py", "ar/model", "--data", "text.txt")

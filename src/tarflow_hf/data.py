@@ -245,6 +245,7 @@ class PackedTokens(Dataset):
         tokens (Tensor): All tokens (N,), in the smallest integer type that holds them.
         num_characters (int): Characters that the N tokens stand for: those of the documents, or for a tokenizer of
             single characters those that it makes of them, so that there each token is a character.
+        num_words (int): Words that the N tokens stand for, of the same text: what stands between spaces.
 
     Raises:
         ValueError: if there are fewer than T tokens.
@@ -260,16 +261,26 @@ class PackedTokens(Dataset):
     def __init__(self, documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int):
         encoded = list(_encode(documents, tokenizer))
         # An empty array in front, for a text without tokens; NumPy's promotion leaves the type to the others.
-        tokens = np.concatenate([np.empty(0, np.uint8), *(tokens for tokens, _ in encoded)])
+        tokens = np.concatenate([np.empty(0, np.uint8), *(tokens for tokens, *_ in encoded)])
         _check_length(len(tokens), sequence_length)
         self.tokens = torch.from_numpy(tokens)
-        self.num_characters = sum(characters for _, characters in encoded)
+        self.num_characters = sum(characters for _, characters, _ in encoded)
+        self.num_words = sum(words for *_, words in encoded)
+        vocabulary = tokenizer.get_vocab()
+        if " " in vocabulary and _is_of_characters(vocabulary):
+            is_space = tokens == vocabulary[" "]
+            self.num_words = int((~is_space[1:] & is_space[:-1]).sum() + (not is_space[0]))
         self.sequence_length = sequence_length
 
     @property
     def characters_per_token(self) -> float:
         """What bits per token are divided by to get bits per character."""
         return self.num_characters / len(self.tokens)
+
+    @property
+    def tokens_per_word(self) -> float | None:
+        """The power to which the perplexity per token is raised to get that per word; None where there is no word."""
+        return len(self.tokens) / self.num_words if self.num_words else None
 
     def __len__(self) -> int:
         return len(self.tokens) // self.sequence_length
@@ -331,6 +342,10 @@ class StreamingPackedTokens(IterableDataset):
         self.epoch = state["epoch"]
         self._handed_out = self._skip = state["blocks"]
 
+    def has_blocks(self, num_blocks: int) -> bool:
+        """Whether there are this many blocks; reads that many from the beginning, and changes nothing."""
+        return sum(1 for _ in islice(self._blocks(), num_blocks)) == num_blocks
+
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
@@ -342,7 +357,7 @@ class StreamingPackedTokens(IterableDataset):
 
     def _blocks(self) -> Iterator[np.ndarray]:
         length, total, rest = self.sequence_length, 0, np.empty(0, np.uint8)
-        for tokens, _ in _encode(self.documents, self.tokenizer):
+        for tokens, *_ in _encode(self.documents, self.tokenizer):
             total += len(tokens)
             rest = np.concatenate([rest, tokens])
             while len(rest) >= length > 0:
@@ -367,11 +382,15 @@ def _check_length(num_tokens: int, sequence_length: int) -> None:
         raise ValueError(f"no sequence of {sequence_length} tokens can be cut from a text of {num_tokens} tokens.")
 
 
-def _encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields the tokens of all documents in order, a batch at a time, with the characters that they stand for."""
+def _is_of_characters(vocabulary: Iterable[str]) -> bool:
+    return all(len(token) == 1 for token in vocabulary)
+
+
+def _encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yields the tokens of all documents in order, a batch at a time, with the characters and words they stand for."""
     vocabulary = tokenizer.get_vocab()
     dtype = next(kind for kind in (np.uint8, np.int16, np.int32) if max(vocabulary.values()) <= np.iinfo(kind).max)
-    each_a_character = all(len(token) == 1 for token in vocabulary)
+    each_a_character = _is_of_characters(vocabulary)
 
     def encode(texts: list[str]) -> list[list[int]]:
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
@@ -394,7 +413,8 @@ def _encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Ite
             chunks.append(np.array(ids, dtype))
             last = (ids or between)[-1]
         tokens = np.concatenate(chunks)
-        yield tokens, len(tokens) if each_a_character else sum(map(len, texts))
+        num_words = sum(len(text.split()) for text in texts)
+        yield tokens, len(tokens) if each_a_character else sum(map(len, texts)), num_words
 
 
 def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:

@@ -13,6 +13,11 @@ from transformers import PreTrainedModel
 
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
+WHAT_IS_SCORED = (
+    "Every token counts, the first of a sequence too. Nothing reaches over the cut between two sequences: a sequence's "
+    "first tokens are scored without the text before them, so longer sequences score better. No window slides."
+)
+
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -43,17 +48,26 @@ class Likelihood:
     def bits_per_character(self, characters_per_token: float) -> float:
         return self.bits_per_token / characters_per_token
 
+    def perplexity_per_word(self, tokens_per_word: float) -> float:
+        return math.exp(self.nats_per_token * tokens_per_word)
+
 
 def negative_log_likelihood(
-    model: PreTrainedModel, input_ids: Tensor, num_samples: int = 1, generator: torch.Generator | None = None
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    num_samples: int = 1,
+    generator: torch.Generator | None = None,
+    num_flows: int | None = None,
 ) -> Tensor:
     """Nats of each sequence, (B,), of ids (B, T): all T tokens count, the first one too.
 
-    Of a TarFlowLM minus its bound with `num_samples` samples of the latents (1: the ELBO). A discrete model reads its
+    Of a TarFlowLM, or of its stack cut after `num_flows`, minus its bound with `num_samples` samples of the latents (1:
+    the ELBO). A discrete model reads its
     beginning-of-sequence token first, and is exact.
     """
     if isinstance(model, TarFlowLMModel):
-        return -model.importance_weighted_bound(input_ids, num_samples=num_samples, generator=generator)
+        options = {"num_samples": num_samples, "generator": generator, "num_flows": num_flows}
+        return -model.importance_weighted_bound(input_ids, **options)
     inputs = prepend_start(model, input_ids)
     logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]  # (B, T, V)
     return F.cross_entropy(logits.float().transpose(1, 2), input_ids, reduction="none").sum(-1)
@@ -79,13 +93,13 @@ def likelihoods(
     }
 
 
-def report_table(rows: dict[str, Likelihood], characters_per_token: float) -> str:
-    """A table to print, one row for each likelihood.
+def report_table(rows: dict[str, Likelihood], characters_per_token: float, tokens_per_word: float | None = None) -> str:
+    """A table to print, one row for each likelihood, with the perplexity per token and (if it can be told) per word.
 
     Example:
-        >>> print(report_table({"exact": Likelihood(nats=69.3, num_tokens=100, standard_error=0.01)}, 1.0))
-        100 tokens             nats/token      +-   bits/char  perplexity
-        exact                      0.6930  0.0100      0.9998       2.000
+        >>> print(report_table({"exact": Likelihood(nats=69.3, num_tokens=100, standard_error=0.01)}, 1.0, 5.0))
+        100 tokens             nats/token      +-   bits/char  perplexity    per word
+        exact                      0.6930  0.0100      0.9998       2.000        32.0
     """
     num_tokens = f"{next(iter(rows.values())).num_tokens:,} tokens"
     lines = [f"{num_tokens:<23}{'nats/token':>10}  {'+-':>6}  {'bits/char':>10}  {'perplexity':>10}"]
@@ -94,6 +108,10 @@ def report_table(rows: dict[str, Likelihood], characters_per_token: float) -> st
         lines.append(
             f"{name:<23}{row.nats_per_token:>10.4f}  {row.standard_error:>6.4f}  {bits:>10.4f}  {row.perplexity:>10.3f}"
         )
+    if tokens_per_word is not None:
+        lines[0] += f"  {'per word':>10}"
+        for index, row in enumerate(rows.values(), 1):
+            lines[index] += f"  {row.perplexity_per_word(tokens_per_word):>10.1f}"
     return "\n".join(lines)
 
 
@@ -106,6 +124,7 @@ def likelihood(
     max_sequences: int | None = None,
     seed: int = 0,
     progress: bool = False,
+    num_flows: int | None = None,
 ) -> Likelihood:
     """Likelihood of text that is cut into sequences, each scored on its own from its first token on.
 
@@ -117,6 +136,7 @@ def likelihood(
         sequences: Each `{"input_ids": (T,)}`, as of `PackedTokens`.
         num_samples: Samples S of the importance-weighted bound.
         max_sequences: Score the first ones only.
+        num_flows: Score the stack cut after its first flows, a model of its own.
 
     Raises:
         ValueError: There is no sequence.
@@ -126,7 +146,8 @@ def likelihood(
     nats, lengths = [], []
     ids = (sequence["input_ids"] for sequence in islice(sequences, max_sequences))
     for batch in tqdm(_batches(ids, batch_size), desc="scoring", unit="batch", disable=not progress, leave=False):
-        nats.append(negative_log_likelihood(model, batch.to(model.device), num_samples, generator).double().cpu())
+        scores = negative_log_likelihood(model, batch.to(model.device), num_samples, generator, num_flows)
+        nats.append(scores.double().cpu())
         lengths.extend([batch.shape[1]] * len(batch))
     if not nats:
         raise ValueError("There is no sequence to score.")

@@ -1,12 +1,11 @@
-"""Training: the discrete baseline, the optimiser, and one loop on Accelerate that resumes exactly."""
+"""Training: the discrete baseline, the stages, the optimiser, and one loop on Accelerate that resumes exactly."""
 
 import json
 import math
 import os
-import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,17 +14,22 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.utils import GradientAccumulationPlugin, extract_model_from_parallel
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, extract_model_from_parallel
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from .checkpointing import Progress, newest_checkpoint, save_checkpoint, save_model
 from .data import PackedTokens, StreamingPackedTokens
-from .evaluation import likelihood, prepend_start
+from .evaluation import Likelihood, likelihood, prepend_start
 from .modeling.configuration_tarflowlm import TarFlowLMConfig
 from .modeling.modeling_tarflowlm import TarFlowLMModel
+from .throughput import peak_flops, peak_memory, training_flops
+
+MODES = ("joint", "progressive", "progressive_then_joint")
+Generators = torch.Generator | Sequence[torch.Generator]  # one for all sequences of a batch, or one for each
 
 
 @dataclass
@@ -33,12 +37,28 @@ class TrainingConfig:
     """How to train. `batch_size` counts the sequences of one optimiser step, over all processes and accumulations."""
 
     output_dir: str = field(default="runs/demo", metadata={"help": "where checkpoints and the model go"})
-    num_steps: int = field(default=600, metadata={"help": "optimiser steps"})
+    num_steps: int = field(default=600, metadata={"help": "optimiser steps, shared evenly by the stages"})
+    mode: str = field(
+        default="joint",
+        metadata={
+            "help": "joint; progressive: one flow after the other, those before it frozen; progressive_then_joint",
+            "choices": list(MODES),
+        },
+    )
+    stage_steps: list[int] | None = field(
+        default=None, metadata={"help": "optimiser steps of each stage, in place of num_steps"}
+    )
+    stage_learning_rates: list[float] | None = field(
+        default=None, metadata={"help": "peak of each stage, in place of learning_rate"}
+    )
+    patience: int = field(
+        default=0, metadata={"help": "a stage ends after this many evaluations without a better one; 0: never"}
+    )
     batch_size: int = field(default=8, metadata={"help": "sequences a step, over all processes"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "parts a step is computed in"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak, after warm-up"})
     min_learning_rate: float = field(default=0.0, metadata={"help": "at the end of the cosine"})
-    warmup_steps: int = field(default=50, metadata={"help": "steps of linear warm-up"})
+    warmup_steps: int = field(default=50, metadata={"help": "steps of linear warm-up, in each stage"})
     weight_decay: float = field(default=0.1, metadata={"help": "of weight matrices"})
     adam_beta2: float = field(default=0.95, metadata={"help": "of AdamW"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping; 0 for none"})
@@ -64,18 +84,88 @@ class TrainingConfig:
             raise ValueError(f"learning_rate must be positive, not {self.learning_rate}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), not {self.ema_decay}.")
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}.")
+        for name in ("stage_steps", "stage_learning_rates"):
+            values = getattr(self, name)
+            if values is not None and not (values and all(value > 0 for value in values)):
+                raise ValueError(f"{name} must be positive numbers, one for each stage, not {values!r}.")
+        if self.patience < 0 or (self.patience and self.eval_every < 1):
+            raise ValueError(
+                f"patience counts evaluations: it must be 0, or positive with an eval_every, not {self.patience} with "
+                f"eval_every {self.eval_every}."
+            )
 
 
 # Fields that a resumed run may change: they leave the loss curve as it is.
 FREE_FIELDS = {"output_dir", "log_every", "eval_every", "eval_sequences", "save_every", "keep_checkpoints", "resume"}
 FREE_FIELDS |= {"report_to", "gradient_checkpointing"}
-# Fields that checkpoints of earlier versions do not have, and what they stood for.
-LATER_FIELDS = {"conditional": False}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run, with a warm-up and a schedule of its own: the stack cut after `num_flows` flows is trained.
+
+    All of it, or its last flow alone (in the first stage with the codebook), while those before it are frozen. Cut
+    there, the stack is a model of its own: `model(..., num_flows=num_flows)` scores it.
+    """
+
+    name: str
+    num_flows: int | None  # None: all; also of a discrete model
+    num_steps: int  # at most: `patience` may end it earlier
+    learning_rate: float
+    is_joint: bool
+
+    def choose_parameters(self, model: PreTrainedModel) -> None:
+        """Marks what is trained, and sets the modes: what is frozen drops nothing out and recomputes nothing."""
+        if self.is_joint:
+            model.requires_grad_(True).train()
+            return
+        model.requires_grad_(False).eval()
+        model.flow.layers[self.num_flows - 1].requires_grad_(True).train()
+        if self.num_flows == 1:
+            model.codebook.requires_grad_(True).train()
+
+
+def make_stages(model: PreTrainedModel, config: TrainingConfig) -> list[Stage]:
+    """The stages of a run.
+
+    Raises:
+        ValueError: A discrete model has no flows to train one by one, or there is not one value for each stage.
+
+    Example:
+        >>> model = TarFlowLMModel(TarFlowLMConfig(
+        ...     vocab_size=3, latent_size=1, hidden_size=8, num_attention_heads=1,
+        ...     flows=[{"coupling": "affine", "direction": "left_to_right", "num_hidden_layers": 1}] * 2))
+        >>> config = TrainingConfig(mode="progressive_then_joint", stage_steps=[400, 100, 50])
+        >>> [(stage.name, stage.num_flows, stage.num_steps) for stage in make_stages(model, config)]
+        [('flow 1', 1, 400), ('flow 2', 2, 100), ('joint', 2, 50)]
+    """
+    is_flow = isinstance(model, TarFlowLMModel)
+    num_flows = len(model.config.flows) if is_flow else None
+    if config.mode != "joint" and not is_flow:
+        raise ValueError(f"mode must be joint, not {config.mode}: a discrete model has no flows.")
+    cuts = [] if config.mode == "joint" else list(range(1, num_flows + 1))
+    names = [f"flow {cut}" for cut in cuts] + ["joint"] * (config.mode != "progressive")
+    cuts = cuts + [num_flows] * (config.mode != "progressive")
+
+    steps, rates = config.stage_steps, config.stage_learning_rates
+    if steps is None:
+        share, rest = divmod(config.num_steps, len(names))
+        if share == 0:
+            raise ValueError(f"num_steps {config.num_steps} is less than one for each of {len(names)} stages.")
+        steps = [share + (index < rest) for index in range(len(names))]
+    rates = [config.learning_rate] * len(names) if rates is None else rates
+    for name, values in (("stage_steps", steps), ("stage_learning_rates", rates)):
+        if len(values) != len(names):
+            raise ValueError(f"{name} must have one value for each stage ({', '.join(names)}), not {values!r}.")
+    is_joint = [name == "joint" for name in names]
+    return [Stage(*stage) for stage in zip(names, cuts, steps, rates, is_joint, strict=True)]
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """Accelerate's state for a run: precision, accumulation, trackers, and how the data is shared out."""
-    accelerator = Accelerator(
+    return Accelerator(
         # A step has all its parts, also where an epoch ends between them.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
@@ -87,10 +177,12 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         # A batch is split over the processes, so that their number changes nothing; the order depends on the seed.
         dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=config.seed),
     )
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        # `accelerate launch` gives a process one thread where nobody has asked for more: here, its share of the cores.
+
+
+def share_cores() -> None:
+    """Gives this process its share of the cores, where a launcher has given it one thread because nobody asked."""
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    return accelerator
 
 
 def discrete_baseline(config: TarFlowLMConfig) -> PreTrainedModel:
@@ -110,27 +202,43 @@ def discrete_baseline(config: TarFlowLMConfig) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(baseline_config)
 
 
-def compute_loss(model: torch.nn.Module, input_ids: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def compute_loss(
+    model: torch.nn.Module, input_ids: Tensor, generator: Generators | None = None, num_flows: int | None = None
+) -> Tensor:
     """Nats per token of a batch (B, T): minus the ELBO of a TarFlowLM, the cross-entropy of a discrete model.
 
     Of a conditional TarFlowLM they are nats per missing token, given those that `draw_observed_mask` observes.
+
+    Args:
+        generator: Source of the latents' noise. With one for each sequence, what a sequence draws does not depend on
+            the others beside it.
+        num_flows: Of the stack cut after its first flows.
     """
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
     if isinstance(bare, TarFlowLMModel):
-        observed = {}
+        options = {"num_flows": num_flows}
         if bare.config.conditional:
-            device = input_ids.device if generator is None else generator.device
+            device = input_ids.device if generator is None else _device(generator)
             mask = draw_observed_mask(input_ids.shape, bare.config.patch_size, generator, device)
-            observed = {"observed_mask": mask.to(input_ids.device)}
-        return model(input_ids=input_ids, labels=input_ids, generator=generator, **observed).loss
+            options["observed_mask"] = mask.to(input_ids.device)
+        if isinstance(generator, Sequence):
+            size = input_ids.shape[1], bare.config.latent_size
+            options["latent_noise"] = torch.stack([torch.randn(size, generator=g, device=g.device) for g in generator])
+        else:
+            options["generator"] = generator
+        return model(input_ids=input_ids, labels=input_ids, **options).loss
     inputs = prepend_start(bare, input_ids)
     return model(input_ids=inputs, labels=inputs, use_cache=False).loss
+
+
+def _device(generator: Generators) -> torch.device:
+    return generator[0].device if isinstance(generator, Sequence) else generator.device
 
 
 def draw_observed_mask(
     shape: tuple[int, int],
     patch_size: int = 1,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Which tokens (B, T) a conditional model is told in training: whole patches, of each sequence on its own.
@@ -141,7 +249,7 @@ def draw_observed_mask(
 
     Args:
         shape: (B, T), T a multiple of `patch_size`.
-        generator: Source of the randomness, on `device`; the global one by default.
+        generator: Source of the randomness, on `device`, or one for each sequence; the global one by default.
 
     Returns:
         Boolean mask (B, T), True where observed.
@@ -155,6 +263,8 @@ def draw_observed_mask(
     num_sequences, num_positions = shape[0], shape[1] // patch_size
 
     def uniform(num_columns: int) -> Tensor:
+        if isinstance(generator, Sequence):
+            return torch.stack([torch.rand(num_columns, generator=g, device=g.device) for g in generator])
         return torch.rand(num_sequences, num_columns, generator=generator, device=device)
 
     kind, share, cut, length = uniform(4).split(1, -1)
@@ -167,13 +277,37 @@ def draw_observed_mask(
     return observed.repeat_interleave(patch_size, -1)
 
 
-def make_optimizer(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay pulls on matrices, but not on the codebook, whose size means something."""
+def make_optimizer(
+    model: PreTrainedModel, config: TrainingConfig, learning_rate: float | None = None
+) -> torch.optim.Optimizer:
+    """AdamW of what is trained; weight decay pulls on matrices, but not on the codebook, whose size means something."""
     decayed, kept = [], []
     for name, parameter in model.named_parameters():
-        (decayed if parameter.ndim >= 2 and "codebook" not in name else kept).append(parameter)
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim >= 2 and not name.endswith("bias")
+            (decayed if is_matrix and "codebook" not in name else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2))
+    learning_rate = config.learning_rate if learning_rate is None else learning_rate
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, config.adam_beta2))
+
+
+class RowNoise:
+    """A generator for each sequence of a step, seeded by run, step and the sequence's place in the step's batch.
+
+    So a resumed run draws what the uninterrupted one did, and neither the number of processes nor that of the parts in
+    which a step is computed changes what a sequence draws.
+    """
+
+    def __init__(self, seed: int, num_rows: int, first_row: int, device: torch.device):
+        self.seed, self.first_row = seed, first_row
+        self.generators = [torch.Generator(device) for _ in range(num_rows)]
+
+    def at(self, step: int, first_row: int) -> list[torch.Generator]:
+        """Of the sequences that follow the `first_row` of this process in the step."""
+        for row, generator in enumerate(self.generators, self.first_row + first_row):
+            seed = np.random.SeedSequence([self.seed, step, row]).generate_state(1, np.uint64)[0]
+            generator.manual_seed(int(seed))
+        return self.generators
 
 
 def train(
@@ -184,105 +318,167 @@ def train(
     config: TrainingConfig,
     accelerator: Accelerator | None = None,
 ) -> PreTrainedModel:
-    """Trains, and saves the model with its tokenizer to `output_dir/model`.
+    """Trains, stage by stage, and saves the model with its tokenizer to `output_dir/model`.
 
     Every `log_every` steps a line goes to `output_dir/log.jsonl` and the trackers. With `config.resume` training goes
     on from the newest checkpoint, and every loss equals that of the uninterrupted run: weights, optimiser, schedule and
-    average come from the checkpoint; the order of the data follows from seed and epoch, the latents' noise from seed
-    and step.
+    average come from the checkpoint; the order of the data follows from seed and epoch, the latents' noise from seed,
+    step and the place in the batch. Neither depends on the number of processes.
+
+    A frozen flow costs a forward pass: nothing that needs a gradient stands before it, so no graph is built through
+    it, and its parameters have neither gradients nor optimiser state.
 
     Returns:
         The trained model (the averaged one with `ema_decay`), in evaluation mode.
 
     Raises:
-        ValueError: The batch can't be split evenly, there are fewer sequences than a batch, or a resumed run differs
-            from the one that made the checkpoint. FloatingPointError: The loss is not finite.
+        ValueError: The batch can't be split evenly, there are fewer sequences than a batch, the stages do not fit the
+            model, weights are sharded and to be averaged or frozen, or a resumed run differs from the one that made
+            the checkpoint. FloatingPointError: The loss is not finite; no checkpoint is made of that.
     """
     accelerator = make_accelerator(config) if accelerator is None else accelerator
     output_dir = Path(config.output_dir)
+    stages = make_stages(model, config)
+    check_batches(train_data, config, accelerator)
+
+    # 1. What is trained, and what must come back on a resume.
+    description = {"model": model.config.to_diff_dict(), "training": asdict(config)}
+    is_stream = isinstance(train_data, IterableDataset)
+    if not is_stream:
+        checksum = zlib.crc32(train_data.tokens[: 2**20].numpy())
+        description["data"] = {"number of sequences": len(train_data), "checksum of the data": checksum}
+    progress, checkpoint = Progress(), None
+    if config.resume:
+        # With patience, when and on what it is evaluated decides what is trained.
+        fixed = {"eval_every", "eval_sequences"} if config.patience else set()
+        checkpoint, progress = newest_checkpoint(output_dir, description, FREE_FIELDS - fixed)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    average = None
+    if config.ema_decay:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).to(accelerator.device)
+        accelerator.register_for_checkpointing(average)
+
+    parts = config.gradient_accumulation_steps
+    rows = config.batch_size // parts // accelerator.num_processes  # sequences at once in a process
+    noise = RowNoise(config.seed, rows, rows * accelerator.process_index, accelerator.device)
+    loader = DataLoader(train_data, batch_size=config.batch_size // parts, shuffle=not is_stream, drop_last=True)
+    loader = accelerator.prepare(loader)
+    batches = endless(loader, progress.step * parts)
+    log = Log(accelerator, output_dir, progress.step, sum(stage.num_steps for stage in stages), config, validation_data)
+    evaluated = model if average is None else average.module
+
+    while True:
+        # 2. A stage: what it trains, and with what.
+        stage = stages[progress.stage]
+        stage.choose_parameters(model)
+        optimizer = make_optimizer(model, config, stage.learning_rate)
+        scheduler = get_scheduler(
+            "cosine_with_min_lr",
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=stage.num_steps,
+            scheduler_specific_kwargs={"min_lr": config.min_learning_rate},
+        )
+        wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+        if checkpoint is not None:
+            accelerator.load_state(str(checkpoint))
+            checkpoint = None
+        log.begin_stage(stage, training_flops(model, train_data.sequence_length, stage.num_flows))
+        total = torch.zeros((), device=accelerator.device)
+        is_over = is_stage_over(progress, stage, config)
+
+        while not is_over:
+            # 3. A step.
+            for part in range(parts):
+                input_ids = next(batches)["input_ids"]
+                generators = noise.at(progress.step, part * rows * accelerator.num_processes)
+                with accelerator.accumulate(wrapped):
+                    loss = compute_loss(wrapped, input_ids, generators, stage.num_flows)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients and config.max_grad_norm:
+                        accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                total += loss.detach() / parts
+            learning_rate = scheduler.get_last_lr()[0]
+            scheduler.step()
+            if average is not None:
+                average.update_parameters(model)
+            log.tokens += config.batch_size * input_ids.shape[1]
+            progress.step += 1
+            progress.stage_step += 1
+
+            # 4. Looking, and keeping.
+            step, is_over = progress.step, is_stage_over(progress, stage, config)
+            is_save_due = bool(config.save_every and step % config.save_every == 0)
+            is_evaluation_due = bool(config.eval_every and step % config.eval_every == 0)
+            if step % config.log_every == 0 or is_save_due or is_evaluation_due or is_over:
+                log.losses(step, accelerator.reduce(total, "mean").item(), learning_rate)
+                total.zero_()
+            if is_evaluation_due or is_over:
+                with log.pause():
+                    options = {"max_sequences": config.eval_sequences, "num_flows": stage.num_flows}
+                    result = likelihood(evaluated, validation_data, **options)
+                    log.validation(step, result)
+                    stage.choose_parameters(model)
+                # One number for all processes, which must agree on when the stage ends.
+                nats = torch.tensor(result.nats_per_token, device=accelerator.device)
+                nats = accelerator.reduce(nats, "mean").item()
+                is_better = progress.best is None or nats < progress.best
+                progress.best = nats if is_better else progress.best
+                progress.stale = 0 if is_better else progress.stale + 1
+                is_over = is_stage_over(progress, stage, config)
+            if is_save_due or is_over:
+                with log.pause():
+                    save_checkpoint(accelerator, output_dir, progress, description, config.keep_checkpoints)
+
+        # 5. The next stage stands on what was evaluated.
+        state_dict = (
+            accelerator.get_state_dict(wrapped) if accelerator.distributed_type == DistributedType.FSDP else None
+        )
+        if average is not None:
+            model.load_state_dict(average.module.state_dict())
+            average.n_averaged.zero_()
+        if progress.stage + 1 == len(stages):
+            break
+        progress = progress.next_stage()
+        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)  # it is wrapped anew
+        wrapped, optimizer, scheduler = accelerator.free_memory(wrapped, optimizer, scheduler)
+    log.close()
+
+    model.requires_grad_(True)
+    if accelerator.is_main_process:
+        save_model(evaluated, tokenizer, output_dir / "model", state_dict)
+    accelerator.wait_for_everyone()
+    return evaluated.eval()
+
+
+def is_stage_over(progress: Progress, stage: Stage, config: TrainingConfig) -> bool:
+    """Whether its budget is used up, or validation has stopped improving."""
+    return progress.stage_step >= stage.num_steps or 0 < config.patience <= progress.stale
+
+
+def check_batches(train_data: PackedTokens | StreamingPackedTokens, config: TrainingConfig, accelerator: Accelerator):
+    """Raises ValueError before the first step where a batch can't be made, or sharded weights can't be treated so."""
     parts = config.gradient_accumulation_steps
     if config.batch_size % (parts * accelerator.num_processes):
         raise ValueError(
             f"batch_size {config.batch_size} can't be split into {parts} gradient_accumulation_steps on "
             f"{accelerator.num_processes} processes."
         )
-    is_stream = isinstance(train_data, IterableDataset)
-    if not is_stream and len(train_data) < config.batch_size:
+    if isinstance(train_data, IterableDataset):
+        if not train_data.has_blocks(config.batch_size):
+            raise ValueError(f"The stream ends with fewer sequences to train on than batch_size {config.batch_size}.")
+    elif len(train_data) < config.batch_size:
         raise ValueError(
             f"There are {len(train_data)} sequences to train on, fewer than batch_size {config.batch_size}."
         )
-
-    # 1. What is trained, and what must come back on a resume.
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    description = {"model": model.config.to_diff_dict(), "training": asdict(config)}
-    if not is_stream:
-        checksum = zlib.crc32(train_data.tokens[: 2**20].numpy())
-        description["data"] = {"number of sequences": len(train_data), "checksum of the data": checksum}
-    average = None
-    if config.ema_decay:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).to(accelerator.device)
-        accelerator.register_for_checkpointing(average)
-    optimizer = make_optimizer(model, config)
-    scheduler = get_scheduler(
-        "cosine_with_min_lr",
-        optimizer,
-        num_warmup_steps=config.warmup_steps,
-        num_training_steps=config.num_steps,
-        scheduler_specific_kwargs={"min_lr": config.min_learning_rate},
-    )
-    loader = DataLoader(train_data, batch_size=config.batch_size // parts, shuffle=not is_stream, drop_last=True)
-    model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
-    bare_model = accelerator.unwrap_model(model, keep_torch_compile=False)
-    evaluated = bare_model if average is None else average.module
-    first_step = 0
-    if config.resume:
-        first_step = load_checkpoint(accelerator, output_dir, description)
-    log = Log(accelerator, output_dir, first_step, config, validation_data.characters_per_token)
-
-    # 2. The steps.
-    model.train()
-    generator = torch.Generator(accelerator.device)
-    batches = endless(loader, first_step * parts)
-    total = torch.zeros((), device=accelerator.device)
-    for step in range(first_step, config.num_steps):
-        for part in range(parts):
-            input_ids = next(batches)["input_ids"]
-            # Noise of its own for every part of every step: a resumed run draws what the uninterrupted one did.
-            entropy = np.random.SeedSequence([config.seed, step, part, accelerator.process_index])
-            generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-            with accelerator.accumulate(model):
-                loss = compute_loss(model, input_ids, generator)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and config.max_grad_norm:
-                    accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            total += loss.detach() / parts
-        learning_rate = scheduler.get_last_lr()[0]
-        scheduler.step()
-        if average is not None:
-            average.update_parameters(bare_model)
-        log.tokens += config.batch_size * input_ids.shape[1]
-
-        # 3. Looking, and keeping.
-        done = step + 1
-        if done % config.log_every == 0 or done == config.num_steps:
-            log.losses(done, accelerator.reduce(total, "mean").item(), learning_rate)
-            total.zero_()
-        if (config.eval_every and done % config.eval_every == 0) or done == config.num_steps:
-            with log.pause():
-                log.validation(done, likelihood(evaluated, validation_data, max_sequences=config.eval_sequences))
-                model.train()
-        if (config.save_every and done % config.save_every == 0) or done == config.num_steps:
-            with log.pause():
-                save_checkpoint(accelerator, output_dir, done, description, config.keep_checkpoints)
-    log.close()
-
-    if accelerator.is_main_process:
-        save_model(evaluated, tokenizer, output_dir / "model")
-    accelerator.wait_for_everyone()
-    return evaluated.eval()
+    if accelerator.distributed_type == DistributedType.FSDP and (config.ema_decay or config.mode != "joint"):
+        raise ValueError(
+            f"With FSDP, ema_decay must be 0 and mode joint, not {config.ema_decay} and {config.mode}: sharded weights "
+            "can't be averaged, nor frozen later on. Use DDP."
+        )
 
 
 def endless(loader: DataLoader, num_used: int) -> Iterator[dict[str, Tensor]]:
@@ -307,57 +503,79 @@ def endless(loader: DataLoader, num_used: int) -> Iterator[dict[str, Tensor]]:
 
 
 class Log:
-    """A progress bar, a line of JSON for each entry, and Accelerate's trackers. Loss in nats per token."""
+    """A progress bar, a line of JSON for each entry, and Accelerate's trackers. Loss in nats per token.
+
+    Speeds are of the steps since the line before. FLOPs utilisation is stated where the device's peak is known.
+    """
 
     def __init__(
-        self, accelerator, output_dir: Path, first_step: int, config: TrainingConfig, characters_per_token: float
+        self,
+        accelerator: Accelerator,
+        output_dir: Path,
+        first_step: int,
+        num_steps: int,
+        config: TrainingConfig,
+        validation_data: PackedTokens,
     ):
         self.accelerator = accelerator
-        self.nats_to_bits_per_character = 1 / (math.log(2) * characters_per_token)
+        self.nats_to_bits_per_character = 1 / (math.log(2) * validation_data.characters_per_token)
+        self.sequence_length = validation_data.sequence_length
         self.path = output_dir / "log.jsonl"
         self.tokens, self.seconds, self.since = 0, 0.0, time.perf_counter()
         self.last_step = first_step
-        self.bar = tqdm(
-            total=config.num_steps,
-            initial=first_step,
-            desc="training",
-            unit="step",
-            disable=not accelerator.is_main_process,
-        )
-        if accelerator.is_main_process:
+        self.stage, self.flops = {}, 0
+        peak = peak_flops(accelerator.device, accelerator.mixed_precision)
+        self.peak = None if peak is None else peak * accelerator.num_processes
+        is_main = accelerator.is_main_process
+        self.bar = tqdm(total=num_steps, initial=first_step, desc="training", unit="step", disable=not is_main)
+        if is_main:
             output_dir.mkdir(parents=True, exist_ok=True)
-            entries = self.path.read_text().splitlines() if first_step and self.path.exists() else []
-            kept = [entry for entry in entries if json.loads(entry)["step"] <= first_step]
-            self.path.write_text("".join(f"{entry}\n" for entry in kept))
+            entries = _read_lines(self.path) if first_step and self.path.exists() else []
+            kept = [entry for entry in entries if entry["step"] <= first_step]
+            aside = self.path.with_suffix(".part")
+            aside.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept))
+            aside.replace(self.path)
         if config.report_to:
-            accelerator.init_trackers(
-                "tarflow_hf", {key: value for key, value in asdict(config).items() if value is not None}
-            )
+            values = {key: str(v) if isinstance(v, list) else v for key, v in asdict(config).items() if v is not None}
+            accelerator.init_trackers("tarflow_hf", values)
+
+    def begin_stage(self, stage: Stage, flops: int) -> None:
+        """`flops`: of one sequence in a training step."""
+        self.stage = {"stage": stage.name, "num_flows": stage.num_flows}
+        self.flops = flops
+        self.since = time.perf_counter()
 
     def losses(self, step: int, total: float, learning_rate: float) -> None:
         loss = total / (step - self.last_step)
         self.bar.update(step - self.last_step)
-        self.last_step = step
         if not math.isfinite(loss):
-            raise FloatingPointError(f"The loss is {loss} at step {step}; checkpoints made before it are intact.")
-        seconds = self.seconds + time.perf_counter() - self.since
+            first = self.last_step + 1
+            steps = f"at step {step}" if first == step else f"between step {first} and step {step}"
+            raise FloatingPointError(f"The loss is {loss} {steps}; checkpoints made before it are intact.")
+        self.last_step = step
+        tokens_per_second = self.tokens / (self.seconds + time.perf_counter() - self.since)
+        self.tokens, self.seconds, self.since = 0, 0.0, time.perf_counter()
         values = {
             "loss": loss,
             "bits_per_character": loss * self.nats_to_bits_per_character,
-            "tokens_per_second": round(self.tokens / seconds),
             "learning_rate": learning_rate,
+            "tokens_per_second": round(tokens_per_second),
+            "flops_per_second": tokens_per_second * self.flops / self.sequence_length,
+            "peak_memory_gib": round(peak_memory(self.accelerator.device) / 2**30, 3),
         }
+        if self.peak is not None:
+            values["model_flops_utilization"] = values["flops_per_second"] / self.peak
         self.bar.set_postfix_str(
             f"loss {loss:.4f}, {values['bits_per_character']:.3f} bits/char, {values['tokens_per_second']:,} tokens/s"
         )
         self._write(step, values)
 
-    def validation(self, step: int, result) -> None:
+    def validation(self, step: int, result: Likelihood) -> None:
         values = {"validation_loss": result.nats_per_token, "validation_standard_error": result.standard_error}
         values["validation_bits_per_character"] = result.nats_per_token * self.nats_to_bits_per_character
         if self.accelerator.is_main_process:
             self.bar.write(
-                f"step {step}: validation {values['validation_loss']:.4f} nats per token, "
+                f"step {step}, {self.stage['stage']}: validation {values['validation_loss']:.4f} nats per token, "
                 f"{values['validation_bits_per_character']:.4f} bits per character"
             )
         self._write(step, values)
@@ -377,74 +595,14 @@ class Log:
     def _write(self, step: int, values: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps({"step": step, **self.stage, **values}) + "\n")
         self.accelerator.log(values, step=step)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Checkpoints: written to the side, then renamed, so that what has the name is whole
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike) -> None:
-    """Saves weights, configuration, code and tokenizer to a folder that appears (or is replaced) all at once."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    _replace(aside, path)
-
-
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, description: dict, keep: int) -> None:
-    aside, path = output_dir / f".checkpoint-{step}.part", output_dir / f"checkpoint-{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (aside / "run.json").write_text(json.dumps({"step": step, **description}, indent=2))
-        _replace(aside, path)
-        for old in _checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def load_checkpoint(accelerator: Accelerator, output_dir: Path, description: dict) -> int:
-    """Loads the newest checkpoint and returns its step.
-
-    Raises:
-        FileNotFoundError: There is none. ValueError: Another run made it; says what differs.
-    """
-    checkpoints = _checkpoints(output_dir)
-    if not checkpoints:
-        raise FileNotFoundError(f"There is no checkpoint to resume from in {output_dir}.")
-    run = json.loads((checkpoints[-1] / "run.json").read_text())
-    differences = []
-    for part, values in description.items():
-        now, then = json.loads(json.dumps(values, default=str)), run.get(part, {})
-        for name in sorted(set(now) | set(then)):
-            before = then.get(name, LATER_FIELDS.get(name))
-            if name not in FREE_FIELDS and now.get(name) != before:
-                differences.append(f"{name} was {before!r} and is {now.get(name)!r}")
-    if differences:
-        raise ValueError(f"{checkpoints[-1]} was made by another run: {'; '.join(differences)}.")
-    accelerator.load_state(str(checkpoints[-1]))
-    return run["step"]
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-
-
-def _replace(aside: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-        aside.rename(path)
-        shutil.rmtree(old)
-    else:
-        aside.rename(path)
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a log, up to a line that a killed run has not finished."""
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return

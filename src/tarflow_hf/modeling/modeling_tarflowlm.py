@@ -936,6 +936,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         num_flows: int | None = None,
         output_noise: bool = False,
         observed_mask: Tensor | None = None,
+        latent_noise: Tensor | None = None,
     ) -> TarFlowLMOutput:
         """The evidence lower bound of each sequence, from one sample of its latents.
 
@@ -952,6 +953,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             num_flows: Score the stack cut after its first flows.
             output_noise: Compute `noise` too, which the likelihood does not need.
             observed_mask: Of a conditional model, 1 (or True) at the tokens that are given, (B, T), whole patches.
+            latent_noise: The N(0, I) noise (B, T, d) of the sample of q(z | x), in place of the generator's.
 
         Returns:
             [`TarFlowLMOutput`]. The loss is the mean over the missing tokens.
@@ -963,7 +965,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         """
         input_ids = self._check_ids(input_ids, attention_mask)
         if latents is None:
-            latents = self.codebook().sample(input_ids, generator)
+            latents = self.codebook().sample(input_ids, generator, latent_noise)
         flow = self.flow(
             latents,
             attention_mask,

@@ -1,0 +1,109 @@
+"""Checkpoints of a run, written to the side, then renamed: what has the name is whole, whenever a run is killed."""
+
+import json
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Progress:
+    """Where a run stands. A checkpoint made before there were stages says `step` alone: it is in the first one."""
+
+    step: int = 0  # optimiser steps in all
+    stage: int = 0  # index
+    stage_step: int = 0  # of them in this stage
+    best: float | None = None  # validation of the stage, nats per token
+    stale: int = 0  # evaluations since then
+
+    def next_stage(self) -> "Progress":
+        return Progress(self.step, self.stage + 1)
+
+
+# What checkpoints of earlier versions do not say, and what they stood for.
+LATER_FIELDS = {"conditional": False, "mode": "joint", "patience": 0}
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | os.PathLike,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Saves weights, configuration, code and tokenizer to a folder that appears (or is replaced) all at once.
+
+    A model whose weights are spread over several processes comes with its gathered `state_dict`.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside, state_dict=state_dict)
+    tokenizer.save_pretrained(aside)
+    _replace(aside, path)
+
+
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: Path, progress: Progress, description: dict[str, Any], keep: int
+) -> None:
+    """Saves everything that a resumed run needs, and removes all but the `keep` newest checkpoints."""
+    aside, path = (output_dir / name.format(progress.step) for name in (".checkpoint-{}.part", "checkpoint-{}"))
+    if accelerator.is_main_process:
+        for left_over in output_dir.glob(".checkpoint-*"):  # by a run that was killed
+            shutil.rmtree(left_over)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (aside / "run.json").write_text(json.dumps({**asdict(progress), **description}, indent=2))
+        _replace(aside, path)
+        for old in _checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
+    accelerator.wait_for_everyone()
+
+
+def newest_checkpoint(
+    output_dir: Path, description: dict[str, Any], free_fields: Collection[str]
+) -> tuple[Path, Progress]:
+    """The newest checkpoint and where it stands.
+
+    Raises:
+        FileNotFoundError: There is none. ValueError: Another run made it; says what differs besides the `free_fields`.
+    """
+    checkpoints = _checkpoints(output_dir)
+    if not checkpoints:
+        raise FileNotFoundError(f"There is no checkpoint to resume from in {output_dir}.")
+    run = json.loads((checkpoints[-1] / "run.json").read_text())
+    differences = []
+    for part, values in description.items():
+        now, then = json.loads(json.dumps(values, default=str)), run.get(part, {})
+        for name in sorted(set(now) | set(then)):
+            before = then.get(name, LATER_FIELDS.get(name))
+            if name not in free_fields and now.get(name) != before:
+                differences.append(f"{name} was {before!r} and is {now.get(name)!r}")
+    if differences:
+        raise ValueError(f"{checkpoints[-1]} was made by another run: {'; '.join(differences)}.")
+    known = {name: run[name] for name in asdict(Progress()) if name in run}
+    return checkpoints[-1], Progress(**{"stage_step": run["step"], **known})
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def _replace(aside: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        aside.rename(path)
+        shutil.rmtree(old)
+    else:
+        aside.rename(path)
