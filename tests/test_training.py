@@ -26,6 +26,7 @@ from tarflow_hf.data import PackedTokens, StreamingPackedTokens, character_token
 from tarflow_hf.evaluation import likelihood, negative_log_likelihood
 from tarflow_hf.throughput import forward_flops, training_flops
 from tarflow_hf.training import (
+    RowNoise,
     TrainingConfig,
     check_batches,
     compute_loss,
@@ -203,6 +204,25 @@ def test_loss_of_a_conditional_model_is_nats_per_missing_token():
     assert not torch.equal(loss, compute_loss(model, input_ids, torch.Generator().manual_seed(4)))
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_sequence_draws_noise_of_its_own():
+    """Of a step's four sequences, halves draw what they draw in the whole: latents, and what is observed."""
+    model = TarFlowLMModel(config())
+    input_ids = torch.randint(27, (4, 16))
+    whole = RowNoise(1, 4, 0, torch.device("cpu"))
+    loss = compute_loss(model, input_ids, whole.at(7, 0))
+    noise = torch.stack([torch.randn(16, 2, generator=generator) for generator in whole.at(7, 0)])
+    expected = model(input_ids, latents=model.encode(input_ids, noise=noise), labels=input_ids).loss
+    torch.testing.assert_close(loss, expected)
+    parts = RowNoise(1, 2, 0, torch.device("cpu"))
+    other_process = RowNoise(1, 2, 2, torch.device("cpu"))
+    for second in (lambda: parts.at(7, 2), lambda: other_process.at(7, 0)):
+        halves = compute_loss(model, input_ids[:2], parts.at(7, 0)), compute_loss(model, input_ids[2:], second())
+        torch.testing.assert_close(sum(halves) / 2, loss)
+        mask = draw_observed_mask((4, 16), 2, whole.at(7, 0))
+        assert torch.equal(mask[2:], draw_observed_mask((2, 16), 2, second()))
+    assert not torch.equal(loss, compute_loss(model, input_ids, whole.at(8, 0)))
 
 
 @pytest.mark.parametrize("patch_size", [1, 4])
