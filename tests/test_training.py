@@ -11,10 +11,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -24,7 +26,9 @@ from tarflow_hf.data import PackedTokens, StreamingPackedTokens, character_token
 from tarflow_hf.evaluation import likelihood, negative_log_likelihood
 from tarflow_hf.throughput import forward_flops, training_flops
 from tarflow_hf.training import (
+    RowNoise,
     TrainingConfig,
+    check_batches,
     compute_loss,
     discrete_baseline,
     draw_observed_mask,
@@ -200,6 +204,25 @@ def test_loss_of_a_conditional_model_is_nats_per_missing_token():
     assert not torch.equal(loss, compute_loss(model, input_ids, torch.Generator().manual_seed(4)))
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_sequence_draws_noise_of_its_own():
+    """Of a step's four sequences, halves draw what they draw in the whole: latents, and what is observed."""
+    model = TarFlowLMModel(config())
+    input_ids = torch.randint(27, (4, 16))
+    whole = RowNoise(1, 4, 0, torch.device("cpu"))
+    loss = compute_loss(model, input_ids, whole.at(7, 0))
+    noise = torch.stack([torch.randn(16, 2, generator=generator) for generator in whole.at(7, 0)])
+    expected = model(input_ids, latents=model.encode(input_ids, noise=noise), labels=input_ids).loss
+    torch.testing.assert_close(loss, expected)
+    parts = RowNoise(1, 2, 0, torch.device("cpu"))
+    other_process = RowNoise(1, 2, 2, torch.device("cpu"))
+    for second in (lambda: parts.at(7, 2), lambda: other_process.at(7, 0)):
+        halves = compute_loss(model, input_ids[:2], parts.at(7, 0)), compute_loss(model, input_ids[2:], second())
+        torch.testing.assert_close(sum(halves) / 2, loss)
+        mask = draw_observed_mask((4, 16), 2, whole.at(7, 0))
+        assert torch.equal(mask[2:], draw_observed_mask((2, 16), 2, second()))
+    assert not torch.equal(loss, compute_loss(model, input_ids, whole.at(8, 0)))
 
 
 @pytest.mark.parametrize("patch_size", [1, 4])
@@ -464,6 +487,14 @@ def test_stages_that_can_not_be(tmp_path, data, tokenizer, options, message):
         run(tmp_path, data, tokenizer, **options)
 
 
+@pytest.mark.parametrize("options", [{"mode": "progressive"}, {"ema_decay": 0.9}])
+def test_sharded_weights_are_trained_jointly(data, options):
+    sharded = SimpleNamespace(num_processes=2, distributed_type=DistributedType.FSDP)
+    check_batches(data, TrainingConfig(), sharded)
+    with pytest.raises(ValueError, match="With FSDP, ema_decay must be 0 and mode joint"):
+        check_batches(data, TrainingConfig(**options), sharded)
+
+
 # ------------------------------------------------------------------------------------------------- the same curve
 
 
@@ -497,7 +528,7 @@ def test_how_a_step_is_computed_changes_no_loss(tmp_path, data, tokenizer, monke
     options = {"baseline": baseline, "num_steps": 5, "learning_rate": 0.01, "eval_sequences": 4}
     _, expected = run(tmp_path / "a", data, tokenizer, **options)
     if change == "compiled":
-        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER" if baseline else "EAGER")  # which is faster
     more = {"parts": {"gradient_accumulation_steps": 4}, "checkpointing": {"gradient_checkpointing": True}}
     _, losses = run(tmp_path / "b", data, tokenizer, **options, **more.get(change, {}))
     assert losses == pytest.approx(expected, abs=2e-5)
