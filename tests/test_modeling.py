@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.modeling import coupling
-from tarflow_hf.modeling.modeling_tarflowlm import COUPLING_HEADS, MixtureRosenblattHead
+from tarflow_hf.modeling.coupling_heads import COUPLING_HEADS, MixtureRosenblattHead
 
 
 def flow(coupling, direction="left_to_right", **options):
