@@ -222,6 +222,19 @@ def test_the_autoregressive_inverse_refuses():
         coupling.autoregressive_mixture_cdf_inverse(u.requires_grad_(), context, network, implementation="triton")
 
 
+def test_what_auto_takes(monkeypatch):
+    """The kernels for tensors on a GPU, unless one asks for none; the reference on a CPU."""
+
+    class OnGPU:
+        device, dtype, shape = torch.device("cuda"), torch.float32, (2, 3)
+
+    runs_on_triton = coupling._runs_on_triton
+    assert runs_on_triton("auto", OnGPU, OnGPU) and not runs_on_triton("reference", OnGPU, OnGPU)
+    assert not runs_on_triton("auto", torch.zeros(2), torch.zeros(2, 3))
+    monkeypatch.setattr(coupling, "AUTO_TAKES_KERNELS", False)
+    assert not runs_on_triton("auto", OnGPU, OnGPU) and runs_on_triton("triton", OnGPU, OnGPU)
+
+
 def test_where_the_kernels_cannot_run(monkeypatch):
     tensors = draw("mixture_cdf", 2, 3)
     with pytest.raises(ValueError, match="float64"):

@@ -40,6 +40,9 @@ from .rosenblatt_triton import mixture_rosenblatt as mixture_rosenblatt_triton
 from .rosenblatt_triton import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_triton
 from .rosenblatt_triton import mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_triton
 
+# What "auto" does on a GPU. Set to False to compute everything there by the reference.
+AUTO_TAKES_KERNELS = True
+
 # ----------------------------------------------------------------------------------------------------------- affine
 
 
@@ -378,7 +381,9 @@ def _runs_on_triton(implementation: str, *tensors: Tensor, max_components: int |
         reason = f"it takes at most {max_components} components, not {num_components}"
     if implementation == "triton" and reason is not None:
         raise ValueError(f'implementation="triton" cannot run: {reason}.')
-    return implementation == "triton" or (implementation == "auto" and device.type == "cuda" and reason is None)
+    return implementation == "triton" or (
+        implementation == "auto" and AUTO_TAKES_KERNELS and device.type == "cuda" and reason is None
+    )
 
 
 def _check(**tensors: Tensor) -> None:
