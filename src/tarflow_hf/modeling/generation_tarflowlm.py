@@ -115,7 +115,8 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             num_flows (`int`, *optional*): Invert the first flows only. `noise` is then the state h of that flow (of
                 `output_states`, or of `model.flow`), and what is drawn without it is a sample of the stack cut there.
             inverse_method ("auto", "sequential" or "parallel", or a list with one for each flow): How the flows are
-                inverted, position after position or many at once. The result is the same up to rounding; "auto" takes
+                inverted, position after position or many at once. The result is the same up to rounding
+                (`test_every_method_gives_the_sequential_inverse`, `test_a_hard_flow_still_ends_right`); "auto" takes
                 what is expected to be faster, see `choose_inverse_methods`.
             inverse_window, inverse_tolerance (*optional*): Of the parallel form, see `invert_in_parallel`.
             capture_step (`bool`): On a GPU, take the sequential form's steps by a CUDA graph. Not run on one yet.
