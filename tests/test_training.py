@@ -541,7 +541,16 @@ def run_that_may_be_killed(folder: Path) -> None:
     run(folder, PackedTokens([TEXT], tokenizer, 16), tokenizer, keep_checkpoints=1, resume=resume, **options)
 
 
-def test_a_killed_run_goes_on(tmp_path):
+@pytest.fixture
+def one_thread():
+    """As the processes that are compared with this one have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_killed_run_goes_on(tmp_path, one_thread):
     """SIGKILL at random moments of a run that saves at every step: the log is that of a run that nobody killed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(Path(__file__).parent)])
