@@ -165,7 +165,7 @@ def test_a_patch_head_end_to_end(stack, patch_size):
         layer.decoder.register_forward_pre_hook(
             lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
         )
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.002)  # small enough to descend at every step
     losses = []
     for _ in range(5):
         loss = model(input_ids, labels=input_ids, generator=torch.Generator().manual_seed(0)).loss
@@ -173,7 +173,7 @@ def test_a_patch_head_end_to_end(stack, patch_size):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    assert losses == sorted(losses, reverse=True)
     assert lengths == [16 // patch_size] * 5 * len(model.flow.layers)
 
 

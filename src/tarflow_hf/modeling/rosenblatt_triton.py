@@ -283,7 +283,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
                 newton = x + tl.where(tl.abs(step) < spacing, crossing, step)
                 is_good = (newton >= lower) & (newton <= upper) & (2.0 * tl.abs(step) <= last_step)
                 new_x = tl.where(is_good, newton, lower + 0.5 * (upper - lower))
-                last_step = tl.abs(tl.where(is_good, step, new_x - x))
+                last_step = tl.where(is_good, tl.abs(step), upper - lower)
                 x = tl.where(is_done, x, new_x)
                 steps = tl.where(is_done, 48, steps + 1)
             tl.store(z_ptr + row * D + i, x)
