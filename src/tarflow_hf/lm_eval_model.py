@@ -8,9 +8,10 @@ What its numbers are:
 
 - `loglikelihood_rolling` (perplexity, bits per byte): a lower bound on the log-likelihood, so perplexities are upper
   bounds. A text longer than the model takes is cut into sequences, over whose cuts nothing reaches; no window slides.
-- `loglikelihood` (multiple choice, log-probabilities of answers) of a conditional model: a lower bound on log p(answer |
-  question), the one it was trained for. Of any other model it is a DIFFERENCE OF TWO BOUNDS, bound(question, answer) -
-  bound(question), which may lie on either side of the truth. The results' `config` says which of the two it was.
+- `loglikelihood` (multiple choice, log-probabilities of answers) of a conditional model: a lower bound on
+  log p(answer | question), the one it was trained for. Of any other model it is a DIFFERENCE OF TWO BOUNDS,
+  bound(question, answer) - bound(question), which may lie on either side of the truth. The results' `config` says which
+  of the two it was.
 - `generate_until`: what `generate` continues, with all it says of exactness.
 
 A tokenizer that loses something of a text, as that of text8, is scored on what is left of it.
@@ -52,7 +53,8 @@ class TarFlowLMEvaluator(LM):
         batch_size: Sequences at once; "auto" is 16.
         device: Default "cuda" where there is one.
         num_samples: Of the importance-weighted bound.
-        seed: Of the latents. With it, those of a text follow from the text, whatever stands beside it.
+        seed: Of the latents. With it they follow from the text (of `loglikelihood` from the context, so that the
+            choices of a question share them), whatever stands beside it.
         check_greedy: Whether `loglikelihood` also finds out if the model would have written the continuation with its
             noise at 0, for tasks with such an accuracy (lambada). It takes a generation for each request; where it is
             False, the answer is always no. Multiple choice does not need it.
@@ -90,7 +92,8 @@ class TarFlowLMEvaluator(LM):
             raise ValueError("A model that is given as such needs its tokenizer, too.")
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples}.")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):  # the harness's default
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokenizer = model.to(device).eval(), tokenizer
         self._device = torch.device(device)
         self.batch_size = 16 if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
@@ -136,19 +139,19 @@ class TarFlowLMEvaluator(LM):
         if not self.model.config.conditional:
             logger.warning_once(f"loglikelihood is {DIFFERENCE}: this model is not conditional.")
         pairs = [self._encode_pair(*request.args) for request in requests]
-        wholes, contexts = [], []
-        for context, continuation in pairs:
-            tokens = torch.tensor(context + continuation)
-            padding = -len(continuation) % self.patch_size  # of tokens that are modelled, too: see `cut_text`
-            wholes.append((torch.cat([tokens, tokens[-1:].expand(padding)]), len(context)))
-            contexts.append((tokens[: len(context)], 0))
-        if self.model.config.conditional:
-            scores = self._bounds(wholes, disable_tqdm)
-        else:
-            bounds = self._bounds([(ids, 0) for ids, _ in wholes], disable_tqdm)
-            # Contexts are shared by the choices of a question, and their latents by context and whole.
-            rest = self._bounds(contexts, disable_tqdm, seeds=[self._seed(ids) for ids, _ in wholes])
-            scores = [whole - context for whole, context in zip(bounds, rest, strict=True)]
+        is_conditional = self.model.config.conditional
+        contexts = [torch.tensor(context, dtype=torch.long) for context, _ in pairs]
+        seeds = [self._seed(context) for context in contexts]  # the choices of a question share the latents' noise
+        wholes = []
+        for context, (_, continuation) in zip(contexts, pairs, strict=True):
+            padding = -len(continuation) % self.patch_size  # tokens that are modelled, too: see `cut_text`
+            tokens = torch.tensor(continuation)
+            wholes.append((torch.cat([context, tokens, tokens[-1:].expand(padding)]), len(context) * is_conditional))
+        scores = self._bounds(wholes, disable_tqdm, seeds)
+        if not is_conditional:
+            known = {tuple(context): (torch.tensor(context, dtype=torch.long), 0) for context, _ in pairs}
+            rest = dict(zip(known, self._bounds(list(known.values()), disable_tqdm), strict=True))
+            scores = [score - rest[tuple(context)] for score, (context, _) in zip(scores, pairs, strict=True)]
         greedy = self._is_greedy(pairs, disable_tqdm) if self.check_greedy else [False] * len(pairs)
         results = list(zip(scores, greedy, strict=True))
         for request, result in zip(requests, results, strict=True):
