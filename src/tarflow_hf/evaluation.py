@@ -56,13 +56,17 @@ class Likelihood:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nats_per_token)
+        return _exp(self.nats_per_token)
 
     def bits_per_character(self, characters_per_token: float) -> float:
         return self.bits_per_token / characters_per_token
 
     def perplexity_per_word(self, tokens_per_word: float) -> float:
-        return math.exp(self.nats_per_token * tokens_per_word)
+        return _exp(self.nats_per_token * tokens_per_word)
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf  # where math.exp raises
 
 
 def negative_log_likelihood(
