@@ -203,7 +203,7 @@ def score(
             scores = -elbo_samples(model, ids, noise, num_flows=num_flows)
         else:
             scores = negative_log_likelihood(model, ids).unsqueeze(0)
-        nats.append(scores.double().cpu())
+        nats.append(scores.cpu().double())
         num_tokens.extend(int(sequence.get("num_tokens", ids.shape[1])) for sequence in batch)
     if not nats:
         raise ValueError("There is no sequence to score.")

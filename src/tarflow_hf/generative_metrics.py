@@ -225,7 +225,7 @@ def judge_texts(
             mask = torch.arange(ids.shape[1], device=judge.device) < lengths[:, None]
             logits = judge(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
             loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # (B, T - 1)
-            nats.append(loss.masked_fill(~mask[:, 1:], 0).double().sum(-1).cpu())
+            nats.append(loss.masked_fill(~mask[:, 1:], 0).cpu().double().sum(-1))
             features.append(states.pop()[torch.arange(len(ids)), lengths - 1].float().cpu())
     finally:
         hook.remove()

@@ -49,7 +49,7 @@ class Evolution:
 
 
 def measure_state(state: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """What one state (B, T, d) looks like in each sequence, (B,), in float64.
+    """What one state (B, T, d) looks like in each sequence, (B,), in float64 on the CPU.
 
     Args:
         mask: Where there is a token, (B, T); everywhere by default.
@@ -71,7 +71,8 @@ def measure_state(state: Tensor, mask: Tensor | None = None) -> dict[str, Tensor
     """
     if state.ndim != 3:
         raise ValueError(f"A state must be of shape (B, T, d), not {tuple(state.shape)}.")
-    is_real = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device) if mask is None else mask != 0
+    state = state.detach().cpu()
+    is_real = torch.ones(state.shape[:2], dtype=torch.bool) if mask is None else mask.cpu() != 0
     count = is_real.sum(-1)
     if is_real.shape != state.shape[:2] or not state.numel() or not bool((count > 0).all()):
         raise ValueError(f"Every sequence needs a token: the state has shape {tuple(state.shape)}, tokens {count}.")
@@ -115,7 +116,7 @@ def measure_evolution(batches: Iterable[Sequence[Tensor]]) -> Evolution:
             if movement is not None:
                 measured["centroid_movement"] = movement
             for name, value in measured.items():
-                values.setdefault(name, {}).setdefault(level, []).append(value.cpu())
+                values.setdefault(name, {}).setdefault(level, []).append(value)
         num_sequences += len(states[0])
         num_tokens, latent_size = max(num_tokens, states[0].shape[1]), states[0].shape[2]
     if not num_sequences:

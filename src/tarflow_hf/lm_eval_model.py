@@ -203,7 +203,7 @@ class TarFlowLMEvaluator(LM):
             if bool(given.any()):
                 options["observed_mask"] = position < given
             samples = elbo_samples(self.model, ids, noise[:, :, : ids.shape[1]], **options)
-            for i, bound in zip(batch, log_mean_exp(samples.double()).tolist(), strict=True):
+            for i, bound in zip(batch, log_mean_exp(samples.cpu().double()).tolist(), strict=True):
                 bounds[i] = bound
         return bounds
 

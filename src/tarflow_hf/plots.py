@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .flops import FlopCount
 from .latent_evolution import MEASURES, Evolution
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .flops import FlopCount
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by all eyes (Okabe and Ito)
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -26,7 +27,7 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def plot_flops(counts: dict[str, dict[int, FlopCount]]) -> "Figure":
+def plot_flops(counts: "dict[str, dict[int, FlopCount]]") -> "Figure":
     """The paper's Figure 7: FLOPs of a TarFlowLM over those of the discrete transformer, against the patch size.
 
     Left by the paper's count, right by the true one; of `flops.figure_7`.
