@@ -1,6 +1,6 @@
 """What each token of a text costs: its share of the bound on the text's likelihood, as a number and as a picture.
 
-ids  ->  `token_bits`  ->  `bits_section`, a part of an HTML page, beside the sentence of `what_bits_mean`
+ids  ->  `token_bits`  ->  `bits_section`, which `likelihood_section` puts beside what it means
 """
 
 import math
@@ -126,14 +126,16 @@ def bits_section(token_ids: Tensor, bits: Tensor, tokenizer: PreTrainedTokenizer
     of the vocabulary does, or more.
     """
     guess = math.log2(len(tokenizer))
-    words: list[str] = []
+    words, starts_word = [], True  # lines break between words
     for text, cost in bits_of_pieces(token_ids, bits, tokenizer):
+        is_space = text.isspace()
         heat = min(max(cost / guess, 0.0), 1.0)
         shown = NOT_PRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
         shown = shown.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}").replace("\t", "\N{RIGHTWARDS ARROW}")
-        shown = "\N{OPEN BOX}" * len(shown) if shown.isspace() else shown
-        if not words or text[:1].isspace():  # lines break between words
+        shown = "\N{OPEN BOX}" * len(shown) if is_space else shown
+        if starts_word or (text[:1].isspace() and not is_space):
             words.append("")
+        starts_word = is_space
         number = f"{cost:z.1f}".replace("-", "\N{MINUS SIGN}")
         words[-1] += (
             f'<span class="token" style="--heat:{heat:.2f}"><bdi>{escape(shown)}</bdi><small>{number}</small></span>'
@@ -144,6 +146,27 @@ def bits_section(token_ids: Tensor, bits: Tensor, tokenizer: PreTrainedTokenizer
     )
     text = "\n".join(f'<span class="word">{word}</span>' for word in words)
     return f'{legend}\n<p class="bits">{text}</p>'
+
+
+@torch.no_grad()
+def likelihood_section(
+    model: TarFlowLMModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: Tensor,
+    num_samples: int = 8,
+    generator: torch.Generator | None = None,
+) -> str:
+    """The bits of a text's ids (1, T): per character, in all, of each token, and what they mean.
+
+    A part of an HTML page that has `BITS_STYLE`. Options and errors as of `token_bits`.
+    """
+    bits = token_bits(model, input_ids, num_samples, generator)[0].cpu()
+    total, num_characters = bits.sum().item(), len(tokenizer.decode(input_ids[0], clean_up_tokenization_spaces=False))
+    return (
+        f"<h2>Likelihood: {total / num_characters:.2f} bits per character</h2>\n"
+        f'<p class="note">{total:.0f} bits for {num_characters} characters, an upper bound: the mean of {num_samples} '
+        f"samples. {what_bits_mean(model)}</p>\n{bits_section(input_ids[0].cpu(), bits, tokenizer)}"
+    )
 
 
 # The colour is laid over the page, light or dark, and leaves enough contrast on either.
