@@ -22,6 +22,7 @@ STYLE = demo.DEMO_STYLE + """\
 .result { --line: var(--border-color-primary); --quiet: #5a5a66; --mark: #ffe9a3; }
 .dark .result { --quiet: #a3a3b0; --mark: #5e4a00; }
 .result .passes p { display: block; }
+.dark button[role=tab][aria-selected=true] { color: var(--primary-300); }
 .result .message { border-left: 4px solid #c2410c; padding: .5rem .75rem; }
 """  # fmt: skip
 THEME = gr.themes.Default(primary_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace"]).set(
@@ -73,6 +74,10 @@ def page(model, tokenizer, name: str) -> gr.Blocks:
     def seed_box():
         return gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
 
+    def slider(label, minimum, maximum, value=1, step=0.05, **options):
+        precision = 0 if step == int(step) else None
+        return gr.Slider(minimum, maximum, value, step=step, precision=precision, label=label, min_width=250, **options)
+
     def text_box(label, **options):
         return gr.Textbox(label=label, lines=3, max_length=20_000, **options)
 
@@ -88,15 +93,13 @@ def page(model, tokenizer, name: str) -> gr.Blocks:
             with gr.Row():
                 step, most = config.patch_size, config.max_position_embeddings
                 default = min(128, most) // step * step
-                length = gr.Slider(step, most, default, step=step, precision=0, label="New tokens")
-                temperature = gr.Slider(0.1, 1.5, 1, step=0.05, label="Temperature of the noise")
+                length = slider("New tokens", step, most, default, step)
+                temperature = slider("Temperature of the noise", 0.1, 1.5)
                 seed = seed_box()
             with gr.Accordion("Advanced", open=False), gr.Row():
-                top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p of the mixture weights", visible=has_weights)
-                mixture = gr.Slider(
-                    0.1, 1.5, 1, step=0.05, label="Temperature of the mixture weights", visible=has_weights
-                )
-                candidates = gr.Slider(1, 8, 1, step=1, precision=0, label="Candidates: the likeliest is kept")
+                top_p = slider("Top-p of the mixture weights", 0.05, 1, visible=has_weights)
+                mixture = slider("Temperature of the mixture weights", 0.1, 1.5, visible=has_weights)
+                candidates = slider("Candidates: the likeliest is kept", 1, 8, step=1)
             act(write, [prompt, length, temperature, seed, top_p, mixture, candidates], prompt)
         with gr.Tab("Score"):
             text = text_box("Your text")

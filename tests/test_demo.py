@@ -75,6 +75,10 @@ def test_what_follows_the_end_of_a_document_is_shown(model, tokenizer):
     with_end = separated(STACKS["mix-d, mix-1, mix-1"], eos_token_id=4, pad_token_id=0)
     texts = [written(demo.write(m, tokenizer, "", 32, seed=1)) for m in (model, with_end)]
     assert texts[0] == texts[1] and "d" in texts[0][:-1]
+    after = [
+        "".join(cell[0] for cell in rows_of(demo.edit(m, tokenizer, TEXT + " dog", "is"))[1]) for m in (model, with_end)
+    ]
+    assert after[0] == after[1] and after[0].endswith("g")
 
 
 @pytest.mark.parametrize("prompt", ["the [...] is [..] red", "the […] is [..] red", "[...]", "fox[.....]"])

@@ -121,6 +121,15 @@ def test_the_picture_says_each_number():
     assert section.count('class="word"') == 2 and "4.8 bits, as many as a guess among all 27 tokens" in section
 
 
+def test_white_space_is_seen():
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, " b": 1, " ": 2, "\n": 3, "\t ": 4}, unk_token="a"))
+    tokenizer.decoder = decoders.Fuse()
+    section = bits_section(torch.arange(5), torch.zeros(5), PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert [text for text, *_ in tokens_of(section)] == ["a", " b", "␣", "↵", "→␣"]
+    words = re.findall(r'class="word">(.*?)</span></span>', section)
+    assert ["".join(re.findall("<bdi>(.*?)</bdi>", word)) for word in words] == ["a", " b␣", "↵", "→␣"]
+
+
 def test_hostile_text_stays_text():
     section = bits_section(torch.arange(len(HOSTILE)), torch.ones(len(HOSTILE)), hostile_tokenizer())
     assert set(re.findall(r"<(\w+)", section)) == {"p", "span", "bdi", "small"} and "\x1b" not in section

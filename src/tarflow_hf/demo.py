@@ -109,9 +109,10 @@ def edit(
     edited = model.generate(noise=state, num_flows=num_flows, eos_token_id=-1)
     before, after, nowhere = ids[0].cpu(), edited[0].cpu(), torch.zeros_like(is_redrawn)
     passes = [Pass("Before", before, nowhere, nowhere), Pass("After", after, before != after, nowhere)]
+    note = f"{int(is_redrawn.sum())} of {len(offsets)} tokens were redrawn. What changed is marked."
     return (
-        f'<p class="note">{int(is_redrawn.sum())} of {len(offsets)} tokens were redrawn. Changes are marked.</p>\n'
-        f"{passes_section(passes, tokenizer)}\n" + _likelihood(model, tokenizer, edited)
+        f'<p class="note">{note} The bits are those of the text after.</p>\n{passes_section(passes, tokenizer)}\n'
+        + _likelihood(model, tokenizer, edited)
     )
 
 

@@ -96,7 +96,9 @@ def find_passes(
     is_given = torch.arange(length) < num_given
     if given_mask is not None:
         if given_ids is None or given_mask.shape != given_ids.shape:
-            raise ValueError(f"given_mask must have the shape ({num_given},) of given_ids, not {given_mask.shape}.")
+            raise ValueError(
+                f"given_mask must have the shape ({num_given},) of given_ids, not {tuple(given_mask.shape)}."
+            )
         is_given[:num_given] = given_mask.cpu() != 0
     passes = []
     for level in reversed(range(len(states))):

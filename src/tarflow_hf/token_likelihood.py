@@ -132,7 +132,7 @@ def bits_section(token_ids: Tensor, bits: Tensor, tokenizer: PreTrainedTokenizer
         heat = min(max(cost / guess, 0.0), 1.0)
         shown = NOT_PRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
         shown = shown.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}").replace("\t", "\N{RIGHTWARDS ARROW}")
-        shown = "\N{OPEN BOX}" * len(shown) if is_space else shown
+        shown = shown.replace(" ", "\N{OPEN BOX}") if is_space else shown
         if starts_word or (text[:1].isspace() and not is_space):
             words.append("")
         starts_word = is_space
