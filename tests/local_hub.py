@@ -6,8 +6,8 @@
 
 The client reads its environment when it is imported, hence the subprocess.
 
-Tokens are those of TOKENS. Everyone reads public repositories, their owner writes, with a token that may write; a private
-one exists for its owner alone. With `hub.breaks_at = "/commit/"` the connection is lost where a request's path
+Tokens are those of TOKENS. Everyone reads public repositories; their owner writes, with a token that may write; a
+private one exists for its owner alone. With `hub.breaks_at = "/commit/"` the connection is lost where a request's path
 contains that.
 
 Endpoints, for models in flat repositories; `{r}` is a branch, a tag or a commit:
@@ -132,8 +132,8 @@ class LocalHub:
         if is_writing and (user["auth"]["accessToken"]["role"] != "write" or (repo_id is not None and not is_owner)):
             raise HubError(HTTPStatus.FORBIDDEN)
 
-    # One method per endpoint. Each takes the body, the user and the fields of the address; it returns what becomes JSON,
-    # or a content with its headers.
+    # One method per endpoint. Each takes the body, the user and the fields of the address; it returns what becomes
+    # JSON, or a content with its headers.
 
     def whoami(self, body: bytes, user: dict):
         return user

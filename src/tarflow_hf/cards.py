@@ -172,13 +172,13 @@ def _prompts(config: TarFlowLMConfig) -> str:
     """How well `generate` continues prompts and fills gaps."""
     if config.conditional:
         return (
-            "It was made to be told some of the tokens: `generate` continues a prompt, and fills gaps (`infill_mask`),\n"
-            "by the distribution that it was trained for."
+            "It was made to be told some of the tokens: `generate` continues a prompt, and fills gaps\n"
+            "(`infill_mask`), by the distribution that it was trained for."
         )
     if any(flow["direction"] == "right_to_left" for flow in config.flows):
         return (
-            "`generate` continues a prompt, and fills gaps (`infill_mask`), by an approximation: what is known is held\n"
-            "fixed in the first flow only, because a flow here runs right to left."
+            "`generate` continues a prompt, and fills gaps (`infill_mask`), by an approximation: what is known\n"
+            "is held fixed in the first flow only, because a flow here runs right to left."
         )
     return (
         "`generate` continues a prompt exactly by the model's distribution, because no flow runs right to left; it\n"

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -195,7 +196,7 @@ def _check_card(card: ModelCard | str) -> None:
     """
     try:
         (card if isinstance(card, ModelCard) else ModelCard(card)).validate()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
             f"The card's metadata, between its two lines of ---, is not valid, and nothing was published: {error}"
         ) from error
@@ -294,9 +295,7 @@ for line in sys.stdin:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+        self.process.communicate()  # closes its input, by which it ends
         self.errors.close()
         self.folder.cleanup()
 
