@@ -5,17 +5,19 @@ import copy
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from local_hub import LocalHub
+from local_hub import LocalHub, Repository
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from transformers import AutoModel, DataCollatorForLanguageModeling, Trainer, TrainingArguments, pipeline
 from transformers.dynamic_module_utils import get_relative_imports
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tarflow_hf
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
@@ -246,7 +248,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 
 from tarflow_hf.data import character_tokenizer
 
@@ -261,9 +263,20 @@ def main():
     AutoModelForCausalLM.from_pretrained("saved/mix-d, mix-1").push_to_hub("tester/tarflow")
     character_tokenizer().push_to_hub("tester/tarflow")
     AutoModelForCausalLM.from_pretrained("saved/patches").push_to_hub("tester/tarflow", revision="patches")
+
+    trained = AutoModel.from_pretrained("saved/mix-d, mix-1")
+    ids = torch.arange(16)
+    Trainer(
+        trained,
+        TrainingArguments("trainer", push_to_hub=True, hub_model_id="tester/trained", max_steps=1, use_cpu=True),
+        train_dataset=[{"input_ids": ids, "labels": ids}] * 2,
+        processing_class=character_tokenizer(),
+    ).train()
+
     model = AutoModel.from_pretrained("tester/tarflow")
     model.save_pretrained("again")
-    return {"loaded": loaded, "class": type(model).__module__, "output": observe(model)}
+    outputs = {"output": observe(model), "trained": observe(trained.eval())}
+    return {"loaded": loaded, "class": type(model).__module__, **outputs}
 
 
 """
@@ -308,14 +321,56 @@ def main():
         new.save_pretrained(f"new/{source}")
     model.push_to_hub("tester/again")
     load("tester/again", AutoModelForCausalLM)
+    load("tester/trained", AutoModel)
     load("tester/tarflow", AutoModel, revision="patches")
     for folder in Path("saved").iterdir():
         load(str(folder), AutoModel)
     results["texts"] = continue_text("tester/tarflow", trust_remote_code=True)
+
+    def message_of(load, *arguments, **options):
+        try:
+            load(*arguments, trust_remote_code=True, **options)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    results["faults"] = {
+        name: message_of(AutoModelForCausalLM.from_pretrained, f"tester/{name}")
+        for name in ["no-code", "other-code", "cut-short", "no-weights", "unfit", "of-the-future", "nowhere"]
+    }
+
+    def version_of(source, **options):
+        model = AutoModel.from_pretrained(source, trust_remote_code=True, **options)
+        return getattr(sys.modules[type(model).__module__], "VERSION", None), observe(model)
+
+    results["versions"] = {
+        "main": version_of("tester/versions"),
+        "v1": version_of("tester/versions", revision="v1"),
+        "main, code of v1": version_of("tester/versions", code_revision="v1"),
+        "main again": version_of("tester/versions"),
+    }
     return results
 
 
 """
+
+
+def with_weights(files, change):
+    weights = load(files["model.safetensors"])
+    change(weights)
+    return {**files, "model.safetensors": save(weights, metadata={"format": "pt"})}
+
+
+FAULTS = {
+    "no-code": lambda files: {name: files[name] for name in files if not name.endswith(".py")},
+    "other-code": lambda files: {**files, "modeling_tarflowlm.py": b"class OtherModel: pass\n"},
+    "cut-short": lambda files: {**files, "model.safetensors": files["model.safetensors"][:-100]},
+    "no-weights": lambda files: {name: files[name] for name in files if name != "model.safetensors"},
+    "unfit": lambda files: with_weights(files, lambda weights: weights.pop(KEY)),
+    "of-the-future": lambda files: {
+        **files,
+        "config.json": files["config.json"].replace(b'"mixture_cdf"', b'"spline"'),
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +382,14 @@ def with_the_package(saved, hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def without_the_package(saved, hub, with_the_package, tmp_path_factory):
+    good, other = hub.files("tester/tarflow"), hub.files("tester/tarflow", "patches")
+    for name, damage in FAULTS.items():
+        hub.repositories[f"tester/{name}"] = repository = Repository()
+        repository.commit("main", damage(good))
+    hub.repositories["tester/versions"] = repository = Repository()
+    for version, files in ((1, good), (2, other)):
+        code = files["modeling_tarflowlm.py"] + f"\nVERSION = {version}\n".encode()
+        repository.tags[f"v{version}"] = repository.commit("main", {**files, "modeling_tarflowlm.py": code})
     folder = tmp_path_factory.mktemp("without")
     (folder / "saved").symlink_to(saved["patches"][1].parent)
     return {**run_python(WITHOUT_THE_PACKAGE, folder, hub), "folder": folder}
@@ -393,6 +456,49 @@ def test_the_package_needs_no_remote_code(saved, with_the_package):
 def test_a_revision_is_a_model_of_its_own(saved, without_the_package):
     expected = observe(saved["patches"][0])
     assert_same_output(without_the_package["outputs"]["AutoModel", "tester/tarflow", "patches"], expected)
+
+
+def test_a_class_is_pinned_by_its_revision_and_two_live_in_one_process(saved, without_the_package):
+    versions = without_the_package["versions"]
+    for name, code, weights in [
+        ("v1", 1, "mix-d, mix-1"),
+        ("main", 2, "patches"),
+        ("main, code of v1", 1, "patches"),
+        ("main again", 2, "patches"),
+    ]:
+        assert versions[name][0] == code, name
+        assert_same_output(versions[name][1], observe(saved[weights][0]))
+
+
+def test_what_trainer_pushes_loads_without_the_package(hub, with_the_package, without_the_package):
+    assert set(hub.files("tester/trained")) >= SAVED | {"README.md", "tokenizer.json", "training_args.bin"}
+    assert_same_output(
+        without_the_package["outputs"]["AutoModel", "tester/trained", "main"], with_the_package["trained"]
+    )
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("no-code", r"OSError: tester/no-code does not appear to have a file named configuration_tarflowlm\.py"),
+        ("other-code", r"AttributeError: .*modeling_tarflowlm' has no attribute 'TarFlowLMModel'"),
+        ("cut-short", r"SafetensorError: .*file not fully covered"),
+        ("no-weights", r"OSError: tester/no-weights does not appear to have a file named .*model\.safetensors"),
+        ("unfit", r"ValueError: The checkpoint tester/unfit does not fit .* missing_keys \['flow\.layers\.0\.start'\]"),
+        ("of-the-future", r"ValueError: flows\[1\]\.coupling must be one of affine, .*, not 'spline'"),
+        ("nowhere", r"(?s)OSError: tester/nowhere is not a local folder.*hf auth login"),
+    ],
+)
+def test_a_repository_that_does_not_load_says_why(without_the_package, name, message):
+    assert re.match(message, without_the_package["faults"][name])
+
+
+def test_another_architecture_is_no_tarflowlm(tmp_path):
+    AutoModel.from_config(CONFIG_MAPPING["qwen3"](**QWEN3, num_hidden_layers=1, vocab_size=27)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match=r"does not fit the model: missing_keys"):
+        TarFlowLMModel.from_pretrained(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- the pipeline

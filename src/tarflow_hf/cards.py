@@ -83,6 +83,9 @@ def model_card(
         ('text-generation', 2.5)
     """
     training = {} if training is None else dict(training)
+    for option, of_stages in (("num_steps", "stage_steps"), ("learning_rate", "stage_learning_rates")):
+        if training.get(of_stages):
+            training.pop(option, None)  # which stands for nothing then
     name = repo_id.split("/")[-1]
     if evaluation is not None and not is_trained:
         raise ValueError("evaluation must be None for a model that is not trained: there is nothing to evaluate.")
