@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from transformers import AutoModel, DataCollatorForLanguageModeling, Trainer, TrainingArguments, pipeline
 from transformers.dynamic_module_utils import get_relative_imports
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tarflow_hf
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
@@ -248,7 +247,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator, pipeline
 
 from tarflow_hf.data import character_tokenizer
 
@@ -266,12 +265,15 @@ def main():
 
     trained = AutoModel.from_pretrained("saved/mix-d, mix-1")
     ids = torch.arange(16)
-    Trainer(
+    trainer = Trainer(
         trained,
         TrainingArguments("trainer", push_to_hub=True, hub_model_id="tester/trained", max_steps=1, use_cpu=True),
+        data_collator=default_data_collator,
         train_dataset=[{"input_ids": ids, "labels": ids}] * 2,
         processing_class=character_tokenizer(),
-    ).train()
+    )
+    trainer.train()
+    trainer.push_to_hub()  # what is pushed on the way has no code
 
     model = AutoModel.from_pretrained("tester/tarflow")
     model.save_pretrained("again")
@@ -478,7 +480,7 @@ def test_what_trainer_pushes_loads_without_the_package(hub, with_the_package, wi
 
 
 @pytest.mark.parametrize(
-    "name, message",
+    "fault, message",
     [
         ("no-code", r"OSError: tester/no-code does not appear to have a file named configuration_tarflowlm\.py"),
         ("other-code", r"AttributeError: .*modeling_tarflowlm' has no attribute 'TarFlowLMModel'"),
@@ -489,16 +491,8 @@ def test_what_trainer_pushes_loads_without_the_package(hub, with_the_package, wi
         ("nowhere", r"(?s)OSError: tester/nowhere is not a local folder.*hf auth login"),
     ],
 )
-def test_a_repository_that_does_not_load_says_why(without_the_package, name, message):
-    assert re.match(message, without_the_package["faults"][name])
-
-
-def test_another_architecture_is_no_tarflowlm(tmp_path):
-    AutoModel.from_config(CONFIG_MAPPING["qwen3"](**QWEN3, num_hidden_layers=1, vocab_size=27)).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(ValueError, match=r"does not fit the model: missing_keys"):
-        TarFlowLMModel.from_pretrained(tmp_path)
+def test_a_repository_that_does_not_load_says_why(without_the_package, fault, message):
+    assert re.match(message, without_the_package["faults"][fault])
 
 
 # ---------------------------------------------------------------------------------------------------- the pipeline
