@@ -1,4 +1,4 @@
-"""Checkpoints that earlier releases have saved say today what they said then. `make_fixture.py` adds one per release."""
+"""Checkpoints of earlier releases say today what they said then. `make_fixture.py` adds one for each release."""
 
 from pathlib import Path
 
