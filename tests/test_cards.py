@@ -25,7 +25,9 @@ EVALUATION = {
     "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
     "data": "held-out.txt",
     "elbo_nats_per_token": 1.40625,
-    "elbo_nats_per_token_standard_error": 0.0234,
+    "elbo_standard_error": 0.0234,
+    "perplexity_per_word": None,
+    "num_tokens": 16384,
     "bits_per_character": 2.0288,
     "seconds": 77,
 }
@@ -48,6 +50,7 @@ def test_the_evaluation_becomes_the_table_and_the_model_index(model):
     assert again.datasets == ["afmck/text8"] and again.license == "apache-2.0"
     for part in [
         "1.406 ± 0.023",
+        "| 16,384 |",
         "| 2.029 |",
         EVALUATION["command"],
         "2026-01-02",

@@ -29,6 +29,7 @@ def run(tmp_path, capsys, monkeypatch):
     for name, options in {"model": {}, "patches": {"patch_size": 2}, "conditional": {"conditional": True}}.items():
         save_model(make(flows=FLOWS, **options), character_tokenizer(), tmp_path / name)
     Path("text.txt").write_text(TEXT)
+    monkeypatch.setattr("tarflow_hf.training.share_cores", lambda: None)  # which would last beyond these tests
 
     def run(script: str, *arguments: str) -> str:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -13,17 +13,18 @@ from .data import PYTHON_DOCS
 from .modeling.configuration_tarflowlm import TarFlowLMConfig
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
-# The figures of an evaluation's JSON that a card gives, each with its `..._standard_error` where there is one.
+# The figures of an evaluation's JSON that a card gives: what they are, and the field with their standard error.
 METRICS = {
-    "elbo_nats_per_token": "nats per token, at most: from the ELBO",
-    "importance_weighted_nats_per_token": "nats per token, at most: importance-weighted bound",
-    "bits_per_character": "bits per character, at most",
-    "perplexity": "perplexity per token, at most",
-    "perplexity_per_word": "perplexity per word, at most",
-    "reconstruction_accuracy": "tokens that their latents decode to",
-    "generative_perplexity": "generative perplexity",
-    "mauve": "MAUVE",
-    "unigram_entropy": "unigram entropy of samples, nats",
+    "nats_per_token": ("nats per token, at most: importance-weighted bound", "standard_error"),
+    "elbo_nats_per_token": ("nats per token, at most: ELBO", "elbo_standard_error"),
+    "bits_per_character": ("bits per character, at most: importance-weighted bound", None),
+    "elbo_bits_per_character": ("bits per character, at most: ELBO", None),
+    "perplexity": ("perplexity per token, at most", None),
+    "perplexity_per_word": ("perplexity per word, at most", None),
+    "reconstruction_accuracy": ("share of tokens that their latents decode to", "reconstruction_standard_error"),
+    "generative_perplexity": ("generative perplexity of samples", None),
+    "mauve": ("MAUVE of samples", None),
+    "entropy": ("unigram entropy of samples, nats", None),
 }
 
 # The options of a training run that a card gives, as of `examples/train.py` and its recipes.
@@ -64,7 +65,8 @@ def model_card(
         training: Options of the run, by the names that `examples/train.py` and its recipes give them, and its
             `command`. `dataset` becomes metadata where it is one of the Hub.
         evaluation: An evaluation as `json.load` reads it: a flat dict with its `command`, its `date`, and any of
-            METRICS, which become the table and the `model-index`; `data` names the text, `versions` the libraries.
+            METRICS, which become the table and the `model-index` (null: not known); `data` names the text, `versions`
+            the libraries, `num_samples` the samples of the importance-weighted bound, `num_tokens` what was scored.
         repo_id: Where it will be, for the code that shows how to use it.
         description: A sentence on what this model is.
         is_trained: False for a recipe that was not run to its end: the card says so, and takes no evaluation.
@@ -128,13 +130,13 @@ def _eval_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
     for name in ("command", "date"):
         if not evaluation.get(name):
             raise ValueError(f"evaluation needs its {name}: a number on a card stands beside what made it.")
-    known = {name: evaluation[name] for name in METRICS if name in evaluation}
+    known = {name: evaluation[name] for name in METRICS if evaluation.get(name) is not None}
     if not known:
         raise ValueError(f"evaluation has none of the figures that a card gives: {', '.join(METRICS)}.")
     for name, value in known.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"evaluation's {name} must be a finite number, not {value!r}.")
-    text = str(evaluation.get("data", "held-out text"))
+    text = str(evaluation.get("data") or "held-out text")
     return [
         EvalResult(
             task_type="text-generation",
@@ -142,7 +144,7 @@ def _eval_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
             dataset_name=text,
             metric_type=name,
             metric_value=value,
-            metric_name=METRICS[name],
+            metric_name=METRICS[name][0],
         )
         for name, value in known.items()
     ]
