@@ -6,13 +6,16 @@
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py --recipe openwebtext_deep
     accelerate launch examples/train.py --dataset my.txt --mode progressive --patience 3 --eval_every 100
     accelerate launch examples/train.py --resume                           # go on where a run stopped
+    accelerate launch examples/train.py --push_to_hub USER/NAME            # publish it at the end
 
 A recipe is a file of examples/recipes/, by its name, or any JSON file like these: a model's configuration, and options.
 Options of the command line win over those of the recipe.
 """
 
 import json
-from dataclasses import dataclass, field
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,6 +24,7 @@ from transformers import AutoTokenizer, HfArgumentParser, set_seed
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, StreamingPackedTokens, character_tokenizer, load_splits
 from tarflow_hf.evaluation import WHAT_IS_SCORED, likelihoods, report_table
+from tarflow_hf.hub import check_access, model_card, publish
 from tarflow_hf.training import TrainingConfig, discrete_baseline, make_accelerator, share_cores, train
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -43,6 +47,8 @@ class RunConfig:
     tokenizer: str = field(default="text8", metadata={"help": "text8 (27 characters), or any AutoTokenizer"})
     test_sequences: int = field(default=64, metadata={"help": "sequences of the closing table"})
     test_samples: int = field(default=16, metadata={"help": "samples of the importance-weighted bound in it"})
+    push_to_hub: str | None = field(default=None, metadata={"help": "publish there at the end: USER/NAME"})
+    private: bool = field(default=False, metadata={"help": "make that repository private, where it is new"})
 
 
 def read_recipe(name: str) -> dict:
@@ -105,6 +111,10 @@ def main():
     if accelerator.device.type == "cpu":
         share_cores()
     set_seed(training.seed)
+    if run.push_to_hub and run.model == "ar":
+        raise ValueError("push_to_hub is for a tarflowlm: the discrete baseline is pushed by its own push_to_hub.")
+    if run.push_to_hub and accelerator.is_main_process:
+        run.push_to_hub = check_access(run.push_to_hub, private=run.private or None)  # before it is trained
 
     tokenizer = character_tokenizer() if run.tokenizer == "text8" else AutoTokenizer.from_pretrained(run.tokenizer)
     config, model = build(run, fields, tokenizer)
@@ -116,6 +126,8 @@ def main():
     if accelerator.is_main_process:
         report(model, tokenizer, test_data, run)
         print(f"\nSaved to {training.output_dir}/model")
+        if run.push_to_hub:
+            push(run, training, tokenizer)
 
 
 def describe(train_data) -> str:
@@ -136,6 +148,14 @@ def report(model, tokenizer, test_data, run: RunConfig) -> None:
     print(f"\nA sample:\n{tokenizer.decode(tokens[0], skip_special_tokens=True)}\n")
     table = report_table(rows, test_data.characters_per_token, test_data.tokens_per_word)
     print(f"Test text:\n{table}\n{WHAT_IS_SCORED}")
+
+
+def push(run: RunConfig, training: TrainingConfig, tokenizer) -> None:
+    """Publishes what was saved, with a card that says how it was trained."""
+    model = TarFlowLMModel.from_pretrained(f"{training.output_dir}/model")
+    command = shlex.join(["accelerate", "launch", *sys.argv])
+    card = model_card(model.config, {**asdict(run), **asdict(training), "command": command}, repo_id=run.push_to_hub)
+    print(publish(model, tokenizer, run.push_to_hub, card=card, private=run.private or None).commit_url)
 
 
 if __name__ == "__main__":
