@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -318,12 +319,65 @@ def test_bad_input(tmp_path, data, tokenizer):
     assert (tmp_path / "checkpoint-8").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data, tokenizer, monkeypatch):
+STACK = [
+    {"coupling": "mixture_rosenblatt", "direction": "left_to_right", "num_hidden_layers": 1},
+    {"coupling": "mixture_cdf", "direction": "right_to_left", "num_hidden_layers": 1, "num_components": 2},
+    {"coupling": "affine", "direction": "left_to_right", "num_hidden_layers": 1},
+]
+DIVERGENCES = [  # a parameter whose value, or gradient, diverges, or the loss itself; what is said of it
+    ("codebook", "value", "the latents"),
+    ("layers.0.head", "value", "the output of flow 1"),
+    ("layers.1.head", "value", "the output of flow 2"),
+    ("layers.2.head", "gradient", "the gradient of flow 3"),
+    ("layers.1.head", "gradient", "the gradient of flow 2"),
+    ("codebook", "gradient", "the gradient of the codebook"),
+    ("", "loss", "the loss"),
+    ("model.norm", "gradient", "the gradient of the model"),
+]
+
+
+@pytest.mark.parametrize("place, what, said", DIVERGENCES)
+def test_a_divergence_is_traced(tmp_path, data, tokenizer, monkeypatch, place, what, said):
+    """It begins at step 63, in the second epoch; the log looks at step 70, when all weights are NaN."""
     from tarflow_hf import training as module
 
-    monkeypatch.setattr(module, "compute_loss", lambda *a: compute_loss(*a) * torch.nan)
-    with pytest.raises(FloatingPointError, match="step 1"):
-        run(tmp_path, data, tokenizer)
+    steps = count(1)
+
+    def diverging_loss(model, *arguments):
+        if next(steps) != 63:
+            return compute_loss(model, *arguments)
+        parameter = next(parameter for name, parameter in model.named_parameters() if place in name)
+        if what == "value":
+            parameter.data.fill_(torch.inf)
+        if what == "gradient":
+            parameter.register_hook(lambda grad: grad * torch.nan)
+        loss = compute_loss(model, *arguments)
+        return loss * torch.nan if what == "loss" else loss
+
+    monkeypatch.setattr(module, "compute_loss", diverging_loss)
+    first = 62 * 4 - len(data) // 4 * 4
+    assert 0 < first < len(data)
+    message = f"At step 63, {said} is the first .* 4 sequences, from number {first} of epoch 1 on"
+    options = {"num_steps": 80, "save_every": 30, "log_every": 10, "baseline": place == "model.norm"}
+    with pytest.raises(FloatingPointError, match=message):
+        run(tmp_path, data, tokenizer, config(flows=STACK), **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-30", "checkpoint-60", "log.jsonl"]
+    assert all(w.isfinite().all() for w in load_file(tmp_path / "checkpoint-60" / "model.safetensors").values())
+
+
+def test_a_divergence_in_the_last_step_is_not_saved(tmp_path, data, tokenizer, monkeypatch):
+    """Its loss is finite; the gradients, and with them the weights, are not."""
+    from tarflow_hf import training as module
+
+    def diverging_loss(model, *arguments):
+        loss = compute_loss(model, *arguments)
+        model.flow.codebook.log_scale.register_hook(lambda grad: grad / 0)
+        return loss
+
+    monkeypatch.setattr(module, "compute_loss", diverging_loss)
+    with pytest.raises(FloatingPointError, match="step 1, the gradient of the codebook"):
+        run(tmp_path, data, tokenizer, num_steps=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 def test_an_interrupted_save_leaves_what_was_there(tmp_path, tokenizer, monkeypatch):
@@ -346,12 +400,6 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, tokenizer, monkeypa
 
 
 # ------------------------------------------------------------------------------------------------------------- stages
-
-STACK = [
-    {"coupling": "mixture_rosenblatt", "direction": "left_to_right", "num_hidden_layers": 1},
-    {"coupling": "mixture_cdf", "direction": "right_to_left", "num_hidden_layers": 1, "num_components": 2},
-    {"coupling": "affine", "direction": "left_to_right", "num_hidden_layers": 1},
-]
 
 
 def entries(folder: Path) -> list[dict]:
@@ -438,30 +486,39 @@ def test_a_run_resumes_inside_and_between_stages(tmp_path, data, tokenizer, end)
     assert_same_weights(whole, resumed)
 
 
-def test_patience(tmp_path, data, tokenizer, monkeypatch):
-    """A stage ends when two evaluations in a row were no better; also after a resume between them."""
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_patience(tmp_path, data, tokenizer, monkeypatch, ema_decay):
+    """A stage ends when two evaluations in a row were no better, with the weights of the best one; also after a resume
+    between them. The codebook and flow 1 are those of step 4, flow 2 of step 10; the joint stage ends by its budget.
+    """
     from tarflow_hf import training as module
 
-    values = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0, 10: 1.5, 12: 1.6, 14: 1.0}  # 8: as good is no better
-    step = [0]
+    values = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0, 10: 1.5, 12: torch.nan, 14: 1.6, 16: 0.9, 18: 1.0}  # 8: no better
+    step, seen = [0], {}
     monkeypatch.setattr(module.Log, "losses", lambda self, done, *_: step.__setitem__(0, done))
-    fake = module.Likelihood(0.0, 1, 0.0)
-    monkeypatch.setattr(
-        module, "likelihood", lambda *_, **__: module.Likelihood(values[step[0]], 1, 0.0) if step[0] in values else fake
-    )
-    written = []
-    monkeypatch.setattr(
-        module.Log, "validation", lambda self, done, result: written.append((self.stage["stage"], done))
-    )
-    options = {"mode": "progressive", "stage_steps": [12, 4], "patience": 2, "eval_every": 2, "save_every": 6}
-    run(tmp_path, data, tokenizer, keep_checkpoints=9, **options)
-    expected = [("flow 1", 2), ("flow 1", 4), ("flow 1", 6), ("flow 1", 8), ("flow 2", 10), ("flow 2", 12)]
-    assert written == expected
-    for name in ("checkpoint-8", "checkpoint-12"):
-        shutil.rmtree(tmp_path / name)
-    written.clear()
-    run(tmp_path, data, tokenizer, keep_checkpoints=9, resume=True, **options)
-    assert written == expected[3:]
+
+    def fake(model, *_):
+        seen[step[0]] = {name: weight.clone() for name, weight in model.state_dict().items()}
+        return module.Likelihood(values[step[0]], 1, 0.0)
+
+    monkeypatch.setattr(module, "validate", fake)
+    options = {"mode": "progressive_then_joint", "stage_steps": [12, 12, 4], "patience": 2, "eval_every": 2}
+    options |= {"save_every": 6, "keep_checkpoints": 9, "learning_rate": 0.01, "ema_decay": ema_decay}
+    whole, _ = run(tmp_path, data, tokenizer, **options)
+    assert list(seen) == [2, 4, 6, 8, 10, 12, 14, 16, 18]
+    for name, weight in seen[10].items():  # flow 2 was trained on top of the best of stage 1
+        assert torch.equal(weight, seen[4][name]) == ("layers.1." not in name)
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, seen[16][name]) and not torch.equal(weight, seen[18][name])
+    assert_same_weights(whole, TarFlowLMModel.from_pretrained(tmp_path / "model"))
+    for step_of_checkpoint in (6, 8, 12):  # behind the best one; at the end of the stage; in the second one
+        for path in tmp_path.glob("checkpoint-*"):
+            if int(path.name.split("-")[1]) > step_of_checkpoint:
+                shutil.rmtree(path)
+        seen.clear()
+        resumed, _ = run(tmp_path, data, tokenizer, resume=True, **options)
+        assert list(seen) == [at for at in values if at > step_of_checkpoint]
+        assert_same_weights(whole, resumed)
     with pytest.raises(ValueError, match="eval_every was 2 and is 1"):
         run(tmp_path, data, tokenizer, resume=True, **{**options, "eval_every": 1})
 
@@ -483,11 +540,13 @@ def test_stages_that_can_not_be(tmp_path, data, tokenizer, options, message):
         run(tmp_path, data, tokenizer, **options)
 
 
-@pytest.mark.parametrize("options", [{"mode": "progressive"}, {"ema_decay": 0.9}])
+@pytest.mark.parametrize(
+    "options", [{"mode": "progressive"}, {"ema_decay": 0.9}, {"patience": 1, "eval_every": 1}], ids=str
+)
 def test_sharded_weights_are_trained_jointly(data, options):
     sharded = SimpleNamespace(num_processes=2, distributed_type=DistributedType.FSDP)
     check_batches(data, TrainingConfig(), sharded)
-    with pytest.raises(ValueError, match="With FSDP, ema_decay must be 0 and mode joint"):
+    with pytest.raises(ValueError, match="With FSDP, ema_decay must be 0, mode joint and patience 0"):
         check_batches(data, TrainingConfig(**options), sharded)
 
 

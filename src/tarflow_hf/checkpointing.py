@@ -29,6 +29,27 @@ class Progress:
         return Progress(self.step, self.stage + 1)
 
 
+class BestWeights:
+    """The weights that a stage trained, as they were at its best evaluation; on the CPU, and in every checkpoint."""
+
+    def __init__(self):
+        self.weights: dict[str, Tensor] = {}
+
+    def keep(self, model: PreTrainedModel, trained: set[str]) -> None:
+        named = model.named_parameters()
+        self.weights = {name: weight.detach().to("cpu", copy=True) for name, weight in named if name in trained}
+
+    def restore(self, model: PreTrainedModel) -> None:
+        model.load_state_dict(self.weights, strict=False)
+        self.weights = {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.weights
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.weights = state
+
+
 def check_output_dir(output_dir: Path) -> None:
     """Makes the folder.
 
