@@ -37,6 +37,7 @@ from tarflow_hf.training import (
     make_stages,
     save_model,
     train,
+    validate,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -260,6 +261,36 @@ def test_the_discrete_baseline_scores_every_token():
     assert (-nats).exp().sum() < 1
 
 
+@pytest.mark.parametrize("num_processes", [2, 3, 5])
+def test_processes_share_validation(data, num_processes):
+    """Three batches: each is scored once, with its own noise, and all processes run equally many forward passes."""
+    model = TarFlowLMModel(config())
+    calls, summed = [], []
+
+    def process(index: int, count: int):
+        def reduce(nats, reduction):
+            summed.append(nats)
+            return nats
+
+        process = SimpleNamespace(num_processes=count, process_index=index, reduce=reduce)
+        return SimpleNamespace(**vars(process), device=torch.device("cpu"))
+
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    whole = validate(model, data, 40, process(0, 1))
+    expected = summed.pop()
+    assert len(calls) == 3 and whole.num_tokens == 640
+    for index in range(num_processes):
+        calls.clear()
+        validate(model, data, 40, process(index, num_processes))
+        assert len(calls) == -(-3 // num_processes)
+    handle.remove()
+    torch.testing.assert_close(sum(summed), expected)
+    assert ((torch.stack(summed) != 0).sum(0) == 1).all()
+    # The first batch is that of `likelihood`, and the figures are made of the sequences' as there.
+    first, same = validate(model, data, 16, process(0, 1)), likelihood(model, data, max_sequences=16)
+    assert (first.nats, first.standard_error) == pytest.approx((same.nats, same.standard_error))
+
+
 def test_likelihood_of_text(data):
     set_seed(0)
     model = TarFlowLMModel(config())
@@ -397,6 +428,52 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, tokenizer, monkeypa
     save_model(other, tokenizer, tmp_path / "model")
     assert_same_weights(TarFlowLMModel.from_pretrained(tmp_path / "model"), other)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path, data, tokenizer, monkeypatch):
+    """The system lets no file grow beyond some size, once step 6 is due: as if the disk were full."""
+    import resource
+
+    from tarflow_hf import training as module
+
+    original, limits = module.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_checkpoint(accelerator, output_dir, progress, *rest):
+        if progress.step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            original(accelerator, output_dir, progress, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    options = {"num_steps": 8, "save_every": 2, "eval_sequences": 2, "keep_checkpoints": 2}
+    whole, expected = run(tmp_path / "whole", data, tokenizer, **options)
+    monkeypatch.setattr(module, "save_checkpoint", save_checkpoint)
+    with pytest.raises(OSError, match=r"checkpoint-6 could not be written: .*saved before is intact.*resume"):
+        run(tmp_path / "full", data, tokenizer, **options)
+    left = sorted(path.name for path in (tmp_path / "full").iterdir())
+    assert left == ["checkpoint-2", "checkpoint-4", "log.jsonl"]
+    monkeypatch.undo()
+    resumed, losses = run(tmp_path / "full", data, tokenizer, resume=True, **options)
+    assert losses == expected
+    assert_same_weights(whole, resumed)
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "no permission"])
+def test_an_output_folder_that_can_not_be_written(tmp_path, data, tokenizer, monkeypatch, obstacle):
+    from tarflow_hf import training as module
+
+    folder = tmp_path / "runs" / "mine"
+    if obstacle == "a file":
+        folder.parent.write_text("no folder")
+    else:
+        if os.geteuid() == 0:
+            pytest.skip("nothing is forbidden to the superuser")
+        folder.mkdir(parents=True)
+        folder.chmod(0o500)
+    monkeypatch.setattr(module, "compute_loss", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(OSError, match=f"output_dir {folder} can't be written to: .*Choose another"):
+        run(folder, data, tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------------------- stages
@@ -554,7 +631,9 @@ def test_sharded_weights_are_trained_jointly(data, options):
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path):
-    """DDP and FSDP2 on gloo: a flow model, the discrete one, a stream in parts, and the stages."""
+    """And the validations, which they share. DDP and FSDP2 on gloo: a flow model, the discrete one, a stream in parts,
+    a conditional model, whose processes miss different numbers of tokens, and the stages.
+    """
     import two_processes
 
     command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(Path(__file__).parent)]
@@ -580,7 +659,10 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
 @pytest.mark.parametrize("change", ["parts", "checkpointing", "compiled"])
 @pytest.mark.parametrize("baseline", [False, True])
 def test_how_a_step_is_computed_changes_no_loss(tmp_path, data, tokenizer, monkeypatch, change, baseline):
-    options = {"baseline": baseline, "num_steps": 5, "learning_rate": 0.01, "eval_sequences": 4}
+    """In parts also of a conditional model: with the latents' noise, what is observed is that of the whole."""
+    conditional = change == "parts" and not baseline
+    options = {"model_config": config(conditional=conditional), "baseline": baseline, "num_steps": 5}
+    options |= {"learning_rate": 0.01, "eval_sequences": 4}
     _, expected = run(tmp_path / "a", data, tokenizer, **options)
     if change == "compiled":
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER" if baseline else "EAGER")  # which is faster
@@ -730,14 +812,48 @@ def test_the_command_line_wins_over_the_recipe(tmp_path, monkeypatch):
     assert [flow["num_hidden_layers"] for flow in fields["flows"]] == [2, 2, 8] and fields["latent_size"] == 5
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"config": {"latent_size": 3}, "options": {"num_steps": 7}}))
-    _, training, fields = get("--recipe", str(path), "--config", str(path))
-    assert training.num_steps == 7 and fields["config"] == {"latent_size": 3}
-    with pytest.raises(ValueError, match=r"no recipe 'text9'.*openwebtext_deep"):
-        get("--recipe", "text9")
-    for content, message in (({"opts": {}}, "unknown keys"), ({"options": {"num_step": 1}}, "none of this script")):
+    _, training, fields = get("--recipe", str(path))
+    assert training.num_steps == 7 and fields == {"latent_size": 3}
+    saved = tmp_path / "config.json"
+    config().save_pretrained(tmp_path)
+    _, training, fields = get("--recipe", str(path), "--config", str(saved))
+    assert training.num_steps == 7 and fields["hidden_size"] == 16
+    TarFlowLMConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "content, arguments, message",
+    [
+        (None, ["--recipe", "text8_mixed"], "no recipe 'text8_mixed': did you mean text8_mixd"),
+        (None, ["--recipe", "zebra"], "no recipe 'zebra': there are demo, .*, text8_deep"),
+        (None, ["--recipe", "zebra.json"], "no recipe 'zebra.json'"),
+        ({"opts": {}}, [], "no key in the recipe .*'opts': did you mean options"),
+        ({"options": {"num_step": 1}}, [], "no option of train.py, .*'num_step': did you mean num_steps"),
+        ({"config": {"hiden_size": 1}}, [], "no field of TarFlowLMConfig 'hiden_size': did you mean hidden_size"),
+        ({}, ["--learning_rat3", "1"], "no option '--learning_rat3': did you mean --learning_rate"),
+        ({}, ["astray"], "no option before 'astray'"),
+    ],
+)
+def test_names_that_do_not_exist(tmp_path, monkeypatch, content, arguments, message):
+    if content is not None:
+        path = tmp_path / "mine.json"
         path.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=message):
-            get("--recipe", str(path))
+        arguments = ["--recipe", str(path), *arguments]
+    with pytest.raises(ValueError, match=message):
+        arguments_of(*arguments, monkeypatch=monkeypatch)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_vocabulary(tmp_path, data, tokenizer, monkeypatch):
+    """The script says so before the corpus is read, `train` before its first step."""
+    small = config(vocab_size=26, flows=STACK[2:])
+    small.save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "config.json"), "--dataset", "none"])
+    with pytest.raises(ValueError, match="tokenizer has 27 tokens, the configuration only 26"):
+        runpy.run_path(str(ROOT / "examples" / "train.py"), run_name="__main__")
+    for baseline in (False, True):
+        with pytest.raises(ValueError, match="tokenizer has 27 tokens, more than the model's vocab_size, 26"):
+            run(tmp_path / "run", data, tokenizer, small, baseline=baseline)
+    assert not (tmp_path / "run").exists()
 
 
 def benchmark(name: str, *arguments: str, capsys, monkeypatch) -> str:

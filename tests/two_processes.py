@@ -21,7 +21,9 @@ CASES = {
     "flow": {},
     "baseline": {"baseline": True},
     "stream, in two parts": {"stream": True, "gradient_accumulation_steps": 2},
+    "conditional": {"conditional": True},
     "progressive": {"mode": "progressive_then_joint", "stage_steps": [3, 3, 2], "ema_decay": 0.5},
+    "patience": {"mode": "progressive", "stage_steps": [4, 4], "patience": 1, "eval_every": 1, "learning_rate": 0.1},
 }
 
 
@@ -30,11 +32,15 @@ def losses(folder: Path) -> dict[str, list[float]]:
     data = PackedTokens([TEXT], tokenizer, 16)
     results = {}
     for name, options in CASES.items():
-        options = {"eval_sequences": 4, **options}
+        options = {"eval_sequences": 40, **options}  # two batches of 16, and one of 8
+        model_config = config(conditional=options.pop("conditional", False))
         stream = options.pop("stream", False)
         train_data = StreamingPackedTokens([TEXT], tokenizer, 16, shuffle_buffer=8) if stream else data
-        _, by_step = run(folder / name, data, tokenizer, train_data=train_data, learning_rate=0.01, **options)
-        results[name] = list(by_step.values())
+        options = {"train_data": train_data, "learning_rate": 0.01, **options}
+        _, by_step = run(folder / name, data, tokenizer, model_config, **options)
+        log = (folder / name / "log.jsonl").read_text().splitlines()
+        validations = [entry["validation_loss"] for entry in map(json.loads, log) if "validation_loss" in entry]
+        results[name] = [*by_step.values(), *validations]
     return results
 
 
