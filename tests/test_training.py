@@ -861,6 +861,7 @@ def benchmark(name: str, *arguments: str, capsys, monkeypatch) -> str:
 
 
 def test_benchmark_of_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # whose measure.py it imports
     run = partial(benchmark, "training.py", capsys=capsys, monkeypatch=monkeypatch)
     printed = run("--quick", "--batch_size", "1", "--stage", "2", "--output", str(tmp_path / "rows.jsonl"))
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -871,6 +872,18 @@ def test_benchmark_of_training(tmp_path, capsys, monkeypatch):
     assert f"tokens/s of TarFlowLM / Llama: {ratio:.3f}" in printed
     with pytest.raises(ValueError, match=r"must be in 1, ..., 3, not 4"):
         run("--quick", "--num_flows", "4")
+
+
+def test_memory_of_a_training_step(monkeypatch):
+    """Weights, gradients and AdamW's two moments, and activations: more of a longer batch."""
+    from benchmarks.measure import output_of_own_process
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    options = ["--quick", "--memory_of", "Llama", "--batch_size"]
+    one, many = (output_of_own_process(str(ROOT / "benchmarks/training.py"), *options, n)["bytes"] for n in ("1", "16"))
+    assert 4 * 4 * 1_213_056 < one < many - 2**26 and many < 2**31
+    with pytest.raises(RuntimeError, match="invalid choice: 'none'"):
+        output_of_own_process(str(ROOT / "benchmarks/training.py"), "--recipe", "none", "--memory_of", "none")
 
 
 def test_the_study_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
