@@ -1,6 +1,5 @@
 """Where a run diverges: the first thing that a step computes and that is not finite."""
 
-import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -56,7 +55,7 @@ class FirstFault:
             return  # in fp16 gradients may overflow: such a step is not taken, and their scale is lowered
         for index, parameters in enumerate(self.parameters, self.num_outputs + 1):
             if gradients := [parameter.grad for parameter in parameters if parameter.grad is not None]:
-                norm = nn.utils.get_total_norm(gradients, math.inf)
+                norm = nn.utils.get_total_norm(gradients)
                 self._note(index, norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def end_step(self, step: int) -> None:

@@ -546,7 +546,11 @@ def is_stage_over(progress: Progress, stage: Stage, config: TrainingConfig) -> b
 
 
 def check_batches(train_data: PackedTokens | StreamingPackedTokens, config: TrainingConfig, accelerator: Accelerator):
-    """Raises ValueError before the first step where a batch can't be made, or sharded weights can't be treated so."""
+    """Raises ValueError before the first step where a batch can't be made, or sharded weights can't be treated so.
+
+    Torch's FSDP2 would freeze sharded weights; but Accelerate shards a model once, together with its optimiser, and
+    each stage has another optimiser. And it can't be tested without GPUs, for on a CPU it takes DDP in FSDP's place.
+    """
     parts = config.gradient_accumulation_steps
     if config.batch_size % (parts * accelerator.num_processes):
         raise ValueError(
