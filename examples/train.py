@@ -12,10 +12,13 @@ A recipe is a file of examples/recipes/, by its name, or any JSON file like thes
 Options of the command line win over those of the recipe.
 """
 
+import inspect
 import json
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -51,6 +54,15 @@ class RunConfig:
     private: bool = field(default=False, metadata={"help": "make that repository private, where it is new"})
 
 
+def check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ValueError for the first of the names that is not known, and says what may have been meant."""
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}."
+            raise ValueError(f"There is no {what} {name!r}: {hint}")
+
+
 def read_recipe(name: str) -> dict:
     """The `config` and the `options` of a recipe, by name or path.
 
@@ -59,24 +71,29 @@ def read_recipe(name: str) -> dict:
     """
     path = Path(name) if name.endswith(".json") else RECIPES / f"{name}.json"
     if not path.is_file():
-        names = ", ".join(sorted(path.stem for path in RECIPES.iterdir()))
-        raise ValueError(f"There is no recipe {name!r}: give a JSON file, or one of {names}.")
+        check_names("recipe", [name], [path.stem for path in RECIPES.iterdir()])
     recipe = json.loads(path.read_text())
-    if unknown := sorted(set(recipe) - {"description", "config", "options"}):
-        raise ValueError(f"{path} has unknown keys {unknown}: a recipe has a description, a config and options.")
+    check_names(f"key in the recipe {name}", recipe, ["description", "config", "options"])
     return recipe
 
 
 def parse_arguments() -> tuple[RunConfig, TrainingConfig, dict]:
     """What the command line says, else the recipe, else the defaults; and the model's configuration."""
     parser = HfArgumentParser((RunConfig, TrainingConfig))
-    recipe = read_recipe(parser.parse_known_args()[0].recipe)
+    name = parser.parse_known_args()[0].recipe
+    recipe = read_recipe(name)
     options = recipe.get("options", {})
-    if unknown := sorted(set(options) - {action.dest for action in parser._actions}):
-        raise ValueError(f"The recipe's options {unknown} are none of this script; see --help.")
+    known = [action.dest for action in parser._actions]
+    check_names(f"option of train.py, as in the recipe {name},", options, known)
     parser.set_defaults(**options)
-    run, training = parser.parse_args_into_dataclasses()
-    return run, training, json.loads(Path(run.config).read_text()) if run.config else recipe["config"]
+    run, training, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    check_names("option", [argument for argument in unknown if argument.startswith("-")], [f"--{n}" for n in known])
+    if unknown:
+        raise ValueError(f"There is no option before {unknown[0]!r}.")
+    fields = json.loads(Path(run.config).read_text()) if run.config else recipe.get("config", {})
+    known = {*inspect.signature(TarFlowLMConfig).parameters, *TarFlowLMConfig().to_dict()}  # a saved one has all these
+    check_names("field of TarFlowLMConfig", fields, known)
+    return run, training, fields
 
 
 def data(run: RunConfig, sequence_length: int, tokenizer, seed: int):
