@@ -66,8 +66,9 @@ def negative_log_likelihood(
     beginning-of-sequence token first, and is exact.
     """
     if isinstance(model, TarFlowLMModel):
-        options = {"num_samples": num_samples, "generator": generator, "num_flows": num_flows}
-        return -model.importance_weighted_bound(input_ids, **options)
+        return -model.importance_weighted_bound(
+            input_ids, num_samples=num_samples, generator=generator, num_flows=num_flows
+        )
     inputs = prepend_start(model, input_ids)
     logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]  # (B, T, V)
     return F.cross_entropy(logits.float().transpose(1, 2), input_ids, reduction="none").sum(-1)

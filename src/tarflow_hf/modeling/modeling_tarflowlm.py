@@ -421,8 +421,12 @@ class FlowStack(nn.Module):
         observed_ids = None if observed_mask is None else self._observed(h, lengths, observed_ids, observed_mask)
         h = _zero_unless(_is_variable(h, lengths, observed_ids), h)
         if reverse:
-            options = {"inverse_window": inverse_window, "inverse_tolerance": inverse_tolerance}
-            options |= {"capture_step": capture_step, "logits_processor": logits_processor}
+            options = {
+                "inverse_window": inverse_window,
+                "inverse_tolerance": inverse_tolerance,
+                "capture_step": capture_step,
+                "logits_processor": logits_processor,
+            }
             if flow_temperatures is not None:
                 flow_temperatures = _checked_temperatures(flow_temperatures, len(layers))
             known = self._known(layers, known, known_mask)
