@@ -766,6 +766,13 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             noise=flow.noise,
         )
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Not possible: the latents of the tokens share one space, which the flows have been trained for."""
+        raise NotImplementedError(
+            "A trained vocabulary is fixed: its codebook is what the flows model. Make a TarFlowLMConfig with another "
+            "vocab_size, and train it."
+        )
+
     def encode(
         self, input_ids: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
