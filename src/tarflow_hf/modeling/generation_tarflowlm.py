@@ -179,8 +179,8 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             mode = GenerationMode.SAMPLE if config is None else config.get_generation_mode()
             if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
                 raise ValueError(
-                    f"The generation config asks for {mode.value}, which chooses among distributions of the next token. "
-                    "A flow has none: it samples latents, or with do_sample=False takes the noise at its mode."
+                    f"The generation config asks for {mode.value}, which chooses among distributions of the next "
+                    "token. A flow has none: it samples latents, or with do_sample=False takes the noise at its mode."
                 )
 
         def option(name: str, default: Any) -> Any:
