@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import infer_auto_device_map
 from test_hub import MIX_1, MIX_D, assert_same_output, assert_same_state, flow, make, observe
 from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, pipeline
 
@@ -73,31 +72,30 @@ def test_attention_implementations(saved, implementation):
     model, folder = saved
     other = AutoModel.from_pretrained(folder, attn_implementation=implementation)
     assert {layer.decoder.config._attn_implementation for layer in other.flow.layers} == {implementation}
-    assert_same_output(other, observe(model))
+    with torch.compiler.set_stance("force_eager"):  # compiling flex attention takes long on a CPU
+        assert_same_output(other, observe(model))
 
 
-def test_device_map_spreads_a_model_over_memory_and_disk(saved, tmp_path):
-    model, folder = saved
+def test_device_map_spreads_whole_flows_over_memory_and_disk(tmp_path):
+    model = make(flows=[*FLOWS, MIX_1])
+    model.save_pretrained(tmp_path / "model")
     sizes = [sum(p.nbytes for p in layer.parameters()) for layer in model.flow.layers]
+    memory = {"cpu": int(1.1 * (sizes[0] + max(sizes)))}  # for the first, and to bring any of the others there
     other = AutoModel.from_pretrained(
-        folder, device_map="auto", max_memory={"cpu": int(0.9 * sum(sizes))}, offload_folder=tmp_path
+        tmp_path / "model", device_map="auto", max_memory=memory, offload_folder=tmp_path / "disk"
     )
-    assert set(other.hf_device_map.values()) == {"cpu", "disk"}
+    devices = other.hf_device_map
+    assert {f"flow.layers.{i}": devices[f"flow.layers.{i}"] for i in range(3)} == {
+        "flow.layers.0": "cpu",
+        "flow.layers.1": "disk",
+        "flow.layers.2": "disk",
+    }
     assert_same_output(other, observe(model))
-
-
-def test_device_maps_keep_every_flow_whole(saved):
-    model, _ = saved
-    sizes = [sum(p.nbytes for p in layer.parameters()) for layer in model.flow.layers]
-    memory = {0: int(1.5 * max(sizes)), 1: int(1.5 * max(sizes)), "cpu": 10**9}
-    devices = infer_auto_device_map(model, memory, no_split_module_classes=model._no_split_modules)
-    assert set(devices) == {"flow.layers.0", "flow.layers.1", "flow.codebook"} and len(set(devices.values())) > 1
 
 
 # -------------------------------------------------------------------------------------------------------- compilation
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -107,16 +105,16 @@ def test_device_maps_keep_every_flow_whole(saved):
     ],
     ids=["mix-d, mix-1", "affine, mix-1", "patches"],
 )
-def test_a_training_step_compiles_without_a_graph_break(options, backend):
+def test_a_training_step_compiles_without_a_graph_break(options):
     model = make(**options).train()
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)  # which makes of a break an error
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # which makes of a break an error
     for a, b in zip(loss_and_gradients(model, compiled), loss_and_gradients(model), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_a_compiled_model_takes_every_length():
-    model = make(flows=FLOWS)
+    model = make(flows=[MIX_D])
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for length in (4, 8, 6):
@@ -130,31 +128,28 @@ def test_a_compiled_model_takes_every_length():
 # --------------------------------------------------------------------------------------------------------------- PEFT
 
 
-@pytest.mark.parametrize(
-    "options", [{"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear"}]
-)
-def test_lora_is_trained_saved_loaded_and_merged(saved, options, tmp_path):
+@pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], "all-linear"], ids=["attention", "all linear maps"])
+def test_lora_is_trained_saved_loaded_and_merged(saved, target_modules, tmp_path):
     peft = pytest.importorskip("peft")
     model, folder = saved
     base = AutoModelForCausalLM.from_pretrained(folder)
-    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, **options))
+    adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=target_modules))
     weights = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert weights and all("lora" in name for name in weights)
     assert sum("flow.layers.1" in name for name in weights) >= 4  # every flow has some
-    optimizer = torch.optim.SGD(weights.values(), lr=0.5)
+    optimizer = torch.optim.Adam(weights.values(), lr=0.02)
     losses = []
-    for _ in range(4):
+    for _ in range(6):
         losses.append(loss_and_gradients(adapted)[0])
         optimizer.step()
-    assert losses[-1] < losses[0] - 0.1
+    assert losses[-1] < losses[0] - 0.05
     adapted.eval()
     expected = observe(adapted)
     assert (expected["elbo"] - observe(model)["elbo"]).abs().max() > 0.1
 
     adapted.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
-    loaded = peft.AutoPeftModelForCausalLM if "task_type" in options else peft.AutoPeftModel
-    loaded = loaded.from_pretrained(tmp_path / "adapter")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert_same_output(loaded, expected)
     assert_same_output(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), expected)  # the library's own door
     merged = loaded.merge_and_unload()
@@ -196,20 +191,18 @@ def test_bitsandbytes(bits, tolerance, tmp_path):
     pytest.importorskip("bitsandbytes")
     model = make(flows=FLOWS, hidden_size=64)
     model.save_pretrained(tmp_path / "model")
-    config = BitsAndBytesConfig(
-        **{f"load_in_{bits}bit": True}, llm_int8_skip_modules=["head", "input_projection", "codebook"]
-    )
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_skip_modules=[".*head", ".*projection"])
     quantised = AutoModel.from_pretrained(tmp_path / "model", quantization_config=config)
     # Seven in each block of Llama, in both flows, and none elsewhere: what parametrises a coupling stays as it is.
     assert len(quantised_linears(quantised)) == 14 and all(".decoder." in x for x in quantised_linears(quantised))
     assert quantised.get_memory_footprint() < model.get_memory_footprint()
-    actual, expected = observe(quantised), observe(model)
-    torch.testing.assert_close(actual["elbo"] / 8, expected["elbo"] / 8, atol=tolerance, rtol=0)  # nats per token
-    assert (actual["elbo"] != expected["elbo"]).all()
     quantised.save_pretrained(tmp_path / "quantised")
     again = AutoModel.from_pretrained(tmp_path / "quantised")
     assert quantised_linears(again) == quantised_linears(quantised)
-    torch.testing.assert_close(observe(again)["elbo"] / 8, actual["elbo"] / 8, atol=tolerance, rtol=0)
+    actual, expected = observe(quantised), observe(model)
+    torch.testing.assert_close(actual["elbo"] / 8, expected["elbo"] / 8, atol=tolerance, rtol=0)  # nats per token
+    assert (actual["elbo"] != expected["elbo"]).all()
+    assert_same_output(again, actual)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
