@@ -2,19 +2,25 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test check gpu-check clean
+.PHONY: train test check wheel-check gpu-check clean
 
 # Trains the demo: at most five minutes on two CPU cores. More options: see examples/train.py.
 train: $(VENV)/.installed
 	$(BIN)/accelerate launch examples/train.py
 
-# Lints, then runs all tests.
+# Checks, then runs all tests.
 test: check
 	$(BIN)/pytest
 
+# Style and types; .pre-commit-config.yaml has the same for each commit.
 check: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Builds the wheel, looks what is in it, installs it elsewhere and uses it there.
+wheel-check: $(VENV)/.installed
+	$(BIN)/pytest tests/test_package.py
 
 # On a machine with a GPU: the kernels' tests, then their table. Needs torch, triton, transformers, numpy and pytest, in
 # the environment of PYTHON, and neither network nor installation.

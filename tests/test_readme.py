@@ -3,11 +3,14 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import character_tokenizer
 from tarflow_hf.training import save_model
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_every_python_block(tmp_path):
@@ -24,7 +27,28 @@ def test_every_python_block(tmp_path):
     assert namespace["flow"].noise.shape == (2, 64, 8)  # the last block has run
 
 
-def test_every_command_names_files_that_exist():
-    root = Path(__file__).parents[1]
-    named = set(re.findall(r"examples/[\w/]+\.(?:py|json)", README)) | set(re.findall(r"src/[\w/]+\.py", README))
-    assert len(named) >= 4 and all((root / name).is_file() for name in named)
+PLACES = ("", "src/tarflow_hf", "src/tarflow_hf/modeling", "examples", "benchmarks", "tests", "docs")
+PAGES = [
+    path.relative_to(ROOT).as_posix()
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_is_named_exists(page):
+    text = (ROOT / page).read_text()
+    code = re.findall(r"^```.*?^```$", text, re.MULTILINE | re.DOTALL)
+    named = set(re.findall(r"`([\w./-]+\.(?:cff|md|py|toml|yaml))`", text))
+    named |= set(re.findall(r"\b(?:examples|benchmarks|src|tests)/[\w./-]+\.(?:json|py|yaml)\b", "".join(code)))
+    assert not [name for name in named if not any((ROOT / place / name).exists() for place in PLACES)]
+    assert page != "README.md" or len(named) > 10
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_relative_link_leads_somewhere(page):
+    text = (ROOT / page).read_text()
+    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+    for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        assert ((ROOT / page).parent / path).exists(), link
+        assert path or anchor in headings, link

@@ -140,7 +140,7 @@ def test_the_top_component_makes_the_flow_next_to_the_data_greedy(stack, inverse
             lambda p: p**2 * ((p > p[:, None]) * p**2).sum(1).lt(0.6 * p.square().sum()),
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_tokens_follow_the_steered_weights(options, expected):
     model = sharp([flow("mixture_rosenblatt")], latent_size=1, vocab_size=6, seed=3)

@@ -32,7 +32,7 @@ class Progress:
 class BestWeights:
     """The weights that a stage trained, as they were at its best evaluation; on the CPU, and in every checkpoint."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}
 
     def keep(self, model: PreTrainedModel, trained: set[str]) -> None:

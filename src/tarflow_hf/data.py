@@ -13,7 +13,7 @@ import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -118,7 +118,7 @@ def load_splits(
     text_column: str = "text",
     dataset_config: str | None = None,
     streaming: bool = False,
-) -> dict[str, Iterable[str]]:
+) -> Mapping[str, Iterable[str]]:
     """The documents of a corpus, in three splits that share nothing and depend on no seed.
 
     Args:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,8 +83,9 @@ def negative_log_likelihood(
     the ELBO). A discrete model reads its beginning-of-sequence token first, and is exact.
     """
     if isinstance(model, TarFlowLMModel):
-        options = {"num_samples": num_samples, "generator": generator, "num_flows": num_flows}
-        return -model.importance_weighted_bound(input_ids, **options)
+        return -model.importance_weighted_bound(
+            input_ids, num_samples=num_samples, generator=generator, num_flows=num_flows
+        )
     inputs = prepend_start(model, input_ids)
     logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]  # (B, T, V)
     return F.cross_entropy(logits.float().transpose(1, 2), input_ids, reduction="none").sum(-1)
@@ -460,7 +462,7 @@ def evaluate_text(
     options = {"batch_size": batch_size, "seed": seed, "progress": progress, "num_flows": num_flows}
     rows = likelihoods(model, sequences, num_samples, **options)
     best = list(rows.values())[-1]
-    fields = {
+    fields: dict[str, Any] = {
         "num_tokens": best.num_tokens,
         "num_sequences": len(sequences),
         "sequence_length": length,

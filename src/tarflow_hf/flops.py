@@ -11,6 +11,7 @@ look-ups or the arithmetic of the couplings. What differs:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -153,7 +154,7 @@ def gpt2_sized_config(
     flows = []
     for index, layers in enumerate((num_layers // 6, num_layers // 6, num_layers - 2 * (num_layers // 6))):
         kind = "mixture_cdf" if coupling == "mixture_rosenblatt" and index > 0 else coupling
-        flow = {"coupling": kind, "direction": ("left_to_right", "right_to_left")[index % 2]}
+        flow: dict[str, Any] = {"coupling": kind, "direction": ("left_to_right", "right_to_left")[index % 2]}
         flow |= {"num_hidden_layers": layers}
         flows.append(flow | ({"num_components": 64} if kind == "mixture_cdf" else {}))
     return TarFlowLMConfig(

@@ -220,7 +220,7 @@ def _commit(
             for name in api.list_repo_files(repo_id, revision=head)
             if name not in files and "/" not in name and (name.endswith(REPLACED) or name in REPLACED_FILES)
         ]
-        operations = [CommitOperationDelete(name) for name in left_over]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(n) for n in left_over]
         operations += [CommitOperationAdd(name, path) for name, path in files.items()]
         return api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=branch, parent_commit=head
@@ -292,6 +292,8 @@ for line in sys.stdin:
             text=True,
             env={**os.environ, "HF_MODULES_CACHE": f"{self.folder.name}/modules", "CUDA_VISIBLE_DEVICES": ""},
         )
+        assert self.process.stdout is not None
+        self.answers = self.process.stdout
         return self
 
     def __exit__(self, *exception) -> None:
@@ -307,9 +309,8 @@ for line in sys.stdin:
         """
         request = {"source": source, "text": text, "cache_dir": f"{self.folder.name}/files", **options}
         try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            answer = json.loads(self.process.stdout.readline())
+            print(json.dumps(request), file=self.process.stdin, flush=True)
+            answer = json.loads(self.answers.readline())
         except (BrokenPipeError, json.JSONDecodeError) as error:  # it has died
             self.errors.seek(0)
             raise RuntimeError(f"The process that loads it has ended: {self.errors.read()[-2000:]}") from error

@@ -232,9 +232,10 @@ class TarFlowLMEvaluator(LM):
         groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
         stops = []
         for index, request in enumerate(requests):
-            context, options = request.args[0], dict(request.args[1])
-            until = options.pop("until", [])
-            stops.append([until] if isinstance(until, str) else list(until or []))
+            context: str = request.args[0]
+            options: dict[str, Any] = dict(request.args[1])
+            until = options.pop("until", None) or []
+            stops.append([until] if isinstance(until, str) else list(until))
             length = min(options.pop("max_gen_toks", self.max_gen_toks), self.max_length - self.patch_size)
             length = max(length // self.patch_size, 1) * self.patch_size
             tokens = self.encode(context)

@@ -106,7 +106,7 @@ def find_passes(
         if level > 0 and level == len(states) - 1:
             name = f"Noise (before flow {level})"
         token_ids = model.decode(states[level][row]).argmax(-1).cpu()
-        if num_given:
+        if given_ids is not None:
             token_ids[:num_given] = torch.where(is_given[:num_given], given_ids.cpu(), token_ids[:num_given])
         is_changed = token_ids != (passes[-1].token_ids if passes else token_ids)
         passes.append(Pass(name, token_ids, is_changed, is_given))

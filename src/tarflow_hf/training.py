@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from .modeling.modeling_tarflowlm import TarFlowLMModel
 from .throughput import peak_flops, peak_memory, training_flops
 
 MODES = ("joint", "progressive", "progressive_then_joint")
-Generators = torch.Generator | Sequence[torch.Generator]  # one for all sequences of a batch, or one for each
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]  # one for all sequences of a batch, or one for each
 
 
 @dataclass
@@ -122,7 +122,7 @@ class Stage:
 
     def choose_parameters(self, model: PreTrainedModel) -> None:
         """Marks what is trained, and sets the modes: what is frozen drops nothing out and recomputes nothing."""
-        if self.is_joint:
+        if self.is_joint or self.num_flows is None:
             model.requires_grad_(True).train()
             return
         model.requires_grad_(False).eval()
@@ -149,7 +149,7 @@ def make_stages(model: PreTrainedModel, config: TrainingConfig) -> list[Stage]:
     num_flows = len(model.config.flows) if is_flow else None
     if config.mode != "joint" and not is_flow:
         raise ValueError(f"mode must be joint, not {config.mode}: a discrete model has no flows.")
-    cuts = [] if config.mode == "joint" else list(range(1, num_flows + 1))
+    cuts: list[int | None] = [] if config.mode == "joint" else list(range(1, len(model.config.flows) + 1))
     names = [f"flow {cut}" for cut in cuts] + ["joint"] * (config.mode != "progressive")
     cuts = cuts + [num_flows] * (config.mode != "progressive")
 
@@ -186,7 +186,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 def share_cores() -> None:
     """Gives this process its share of the cores, where a launcher has given it one thread because nobody asked."""
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def discrete_baseline(config: TarFlowLMConfig) -> PreTrainedModel:

@@ -20,9 +20,10 @@ class Gaussians(NamedTuple):
     def sample(self, index: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
         """A reparametrised sample of the index-th Gaussian, (...) to (..., d), of the given N(0, I) noise if any."""
         loc = F.embedding(index, self.mean)
-        if noise is None:
-            device = loc.device if generator is None else generator.device
-            noise = torch.randn(loc.shape, generator=generator, dtype=loc.dtype, device=device)
+        if noise is None and generator is None:
+            noise = torch.randn_like(loc)  # which torch.compile takes at any length; not so a generator, even if None
+        elif noise is None:
+            noise = torch.randn(loc.shape, generator=generator, dtype=loc.dtype, device=generator.device)
         return loc + self.log_scale[index].exp().unsqueeze(-1) * noise.to(loc.device)
 
     def log_prob(self, latents: Tensor, index: Tensor) -> Tensor:

@@ -196,7 +196,7 @@ def autoregressive_mixture_cdf_inverse(
         out = autoregressive_mixture_cdf_inverse_triton(u.reshape(-1, size), from_context.flatten(0, -3), network)
         return out.reshape(u.shape)
     u, from_context, *weights = _cast(u, from_context, *network[:-1])
-    network = AutoregressiveNetwork(*weights, network.max_log_scale)
+    network = AutoregressiveNetwork._make([*weights, network.max_log_scale])
     with torch.autocast(u.device.type, enabled=False):
         return autoregressive_mixture_cdf_inverse_reference(u, from_context, network)
 

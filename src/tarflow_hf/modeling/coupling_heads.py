@@ -136,8 +136,8 @@ class AutoregressiveMixtureCDFHead(nn.Module):
     def forward(self, h: Tensor, context: Tensor, codebook: Gaussians | None = None, task: str = "transform"):
         from_context = self.from_context(context).unflatten(-1, (self.size, -1))  # (B, N, D, H)
         dtype = torch.promote_types(from_context.dtype, torch.float32)
-        names = AutoregressiveNetwork._fields[:-1]
-        network = AutoregressiveNetwork(*(getattr(self, name).to(dtype) for name in names), MAX_LOG_SCALE)
+        weights = [getattr(self, name).to(dtype) for name in AutoregressiveNetwork._fields[:-1]]
+        network = AutoregressiveNetwork._make([*weights, MAX_LOG_SCALE])
         if task == "inverse":
             return autoregressive_mixture_cdf_inverse(h, from_context, network)
         with torch.autocast(h.device.type, enabled=False):

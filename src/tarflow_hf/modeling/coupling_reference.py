@@ -415,28 +415,29 @@ class _MixtureRosenblattInverse(torch.autograd.Function):
         return tuple(rosenblatt_backward(*ctx.saved_tensors, grad_z=grad_z))
 
 
+def _log_joint(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """logits_k + log N(z; mu_k, sigma_k^2 I): z (n, d) and logits (n, K) to (n, K)."""
+    joint = logits - log_scale * mean.shape[1] - LOG_SQRT_2PI * mean.shape[1]
+    for i in range(mean.shape[1]):
+        joint = joint - 0.5 * ((z[:, i].unsqueeze(-1) - mean[:, i]) * torch.exp(-log_scale)).square()
+    return joint
+
+
 class _MixtureRosenblattLogProb(torch.autograd.Function):
     """log p(z) = LSE_k(logits_k + sum_i log N(z_i; mu_ki, sigma_k^2)) - LSE_k(logits_k). No distribution function."""
 
     @staticmethod
-    def _log_joint(z, logits, mean, log_scale):
-        joint = logits - log_scale * mean.shape[1] - LOG_SQRT_2PI * mean.shape[1]
-        for i in range(mean.shape[1]):
-            joint = joint - 0.5 * ((z[:, i].unsqueeze(-1) - mean[:, i]) * torch.exp(-log_scale)).square()
-        return joint
-
-    @classmethod
-    def forward(cls, ctx, z, logits, mean, log_scale):
+    def forward(ctx, z, logits, mean, log_scale):
         ctx.save_for_backward(z, logits, mean, log_scale)
         log_prob = z.new_empty(len(z))
         for rows in _chunks(len(z), len(mean)):
-            joint = cls._log_joint(z[rows], logits[rows], mean, log_scale)
+            joint = _log_joint(z[rows], logits[rows], mean, log_scale)
             log_prob[rows] = torch.logsumexp(joint, -1) - torch.logsumexp(logits[rows], -1)
         return log_prob
 
-    @classmethod
+    @staticmethod
     @once_differentiable
-    def backward(cls, ctx, grad):
+    def backward(ctx, grad):
         z, logits, mean, log_scale = ctx.saved_tensors
         # The decoder's logits are one constant: there, nothing of the size of all positions times K is made.
         grad_logits = torch.empty_like(logits) if ctx.needs_input_grad[1] else None
@@ -444,7 +445,7 @@ class _MixtureRosenblattLogProb(torch.autograd.Function):
             torch.zeros_like(z), grad_logits, torch.zeros_like(mean), torch.zeros_like(log_scale)
         )
         for rows in _chunks(len(z), len(mean)):
-            joint = cls._log_joint(z[rows], logits[rows], mean, log_scale)
+            joint = _log_joint(z[rows], logits[rows], mean, log_scale)
             weight = grad[rows].unsqueeze(-1) * torch.softmax(joint, -1)
             if grad_logits is not None:
                 grad_logits[rows] = weight - grad[rows].unsqueeze(-1) * torch.softmax(logits[rows], -1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.generation import (
     GenerationConfig,
     GenerationMixin,
+    GenerationMode,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -174,6 +175,13 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             raise ValueError(f"attention_mask must have the shape of the prompt: {shapes}.")
         if unknown := sorted(set(kwargs) - set(OPTIONS)):
             raise ValueError(f"generate has no options {unknown}; its options are {', '.join(OPTIONS)}.")
+        for config in (generation_config, self.generation_config):
+            mode = GenerationMode.SAMPLE if config is None else config.get_generation_mode()
+            if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+                raise ValueError(
+                    f"The generation config asks for {mode.value}, which chooses among distributions of the next "
+                    "token. A flow has none: it samples latents, or with do_sample=False takes the noise at its mode."
+                )
 
         def option(name: str, default: Any) -> Any:
             for source in (kwargs.get(name), getattr(generation_config, name, None)):

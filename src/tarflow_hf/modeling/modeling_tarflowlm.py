@@ -421,8 +421,12 @@ class FlowStack(nn.Module):
         observed_ids = None if observed_mask is None else self._observed(h, lengths, observed_ids, observed_mask)
         h = _zero_unless(_is_variable(h, lengths, observed_ids), h)
         if reverse:
-            options = {"inverse_window": inverse_window, "inverse_tolerance": inverse_tolerance}
-            options |= {"capture_step": capture_step, "logits_processor": logits_processor}
+            options = {
+                "inverse_window": inverse_window,
+                "inverse_tolerance": inverse_tolerance,
+                "capture_step": capture_step,
+                "logits_processor": logits_processor,
+            }
             if flow_temperatures is not None:
                 flow_temperatures = _checked_temperatures(flow_temperatures, len(layers))
             known = self._known(layers, known, known_mask)
@@ -688,6 +692,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         output_noise: bool = False,
         observed_mask: Tensor | None = None,
         latent_noise: Tensor | None = None,
+        **not_given: None,
     ) -> TarFlowLMOutput:
         """The evidence lower bound of each sequence, from one sample of its latents.
 
@@ -705,6 +710,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             output_noise: Compute `noise` too, which the likelihood does not need.
             observed_mask: Of a conditional model, 1 (or True) at the tokens that are given, (B, T), whole patches.
             latent_noise: The N(0, I) noise (B, T, d) of the sample of q(z | x), in place of the generator's.
+            not_given: What wrappers such as PEFT's hand to every model (`inputs_embeds=None`, `return_dict=None`).
 
         Returns:
             [`TarFlowLMOutput`]. The loss is the mean over the missing tokens.
@@ -713,7 +719,10 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             ValueError: Ids outside the vocabulary, labels other than the ids, an empty or too long sequence, a length
                 that is no multiple of the patch size, a mask that is not right padding, an `observed_mask` that covers
                 parts of patches or a whole sequence, or that the model is not conditional for.
+            TypeError: Another argument is given, and is not None.
         """
+        if unknown := sorted(name for name, value in not_given.items() if value is not None):
+            raise TypeError(f"TarFlowLMModel.forward() has no arguments {unknown}.")
         input_ids = self._check_ids(input_ids, attention_mask)
         if latents is None:
             latents = self.codebook().sample(input_ids, generator, latent_noise)
@@ -755,6 +764,13 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             posterior_log_prob=posterior_log_prob,
             latents=latents,
             noise=flow.noise,
+        )
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Not possible: the latents of the tokens share one space, which the flows have been trained for."""
+        raise NotImplementedError(
+            "A trained vocabulary is fixed: its codebook is what the flows model. Make a TarFlowLMConfig with another "
+            "vocab_size, and train it."
         )
 
     def encode(

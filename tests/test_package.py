@@ -1,0 +1,79 @@
+"""What is installed: a wheel with all of the code and nothing else, which works outside the tree; versions agree."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+import tarflow_hf
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, **options):
+    process = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **options)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from a copy of the tree, in which it leaves its traces."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    run("-m", "build", "--wheel", "--no-isolation", tree)
+    (wheel,) = (tree / "dist").iterdir()
+    return wheel
+
+
+def test_the_wheel_holds_all_of_the_code_and_nothing_else(wheel):
+    source = ROOT / "src"
+    code = {str(path.relative_to(source)) for path in source.rglob("*.py")}
+    assert {"tarflow_hf/__init__.py", "tarflow_hf/modeling/modeling_tarflowlm.py"} <= code
+    archive = zipfile.ZipFile(wheel)
+    information = f"tarflow_hf-{tarflow_hf.__version__}.dist-info"
+    others = {f"{information}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "top_level.txt", "licenses/LICENSE")}
+    assert set(archive.namelist()) == code | others
+    metadata = message_from_bytes(archive.read(f"{information}/METADATA"))
+    assert (metadata["Name"], metadata["Version"]) == ("tarflow_hf", tarflow_hf.__version__)
+    assert {"app", "evaluation", "peft", "test", "triton"} <= set(metadata.get_all("Provides-Extra"))
+    assert any(line.startswith("transformers<6,>=5.17") for line in metadata.get_all("Requires-Dist"))
+
+
+USE = """
+import importlib.metadata
+import torch
+import tarflow_hf
+from transformers import AutoConfig, AutoModelForCausalLM
+
+flow = {"coupling": "mixture_rosenblatt", "direction": "left_to_right", "num_hidden_layers": 1}
+config = AutoConfig.for_model("tarflowlm", vocab_size=27, latent_size=2, hidden_size=16, num_attention_heads=2, flows=[flow])
+model = AutoModelForCausalLM.from_config(config).eval()
+model.save_pretrained("model")
+noise = torch.randn(1, 6, 2)
+assert torch.equal(AutoModelForCausalLM.from_pretrained("model").generate(noise=noise), model.generate(noise=noise))
+print(tarflow_hf.__file__, importlib.metadata.version("tarflow_hf"))
+"""  # noqa: E501
+
+
+def test_the_wheel_works_outside_the_tree(wheel, tmp_path):
+    site = tmp_path / "site"
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel)
+    file, version = run("-c", USE, cwd=tmp_path, env={"PYTHONPATH": str(site), "HOME": str(tmp_path)}).split()
+    assert Path(file) == site / "tarflow_hf" / "__init__.py"
+    assert version == tarflow_hf.__version__
+
+
+def test_the_citation_has_this_version():
+    citation = ROOT / "CITATION.cff"
+    if not citation.exists():
+        pytest.skip("there is no CITATION.cff")
+    (version,) = re.findall(r"^version:\s*[\"']?([^\"'\s]+)", citation.read_text(), re.MULTILINE)
+    assert version == tarflow_hf.__version__
