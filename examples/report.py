@@ -95,8 +95,7 @@ def main():
         f"{bound}{evaluation.bits_per_character:.4f} bits per character on {evaluation.num_tokens:,} tokens of "
         f"{evaluation.data}, by a model of {evaluation.num_parameters:,} parameters."
     )
-    name = Path(arguments.checkpoint).name if Path(arguments.checkpoint).is_dir() else arguments.checkpoint
-    page = report_page(f"Report on {name}", summary[0].upper() + summary[1:], sections)
+    page = report_page(f"Report on {arguments.checkpoint}", summary[0].upper() + summary[1:], sections)
     arguments.output.write_text(page, encoding="utf-8")
     print(f"Written to {arguments.output}: {len(page.encode()):,} bytes.")
 

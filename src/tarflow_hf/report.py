@@ -77,8 +77,9 @@ def paragraph(text: str) -> str:
 
 
 def reproduce(command: str, what: str = "Reproduce") -> str:
-    """The command line that prints the same."""
-    return f'<div class="command"><p>{escape(what)}:</p>\n<pre tabindex="0"><code>{escape(command)}</code></pre></div>'
+    """The command line that prints the same. Lines break between its words, not inside of an option's name."""
+    words = re.sub(r"(?<= )--\w+", r"<span>\g<0></span>", escape(command))
+    return f'<div class="command"><p>{escape(what)}:</p>\n<pre><code>{words}</code></pre></div>'
 
 
 def text_block(text: str) -> str:
@@ -108,8 +109,8 @@ def inline_svg(figure: "Figure", name: str, title: str, description: str) -> str
     inside = re.sub(r"font-family: [^;\"]*;?", "", inside).replace("#000000", "currentColor")
     return (
         f'<svg role="img" aria-labelledby="{name}-title {name}-description" viewBox="0 0 {width} {height}">\n'
-        f'<title id="{name}-title">{escape(title)}</title>\n<desc id="{name}-description">{escape(description)}</desc>\n'
-        f"{inside.strip()}"
+        f'<title id="{name}-title">{escape(title)}</title>\n'
+        f'<desc id="{name}-description">{escape(description)}</desc>\n{inside.strip()}'
     )
 
 
@@ -202,7 +203,7 @@ def codebook_section(evaluation: Evaluation, command: str) -> Section:
         paragraph(
             "A token becomes a latent vector, drawn around its entry in the codebook, and the vector the most likely "
             "token. An entry's scale is its standard deviation; entries at a distance of 2 r scales are taken for each "
-            "other with probability Φ(−r)."
+            "other with probability Φ(-r)."
         ),
         table("Reconstruction of the same text", ["what", "value"], given_back),
         table("The codebook", ["what", "value"], entries),
@@ -220,9 +221,9 @@ def samples_section(evaluation: SampleEvaluation, samples: Sequence[Sample], com
     caption = f"{e.num_samples:,} samples of {e.length:,} tokens, and as many sequences of {e.data}"
     body = [
         paragraph(
-            "Entropy is that of the tokens within a sequence, in the mean; repeated 4-grams are those that have occurred "
-            "in their sequence before; distinct n-grams are counted over all sequences. None of these means anything "
-            "alone: compare with the text."
+            "Entropy is that of the tokens within a sequence, in the mean; repeated 4-grams are those that have "
+            "occurred in their sequence before; distinct n-grams are counted over all sequences. None of these means "
+            "anything alone: compare with the text."
         ),
         table(caption, ["measure", "samples", "text"], rows),
         "" if e.judge is not None else paragraph(NOT_MEASURED + " Give one by --judge."),
@@ -345,12 +346,13 @@ th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); vertical-al
 th { text-align: start; font-weight: 400; }
 thead th { font-weight: 600; border-bottom: 2px solid var(--line); }
 th:first-child { padding-inline-start: 0; }
-td { overflow-wrap: anywhere; min-width: 4.5rem; }
+td:only-of-type { overflow-wrap: anywhere; }
 .command { margin: 1rem 0; font-size: .8125rem; color: var(--quiet); }
 .command p { margin: 0 0 .25rem; }
 pre { margin: 0; padding: .5rem .75rem; border: 1px solid var(--line); border-radius: .25rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; color: var(--ink); }
 code { font-family: ui-monospace, monospace; }
+code span { white-space: nowrap; }
 .sample { margin: 0; font: .9375rem/1.6 ui-monospace, monospace; white-space: break-spaces; }
 .warning { border-inline-start: 4px solid currentColor; padding-inline-start: .75rem; }
 .passes { margin-top: .5rem; }
