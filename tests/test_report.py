@@ -1,5 +1,6 @@
 """The report: a page that is whole, readable without eyes and without a network, with the numbers of its commands."""
 
+import itertools
 import re
 import runpy
 import shlex
@@ -63,7 +64,7 @@ def check(page: str) -> Page:
     assert page.startswith("<!DOCTYPE html>\n") and parsed.elements[0][:2] == ["html", {"lang": "en"}]
     levels = [int(tag[1]) for tag, *_ in parsed.of("h1", "h2", "h3", "h4")]
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     ids = [attributes["id"] for _, attributes, _ in parsed.elements if "id" in attributes]
     assert len(set(ids)) == len(ids)
     inner = re.findall(r"url\(#([^)]*)\)", page)
@@ -76,7 +77,9 @@ def check(page: str) -> Page:
         assert not any(name.startswith("on") for name in attributes)
     assert set(inner) <= set(ids)
     assert not {"script", "link", "img", "iframe", "object", "metadata"} & {tag for tag, *_ in parsed.elements}
-    assert page.count("url(") == page.count("url(#") and "@import" not in page and "<style" not in page.split("</head>")[1]
+    assert (
+        page.count("url(") == page.count("url(#") and "@import" not in page and "<style" not in page.split("</head>")[1]
+    )
     assert "prefers-color-scheme: dark" in page and "#000000" not in page.split("</head>")[1]
     for start in re.split(r"(?=<table>)", page)[1:]:
         cells = Page(start[: start.index("</table>") + 8])
@@ -135,7 +138,11 @@ def test_a_report_and_its_commands_agree(run, folder):
     names = ["evaluate.py", "evaluate_samples.py", "show_passes.py", "latent_evolution.py", "flops.py", "report.py"]
     assert sorted(Path(name).name for name in found) == sorted(names)
     rows = [row.strip("\n") for row in page.texts("tr")]
-    cells = {cell for row in re.findall("<tr>.*?</tr>", (folder / "report.html").read_text()) for cell in Page(row).texts("td")}
+    cells = {
+        cell
+        for row in re.findall("<tr>.*?</tr>", (folder / "report.html").read_text())
+        for cell in Page(row).texts("td")
+    }
     assert len(page.of("svg")) == 5 and len(page.of("table")) == 12 and len(rows) > 40
 
     printed = run("evaluate.py", *found["evaluate.py"])
@@ -221,7 +228,10 @@ def test_a_corpus_is_held_out_text_by_its_test_split(run, folder, monkeypatch, t
     assert held_out_documents(str(folder / "text.txt")) == [TEXT]
     model = make(STACKS["affine"])
     origin = provenance_of(model, "here", "python-docs", held_out)
-    assert origin["data"] == "python-docs" and origin["data_sha256"] != provenance_of(model, "", "python-docs", ["a"])["data_sha256"]
+    assert (
+        origin["data"] == "python-docs"
+        and origin["data_sha256"] != provenance_of(model, "", "python-docs", ["a"])["data_sha256"]
+    )
     printed = run("evaluate.py", "flow", "--data", "python-docs", "--num_samples", 1, "--device", "cpu")
     total = len(character_tokenizer()(" ".join(held_out)).input_ids)
     assert printed.startswith(f"{total:,} tokens")

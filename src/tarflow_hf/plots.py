@@ -76,7 +76,8 @@ def draw_measure(axes: "Axes", name: str, evolutions: dict[str, Evolution], dire
     for index, (label, evolution) in enumerate(evolutions.items()):
         statistics = getattr(evolution, name)
         first = evolution.num_states - len(statistics)  # nothing has moved at the latents
-        x, mean = range(first, evolution.num_states), [statistic.mean for statistic in statistics]
+        x = [level + 0.08 * index for level in range(first, evolution.num_states)]  # side by side where they agree
+        mean = [statistic.mean for statistic in statistics]
         std = [statistic.std for statistic in statistics]
         color, marker = COLORS[index % 6], MARKERS[index % 6]
         axes.errorbar(x, mean, std, label=label, color=color, marker=marker, capsize=3)

@@ -131,7 +131,7 @@ def model_section(model: PreTrainedModel, provenance: Provenance) -> Section:
     ]
     if not isinstance(model, TarFlowLMModel):
         rows.append(("layers", str(config.num_hidden_layers)))
-        return Section("model", "The model", table("The model", ["what", "value"], rows))
+        return Section("model", "The model", table("Configuration", ["what", "value"], rows))
     rows += [
         ("latent size of a token", str(config.latent_size)),
         ("patch size, tokens", str(config.patch_size)),
@@ -149,7 +149,7 @@ def model_section(model: PreTrainedModel, provenance: Provenance) -> Section:
     ]
     head = ["flow", "coupling", "direction", "layers", "components"]
     stack = table("The flows, from the data side to the noise side", head, flows)
-    return Section("model", "The model", table("The model", ["what", "value"], rows) + "\n" + stack)
+    return Section("model", "The model", table("Configuration", ["what", "value"], rows) + "\n" + stack)
 
 
 def likelihood_section(evaluation: Evaluation, rows: dict[str, Likelihood], command: str) -> Section:
@@ -324,7 +324,9 @@ def origin_section(provenance: Provenance) -> Section:
         ("versions", ", ".join(f"{name} {version}" for name, version in p.versions.items())),
     ]
     return Section(
-        "origin", "Origin", table("Origin", ["what", "value"], rows) + "\n" + reproduce(p.command, "Made by")
+        "origin",
+        "Origin",
+        table("Checkpoint, text and versions", ["what", "value"], rows) + "\n" + reproduce(p.command, "Made by"),
     )
 
 
@@ -360,8 +362,10 @@ figure { margin: 1rem 0; min-width: 0; }
 figure.single { max-width: 30rem; }
 figure .wide { margin: .25rem 0 0; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem 2rem; }
-svg { display: block; width: 100%; height: auto; fill: currentColor; font-family: system-ui, sans-serif; }
+svg { display: block; width: 100%; height: auto; overflow: visible; }
+svg { fill: currentColor; font-family: system-ui, sans-serif; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
+@media (max-width: 30rem) { th, td { padding-inline: .3rem; } }
 @media print { nav { display: none; } h2, h3, h4, caption { break-after: avoid; } svg, tr { break-inside: avoid; } }
 """
 
