@@ -39,8 +39,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     documents = held_out_documents(arguments.data)
     text = PackedTokens(documents, tokenizer, sequence_length=1)
 

@@ -59,8 +59,8 @@ def parse_arguments() -> argparse.Namespace:
 def main():
     # 1. Everything that may be missing is looked for before the long part.
     arguments = parse_arguments()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     judges = (None, None) if arguments.no_judge else load_judge(arguments.judge, arguments.device)
     length = arguments.length or longest_sequence(model)
     documents = held_out_documents(arguments.data)

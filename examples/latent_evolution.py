@@ -39,8 +39,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     if not isinstance(model, TarFlowLMModel):
         raise ValueError(f"{arguments.checkpoint} has no flows: it is a {type(model).__name__}.")
     length = arguments.length or model.config.max_position_embeddings

@@ -65,8 +65,8 @@ def main():
     new_figure(1, 1)
     if not arguments.output.parent.is_dir():
         raise ValueError(f"There is no folder {arguments.output.parent} to write {arguments.output.name} in.")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     judges = load_judge(arguments.judge, arguments.device) if arguments.judge else (None, None)
     length = arguments.length or longest_sequence(model)
     documents = held_out_documents(arguments.data)
@@ -103,7 +103,10 @@ def main():
 def command_line(script: str, *words: str, **options) -> str:
     """Of an example; options that are None are left out."""
     for name, value in options.items():
-        words += () if value is None else (f"--{name}",) if value is True else (f"--{name}", str(value))
+        if value is True:
+            words += (f"--{name}",)
+        elif value is not None:  # what begins with a hyphen would be read as an option
+            words += (f"--{name}={value}",) if str(value).startswith("-") else (f"--{name}", str(value))
     return shlex.join(["python", f"examples/{script}", *words])
 
 

@@ -33,8 +33,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
 
     options = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     passes = draw_passes(model, tokenizer, arguments.text, arguments.prompt, arguments.seed, **options)

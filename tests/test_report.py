@@ -153,9 +153,12 @@ def test_a_report_and_its_commands_agree(run, folder):
     assert set(re.search(r"scales (\S+) to (\S+), mean (\S+)", printed).groups()) <= cells
 
     printed = run("evaluate_samples.py", *found["evaluate_samples.py"])
-    for line in printed.splitlines()[1:-1]:
+    for line in printed.splitlines()[1:6]:
         assert set(re.split(r"\s{2,}", line)[1:]) <= cells
-    assert "entropy" in printed and "not measured" in printed.splitlines()[-1] and "not measured" in cells
+    assert "entropy" in printed.splitlines()[1] and "were not measured" in printed.splitlines()[6]
+    assert "not measured" in cells
+    warnings = [text for _, attributes, text in page.of("p") if attributes.get("class") == "warning"]
+    assert printed.splitlines()[7:] == warnings
     samples = (folder / "report-samples.jsonl").read_text()
     shown = [text for _, attributes, text in page.of("p") if attributes.get("class") == "sample"]
     assert len(shown) == 2 and all(f'"text": "{text}"' in samples for text in shown)
@@ -168,7 +171,8 @@ def test_a_report_and_its_commands_agree(run, folder):
 
     passes = [text for _, attributes, text in page.of("p") if attributes.get("class") == "text"]
     printed = run("show_passes.py", *found["show_passes.py"])  # the last: the beginning of the text
-    assert re.sub(r"[\[\]]", "", printed).split("\n")[1::3] == passes[-4:] and TEXT.startswith(passes[-1][:1])
+    assert re.sub(r"[\[\]]", "", printed).split("\n")[1::3] == passes[-4:]
+    assert TEXT[:18] in found["show_passes.py"]
 
 
 def test_a_discrete_model_has_no_flow_sections(run, folder):
@@ -206,17 +210,17 @@ def test_hostile_text_stays_text(folder):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["flow", "--data", "missing.txt"], "'missing.txt' is neither 'python-docs', nor a file or folder here"),
-        ([".", "--data", "text.txt"], "holds no model"),
-        (["nowhere/at/all", "--data", "text.txt"], "holds no model|nowhere/at/all"),
+        (["flow", "--data", "missing.txt"], "'missing.txt' is not a text file here"),
+        ([".", "--data", "text.txt"], "does not appear to have a file named config.json"),
+        (["nowhere/at/all", "--data", "text.txt"], "nowhere/at/all"),
         (["flow", *OPTIONS, "--output", "no/report.html"], "There is no folder no to write report.html in"),
         (["flow", *OPTIONS, "--num_samples", 999], "fewer than the 999 samples"),
     ],
     ids=["no data", "no model", "no folder", "no output folder", "too short"],
 )
 def test_what_is_missing_is_said(run, words, message, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises((ValueError, OSError), match=message):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # which takes long to import, and would ask the Hub
+    with pytest.raises((ValueError, OSError, ImportError), match=message):
         run("report.py", *words)
 
 
