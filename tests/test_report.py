@@ -211,7 +211,7 @@ def test_hostile_text_stays_text(folder):
     ("words", "message"),
     [
         (["flow", "--data", "missing.txt"], "'missing.txt' is not a text file here"),
-        ([".", "--data", "text.txt"], "does not appear to have a file named config.json"),
+        ([".", "--data", "text.txt"], "model in .. Should have .* in its config.json"),
         (["nowhere/at/all", "--data", "text.txt"], "nowhere/at/all"),
         (["flow", *OPTIONS, "--output", "no/report.html"], "There is no folder no to write report.html in"),
         (["flow", *OPTIONS, "--num_samples", 999], "fewer than the 999 samples"),
