@@ -1,8 +1,8 @@
-"""Score a text file with a checkpoint, TarFlowLM or discrete baseline.
+"""Score held-out text with a checkpoint, TarFlowLM or discrete baseline.
 
     python examples/evaluate.py runs/demo/model --data my.txt
     python examples/evaluate.py runs/demo/model --data my.txt --output evaluation.json   # all of it, with its origin
-    python examples/evaluate.py runs/ar/model --data my.txt
+    python examples/evaluate.py runs/ar/model --data python-docs        # the test split of train.py's --dataset
 
 The text is cut into sequences of the model's length, each scored on its own from its first token on; no window slides.
 For a TarFlowLM the figures are upper bounds: from the ELBO (1 sample), and from the tighter importance-weighted bound
@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
-from tarflow_hf.data import PackedTokens, read_text
+from tarflow_hf.data import PackedTokens, held_out_documents
 from tarflow_hf.evaluation import WHAT_IS_SCORED, evaluate_text, evaluation_table
 from tarflow_hf.provenance import provenance_of
 
@@ -26,7 +26,7 @@ from tarflow_hf.provenance import provenance_of
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
-    parser.add_argument("--data", type=Path, required=True, help="a UTF-8 text file")
+    parser.add_argument("--data", required=True, help="a UTF-8 text file, or python-docs or a dataset: its test split")
     parser.add_argument("--output", type=Path, help="write all figures here, as JSON")
     parser.add_argument("--num_samples", type=int, default=16, help="of the importance-weighted bound")
     parser.add_argument("--batch_size", type=int, default=16)
@@ -39,14 +39,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device)
-    text = PackedTokens([read_text(arguments.data)], tokenizer, sequence_length=1)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    documents = held_out_documents(arguments.data)
+    text = PackedTokens(documents, tokenizer, sequence_length=1)
 
     evaluation, rows = evaluate_text(
         model,
         text,
-        provenance_of(model, arguments.checkpoint, arguments.data),
+        provenance_of(model, arguments.checkpoint, arguments.data, documents),
         num_samples=arguments.num_samples,
         batch_size=arguments.batch_size,
         max_sequences=arguments.max_sequences,

@@ -3,10 +3,12 @@
     python examples/evaluate_samples.py runs/mine/model --data held-out.txt --output samples.json
     python examples/evaluate_samples.py runs/mine/model --data held-out.txt --judge gpt2 --num_samples 500
     python examples/evaluate_samples.py runs/mine/model --data held-out.txt --judge path/of/a/causal/model --top_p 0.95
+    python examples/evaluate_samples.py runs/mine/model --data python-docs --no_judge --num_samples 200
 
 The defaults are the paper's: 5,000 samples of the model's length, read by GPT-2 large; MAUVE at scale 5, with as many
 sequences of the text. Samples are kept in --samples, and a run that was stopped goes on with them. Without a network
-the judge is a local folder. Needs `mauve-text`. What the JSON holds: `tarflow_hf.generative_metrics.SampleEvaluation`.
+the judge is a local folder. A judge needs `mauve-text`; without one, what it would say is not measured. What the JSON
+holds: `tarflow_hf.generative_metrics.SampleEvaluation`.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
-from tarflow_hf.data import PackedTokens, read_text
+from tarflow_hf.data import PackedTokens, held_out_documents
 from tarflow_hf.evaluation import longest_sequence
 from tarflow_hf.generative_metrics import (
     JUDGE,
@@ -34,8 +36,10 @@ from tarflow_hf.provenance import provenance_of
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
-    parser.add_argument("--data", type=Path, required=True, help="a UTF-8 text file, to compare with")
-    parser.add_argument("--judge", default=JUDGE, help="a causal language model: a folder, or a repository of the Hub")
+    parser.add_argument("--data", required=True, help="to compare with: a UTF-8 text file, or python-docs or a dataset")
+    judge = parser.add_mutually_exclusive_group()
+    judge.add_argument("--judge", default=JUDGE, help="a causal language model: a folder, or a repository of the Hub")
+    judge.add_argument("--no_judge", action="store_true", help="measure only what needs none")
     parser.add_argument("--num_samples", type=int, default=NUM_SAMPLES)
     parser.add_argument("--length", type=int, help="of a sample, in tokens; default: the model's")
     parser.add_argument("--samples", type=Path, default=Path("samples.jsonl"), help="where samples are kept")
@@ -55,11 +59,12 @@ def parse_arguments() -> argparse.Namespace:
 def main():
     # 1. Everything that may be missing is looked for before the long part.
     arguments = parse_arguments()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device)
-    judge, judge_tokenizer = load_judge(arguments.judge, arguments.device)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    judges = (None, None) if arguments.no_judge else load_judge(arguments.judge, arguments.device)
     length = arguments.length or longest_sequence(model)
-    text = PackedTokens([read_text(arguments.data)], tokenizer, length)
+    documents = held_out_documents(arguments.data)
+    text = PackedTokens(documents, tokenizer, length)
     reference_sequences(text, arguments.num_samples)
 
     # 2. Samples.
@@ -75,9 +80,8 @@ def main():
         samples,
         text,
         tokenizer,
-        judge,
-        judge_tokenizer,
-        provenance_of(model, arguments.checkpoint, arguments.data),
+        *judges,
+        provenance_of(model, arguments.checkpoint, arguments.data, documents),
         seed=arguments.seed,
         generate_options=options,
         mauve_scale=arguments.mauve_scale,

@@ -3,7 +3,8 @@
     python examples/flops.py                                  # GPT-2 small to XL, patch sizes 1 to 16: a table
     python examples/flops.py --figure figure_7.svg            # and a picture
     python examples/flops.py --coupling mixture_rosenblatt    # of Mix-d next to the data
-    python examples/flops.py --checkpoint runs/demo/model     # of one model; or --recipe examples/recipes/demo.json
+    python examples/flops.py --checkpoint runs/demo/model     # of one model, at its own and other patch sizes
+    python examples/flops.py --recipe examples/recipes/demo.json --figure flops.svg
 
 Each ratio is given by the true count and, in brackets, by the paper's: see `tarflow_hf.flops`.
 """
@@ -15,8 +16,16 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from tarflow_hf import TarFlowLMConfig
-from tarflow_hf.flops import GPT2_SIZES, count_flops, figure_7, flops_table
-from tarflow_hf.plots import plot_flops
+from tarflow_hf.flops import (
+    GPT2_SIZES,
+    PATCH_SIZES,
+    count_by_patch_size,
+    count_flops,
+    figure_7,
+    flops_table,
+    patch_size_table,
+)
+from tarflow_hf.plots import plot_flops, plot_patch_sizes
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     one.add_argument("--checkpoint", help="count this model alone: a folder, or a repository of the Hub")
     one.add_argument("--recipe", type=Path, help="count this recipe's model alone")
     parser.add_argument("--sizes", nargs="+", choices=list(GPT2_SIZES), default=list(GPT2_SIZES))
-    parser.add_argument("--patch_sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--patch_sizes", type=int, nargs="+", default=list(PATCH_SIZES))
     parser.add_argument("--coupling", default="mixture_cdf", choices=["mixture_cdf", "mixture_rosenblatt", "affine"])
     parser.add_argument("--num_tokens", type=int, default=1024, help="of a sequence")
     parser.add_argument("--figure", type=Path, help="draw the ratios here: .svg, .png or .pdf")
@@ -44,6 +53,10 @@ def main():
         print(f"TarFlowLM:            {count.flow:.4g}, {count.flow_per_token:.4g} a token")
         print(f"discrete transformer: {count.discrete:.4g}, {count.discrete_per_token:.4g} a token")
         print(f"ratio:                {count.ratio:.3f}; by the paper's count {count.paper_ratio:.3f}")
+        counts = count_by_patch_size(config, arguments.patch_sizes)
+        print(f"\n{patch_size_table(counts)}")
+        if arguments.figure is not None:
+            plot_patch_sizes(counts).savefig(arguments.figure)
         return
     counts = figure_7(
         arguments.sizes,

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tarflow_hf import TarFlowLMModel
-from tarflow_hf.data import PackedTokens, read_text
+from tarflow_hf.data import PackedTokens, held_out_documents
 from tarflow_hf.evaluation import cut_text
 from tarflow_hf.latent_evolution import evolution_of_samples, evolution_of_text, evolution_table
 from tarflow_hf.plots import plot_evolution
@@ -26,7 +26,7 @@ from tarflow_hf.provenance import provenance_of
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
-    parser.add_argument("--data", type=Path, required=True, help="a UTF-8 text file")
+    parser.add_argument("--data", required=True, help="a UTF-8 text file, or python-docs or a dataset: its test split")
     parser.add_argument("--num_sequences", type=int, default=64, help="of the text, and samples")
     parser.add_argument("--length", type=int, help="of a sequence, in tokens; default: the model's")
     parser.add_argument("--batch_size", type=int, default=16)
@@ -39,12 +39,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     if not isinstance(model, TarFlowLMModel):
         raise ValueError(f"{arguments.checkpoint} has no flows: it is a {type(model).__name__}.")
     length = arguments.length or model.config.max_position_embeddings
-    tokens = PackedTokens([read_text(arguments.data)], tokenizer, length).tokens
+    documents = held_out_documents(arguments.data)
+    tokens = PackedTokens(documents, tokenizer, length).tokens
     sequences = cut_text(tokens[: len(tokens) // length * length], length)
 
     options = {"batch_size": arguments.batch_size, "seed": arguments.seed, "progress": True}
@@ -55,7 +56,7 @@ def main():
     for name, evolution in evolutions.items():
         print(f"{name}: {evolution.num_sequences} sequences of {length} tokens\n{evolution_table(evolution)}\n")
     if arguments.output is not None:
-        origin = provenance_of(model, arguments.checkpoint, arguments.data)
+        origin = provenance_of(model, arguments.checkpoint, arguments.data, documents)
         measures = {name: asdict(evolution) for name, evolution in evolutions.items()}
         arguments.output.write_text(json.dumps(origin | measures, indent=2) + "\n")
     if arguments.figure is not None:

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tarflow_hf.passes import find_passes, passes_page, passes_text
+from tarflow_hf.passes import draw_passes, passes_page, passes_text
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,24 +27,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0, help="standard deviation of the noise")
     parser.add_argument("--html", type=Path, help="write a page here, too")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
-@torch.no_grad()
 def main():
     arguments = parse_arguments()
-    set_seed(arguments.seed)
+    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
 
-    given = arguments.text or arguments.prompt
-    ids = tokenizer(given, return_tensors="pt").input_ids if given else None
-    if arguments.text:
-        states = model.flow(model.encode(ids)).states
-    else:
-        options = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
-        states = model.generate(ids, output_states=True, **options).states
-    passes = find_passes(model, states, given_ids=ids[0] if arguments.prompt else None)
+    options = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
+    passes = draw_passes(model, tokenizer, arguments.text, arguments.prompt, arguments.seed, **options)
 
     print(passes_text(passes, tokenizer, color=sys.stdout.isatty()))
     if arguments.html is not None:

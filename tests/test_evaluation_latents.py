@@ -187,7 +187,8 @@ def test_flops_as_a_command(model, tmp_path, monkeypatch, capsys):
     model.save_pretrained(tmp_path / "model")
     count = count_flops(model.config)
     for where in (("--checkpoint", tmp_path / "model"), ("--recipe", ROOT / "examples" / "recipes" / "demo.json")):
-        printed = script("flops.py", *where, **options)
+        printed = script("flops.py", *where, "--patch_sizes", 1, **options)
+        assert printed.splitlines()[-1].split()[::2] == ["1", printed.split("ratio:")[1].split(";")[0].strip()]
         assert (f"ratio:                {count.ratio:.3f}" in printed) == (where[0] == "--checkpoint")
 
 

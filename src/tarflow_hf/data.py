@@ -176,6 +176,15 @@ def load_splits(
     return {name: splits[name][text_column] for name in ("train", "validation", "test")}
 
 
+def held_out_documents(source: str) -> Iterable[str]:
+    """The text to evaluate a model on: all of a UTF-8 text file, or the test split of what else `load_splits` takes.
+
+    Raises:
+        ImportError, ValueError: see `load_splits` and `read_text`.
+    """
+    return [read_text(source)] if Path(source).is_file() else load_splits(source)["test"]
+
+
 def read_text(path: str | os.PathLike) -> str:
     """The content of a UTF-8 text file.
 

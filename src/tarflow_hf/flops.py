@@ -9,6 +9,7 @@ look-ups or the arithmetic of the couplings. What differs:
   not masked exist.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ GPT2_SIZES = {  # layers, width, heads
     "large": (36, 1280, 20),
     "xl": (48, 1600, 25),
 }
+PATCH_SIZES = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,34 @@ def count_flops(config: TarFlowLMConfig, num_tokens: int | None = None) -> FlopC
         paper_flow=sum(paper_flow_flops(config, num_tokens)),
         paper_discrete=paper_body_flops(num_tokens, width, num_layers) + 2 * num_tokens * width * config.vocab_size,
     )
+
+
+def count_by_patch_size(config: TarFlowLMConfig, patch_sizes: Sequence[int] = PATCH_SIZES) -> dict[int, FlopCount]:
+    """The counts of a configuration at its own and at other patch sizes, all else equal, in rising order.
+
+    Patch sizes that do not divide its `max_position_embeddings` are left out. With one token to a patch there is no
+    second decoder (`patch_head_layers`).
+
+    Example:
+        >>> config = gpt2_sized_config("small", patch_size=2, max_position_embeddings=128)
+        >>> counts = count_by_patch_size(config, [1, 3, 4])
+        >>> list(counts), counts[2] == count_flops(config)
+        ([1, 2, 4], True)
+    """
+    counts, length = {}, config.max_position_embeddings
+    for patch_size in sorted({*patch_sizes, config.patch_size}):
+        if patch_size < 1 or length % patch_size:
+            continue
+        changed = copy.deepcopy(config)
+        changed.patch_size = patch_size
+        if hasattr(changed.block_config, "max_position_embeddings"):
+            changed.block_config.max_position_embeddings = length // patch_size
+        if patch_size == 1:
+            changed.flows = [
+                flow | {"patch_head_layers": 0} if "patch_head_layers" in flow else flow for flow in changed.flows
+            ]
+        counts[patch_size] = count_flops(changed)
+    return counts
 
 
 def paper_body_flops(num_positions: int, width: int, num_layers: int) -> int:
@@ -169,7 +199,7 @@ def gpt2_sized_config(
 
 
 def figure_7(
-    sizes: Sequence[str] = tuple(GPT2_SIZES), patch_sizes: Sequence[int] = (1, 2, 4, 8, 16), **options
+    sizes: Sequence[str] = tuple(GPT2_SIZES), patch_sizes: Sequence[int] = PATCH_SIZES, **options
 ) -> dict[str, dict[int, FlopCount]]:
     """The counts at every size and patch size: the data of the paper's Figure 7. Options of `gpt2_sized_config`."""
     return {
@@ -193,3 +223,24 @@ def flops_table(counts: dict[str, dict[int, FlopCount]]) -> str:
         cells = (f"{count.ratio:.3f} ({count.paper_ratio:.3f})" for count in row.values())
         lines.append(f"{size:<9}" + "".join(f"  {cell}" for cell in cells))
     return "\n".join(lines)
+
+
+def patch_size_rows(counts: dict[int, FlopCount]) -> list[tuple[str, str, str, str]]:
+    """Of `count_by_patch_size`: patch size, FLOPs a token, their ratio to the discrete transformer, by the paper."""
+    return [
+        (str(patch_size), f"{count.flow_per_token:.4g}", f"{count.ratio:.3f}", f"{count.paper_ratio:.3f}")
+        for patch_size, count in counts.items()
+    ]
+
+
+def patch_size_table(counts: dict[int, FlopCount]) -> str:
+    """The counts of `count_by_patch_size` to print.
+
+    Example:
+        >>> count = FlopCount(num_tokens=4, flow=20, discrete=80, paper_flow=10, paper_discrete=50)
+        >>> print(patch_size_table({2: count}))
+        patch size  FLOPs/token   ratio  by the paper
+        2                     5   0.250         0.200
+    """
+    rows = [("patch size", "FLOPs/token", "ratio", "by the paper"), *patch_size_rows(counts)]
+    return "\n".join(f"{size:<10}  {flops:>11}  {ratio:>6}  {paper:>12}" for size, flops, ratio, paper in rows)

@@ -32,6 +32,16 @@ JUDGE = "openai-community/gpt2-large"
 NUM_SAMPLES = 5000  # the paper's protocol, as the judge and the scale
 MAUVE_SCALE = 5.0
 READABLE = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+BY_JUDGE = (
+    "judge",
+    "generative_perplexity",
+    "generative_nats_per_token",
+    "generative_standard_error",
+    "text_perplexity",
+    "mauve",
+    "mauve_scale",
+)
+NOT_MEASURED = "Generative perplexity and MAUVE were not measured: there was no judge."
 
 # --------------------------------------------------------------------------------------------------------------------
 # Of the tokens alone
@@ -385,7 +395,7 @@ class SampleEvaluation(Provenance):
 
     Attributes:
         num_samples, length, seed, generate_options: How the samples were drawn.
-        judge: The model that read them, and the text.
+        judge: The model that read them, and the text. Null without one, as all that follows up to `mauve_scale`.
         generative_perplexity: Of the samples; `generative_nats_per_token` with its `generative_standard_error`.
         text_perplexity: Of the text, by the same judge.
         mauve, mauve_scale: Of samples and text.
@@ -400,13 +410,13 @@ class SampleEvaluation(Provenance):
     length: int
     seed: int
     generate_options: dict[str, Any]
-    judge: str
-    generative_perplexity: float
-    generative_nats_per_token: float
+    judge: str | None
+    generative_perplexity: float | None
+    generative_nats_per_token: float | None
     generative_standard_error: float | None
-    text_perplexity: float
-    mauve: float
-    mauve_scale: float
+    text_perplexity: float | None
+    mauve: float | None
+    mauve_scale: float | None
     entropy: float
     entropy_std: float
     distinct_1: float
@@ -423,9 +433,13 @@ class SampleEvaluation(Provenance):
 
 
 def warnings_of(
-    samples: TokenStatistics, text: TokenStatistics, perplexity: float, text_perplexity: float, options: dict[str, Any]
+    samples: TokenStatistics,
+    text: TokenStatistics,
+    perplexity: float | None,
+    text_perplexity: float | None,
+    options: dict[str, Any],
 ) -> list[str]:
-    """In which ways the metrics flatter, or can't be compared.
+    """In which ways the metrics flatter, or can't be compared. Without a judge the perplexities are None.
 
     Example:
         >>> text = TokenStatistics(5000, entropy=5.4, entropy_std=0.2, distinct_1=0.1, distinct_2=0.4, distinct_3=0.8,
@@ -444,7 +458,7 @@ def warnings_of(
             f"{samples.repetition_4:.1%} of a sample's 4-grams have occurred in it before, {text.repetition_4:.1%} of "
             "the text's: generative perplexity is lowered by that."
         )
-    if perplexity < text_perplexity:
+    if perplexity is not None and perplexity < text_perplexity:
         found.append(
             f"The judge finds the samples, at {perplexity:.1f}, likelier than the text, at {text_perplexity:.1f}: "
             "lower is no longer better."
@@ -454,7 +468,7 @@ def warnings_of(
             f"The samples are steered ({steered}): they follow another distribution than the model's, and trade "
             "diversity for generative perplexity."
         )
-    if samples.num_sequences < NUM_SAMPLES:
+    if perplexity is not None and samples.num_sequences < NUM_SAMPLES:
         found.append(
             f"{samples.num_sequences:,} samples, where {NUM_SAMPLES:,} are customary: MAUVE depends on their number."
         )
@@ -479,8 +493,8 @@ def evaluate_samples(
     samples: Sequence[Sample],
     text: PackedTokens,
     tokenizer: PreTrainedTokenizerBase,
-    judge: PreTrainedModel,
-    judge_tokenizer: PreTrainedTokenizerBase,
+    judge: PreTrainedModel | None,
+    judge_tokenizer: PreTrainedTokenizerBase | None,
     provenance: dict[str, Any],
     seed: int = 0,
     generate_options: dict[str, Any] | None = None,
@@ -492,16 +506,29 @@ def evaluate_samples(
 
     Args:
         text: Held-out text, packed by the model's `tokenizer` into sequences of the samples' length.
+        judge: By `load_judge`; None leaves out generative perplexity and MAUVE.
         provenance: The fields of `Provenance`, by `provenance_of`.
     """
     references = reference_sequences(text, len(samples))
-    reference_texts = [tokenizer.decode(ids, **READABLE) for ids in references]
     own, of_text = token_statistics([sample.input_ids for sample in samples]), token_statistics(references)
-    judged, judged_text = (
-        judge_texts(texts, judge, judge_tokenizer, batch_size, progress=progress)
-        for texts in ([sample.text for sample in samples], reference_texts)
-    )
     generate_options = generate_options or {}
+    by_judge = dict.fromkeys(BY_JUDGE)
+    if judge is not None:
+        reference_texts = [tokenizer.decode(ids, **READABLE) for ids in references]
+        judged, judged_text = (
+            judge_texts(texts, judge, judge_tokenizer, batch_size, progress=progress)
+            for texts in ([sample.text for sample in samples], reference_texts)
+        )
+        by_judge = {
+            "judge": judge.name_or_path,
+            "generative_perplexity": judged.perplexity,
+            "generative_nats_per_token": judged.nats_per_token,
+            "generative_standard_error": judged.standard_error,
+            "text_perplexity": judged_text.perplexity,
+            "mauve": mauve_score(judged_text.features, judged.features, mauve_scale),
+            "mauve_scale": mauve_scale,
+        }
+    perplexities = by_judge["generative_perplexity"], by_judge["text_perplexity"]
     statistics = {name: value for name, value in vars(own).items() if name != "num_sequences"}
     statistics |= {f"text_{name}": value for name, value in vars(of_text).items() if name != "num_sequences"}
     return SampleEvaluation(
@@ -510,32 +537,34 @@ def evaluate_samples(
         length=text.sequence_length,
         seed=seed,
         generate_options=generate_options,
-        judge=judge.name_or_path,
-        generative_perplexity=judged.perplexity,
-        generative_nats_per_token=judged.nats_per_token,
-        generative_standard_error=judged.standard_error,
-        text_perplexity=judged_text.perplexity,
-        mauve=mauve_score(judged_text.features, judged.features, mauve_scale),
-        mauve_scale=mauve_scale,
+        **by_judge,
         **statistics,
-        warnings=warnings_of(own, of_text, judged.perplexity, judged_text.perplexity, generate_options),
+        warnings=warnings_of(own, of_text, *perplexities, generate_options),
     )
+
+
+def sample_rows(evaluation: SampleEvaluation) -> list[tuple[str, str, str]]:
+    """What is measured, of the samples, of the text; what was not measured, or is of both, is left empty."""
+    e = evaluation
+    rows = [
+        ("entropy, nats", f"{e.entropy:.3f}", f"{e.text_entropy:.3f}"),
+        ("repeated 4-grams", f"{e.repetition_4:.4f}", f"{e.text_repetition_4:.4f}"),
+        ("distinct 1-grams", f"{e.distinct_1:.4f}", f"{e.text_distinct_1:.4f}"),
+        ("distinct 2-grams", f"{e.distinct_2:.4f}", f"{e.text_distinct_2:.4f}"),
+        ("distinct 3-grams", f"{e.distinct_3:.4f}", f"{e.text_distinct_3:.4f}"),
+    ]
+    if e.judge is not None:
+        perplexities = f"{e.generative_perplexity:.2f}", f"{e.text_perplexity:.2f}"
+        rows.insert(0, (f"perplexity by {e.judge}", *perplexities))
+        rows.append((f"MAUVE, scale {e.mauve_scale:g}", f"{e.mauve:.4f}", ""))
+    return rows
 
 
 def sample_table(evaluation: SampleEvaluation) -> str:
     """To print: samples beside the text, and the warnings."""
-    e = evaluation
-    rows = [
-        (f"perplexity by {e.judge}", e.generative_perplexity, e.text_perplexity, ".2f"),
-        ("entropy, nats", e.entropy, e.text_entropy, ".3f"),
-        ("repeated 4-grams", e.repetition_4, e.text_repetition_4, ".4f"),
-        *(
-            (f"distinct {n}-grams", getattr(e, f"distinct_{n}"), getattr(e, f"text_distinct_{n}"), ".4f")
-            for n in (1, 2, 3)
-        ),
-    ]
+    rows = [(f"{evaluation.num_samples:,} x {evaluation.length:,} tokens", "samples", "text"), *sample_rows(evaluation)]
     width = max(len(name) for name, *_ in rows)
-    lines = [f"{f'{e.num_samples:,} x {e.length:,} tokens':<{width}}  {'samples':>9}  {'text':>9}"]
-    lines += [f"{name:<{width}}  {own:>9{form}}  {text:>9{form}}" for name, own, text, form in rows]
-    lines.append(f"{f'MAUVE, scale {e.mauve_scale:g}':<{width}}  {e.mauve:>9.4f}")
-    return "\n".join(lines + [f"Warning: {warning}" for warning in e.warnings])
+    lines = [f"{name:<{width}}  {own:>9}  {text:>9}".rstrip() for name, own, text in rows]
+    if evaluation.judge is None:
+        lines.append(NOT_MEASURED)
+    return "\n".join(lines + [f"Warning: {warning}" for warning in evaluation.warnings])

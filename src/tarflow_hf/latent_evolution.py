@@ -201,5 +201,5 @@ def evolution_table(evolution: Evolution) -> str:
             if level or name != "centroid_movement"
         ]
         name = f"flow {level}" if level else "latents"
-        lines.append(f"{name:<9}" + "".join(f"{f'{cell.mean:.3f} ± {cell.std:.3f}':>17}" for cell in cells))
+        lines.append(f"{name:<9}" + "".join(f"  {f'{cell.mean:.3f} ± {cell.std:.3f}':>15}" for cell in cells))
     return "\n".join(lines)

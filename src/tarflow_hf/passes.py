@@ -1,6 +1,8 @@
 """The multi-pass view (the paper's Figure 6): the text that every flow's state decodes to, from noise to final text.
 
 states (of `generate(output_states=True)` or `model.flow`)  ->  `find_passes`  ->  `passes_text` or `passes_page`
+
+`draw_passes` makes the states itself: of a sample, or of a text.
 """
 
 import re
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from string import Template
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,6 +116,37 @@ def find_passes(
     return passes
 
 
+@torch.no_grad()
+def draw_passes(
+    model: TarFlowLMModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str = "",
+    prompt: str = "",
+    seed: int = 0,
+    **options: Any,
+) -> list[Pass]:
+    """The passes of a text, from the noise that it goes to; without a text those of a sample.
+
+    Args:
+        text: Whose latents are drawn by the seed.
+        prompt: What the sample begins with.
+        options: Of `generate`, for a sample.
+
+    Raises:
+        ValueError: Both a text and a prompt are given.
+    """
+    if text and prompt:
+        raise ValueError(f"text and prompt can't both be given: {text!r}, {prompt!r}.")
+    generator = torch.Generator(model.device).manual_seed(seed)
+    given = text or prompt
+    ids = tokenizer(given, return_tensors="pt").input_ids.to(model.device) if given else None
+    if text:
+        states = model.flow(model.encode(ids, generator=generator)).states
+    else:
+        states = model.generate(ids, generator=generator, output_states=True, **options).states
+    return find_passes(model, states, given_ids=ids[0] if prompt else None)
+
+
 def passes_text(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, color: bool = False) -> str:
     """For a terminal: what changed in reverse video if `color`, else in brackets."""
     before, after = ("\x1b[7m", "\x1b[27m") if color else ("[", "]")
@@ -125,8 +159,8 @@ def passes_text(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, colo
     return "\n\n".join(blocks)
 
 
-def passes_section(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The passes as a part of an HTML page that has `PASSES_STYLE`: a list with one item for each."""
+def passes_section(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, heading: str = "h2") -> str:
+    """The passes as a part of an HTML page that has `PASSES_STYLE`: a list with one item for each, under a heading."""
     items = []
     for state in passes:
         text = ""
@@ -135,7 +169,7 @@ def passes_section(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase) -
             segment = f'<span class="given">{segment}</span>' if is_given else segment
             text += f"<mark>{segment}</mark>" if is_changed else segment
         items.append(
-            f'<li>\n<h2>{escape(state.name)}</h2>\n<p class="summary">{state.summary()}</p>\n'
+            f'<li>\n<{heading}>{escape(state.name)}</{heading}>\n<p class="summary">{state.summary()}</p>\n'
             f'<p class="text" dir="auto">{text}</p>\n</li>'
         )
     return '<ol class="passes">\n' + "\n".join(items) + "\n</ol>"
@@ -157,7 +191,7 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: any
 PASSES_STYLE = """\
 .passes { list-style: none; margin: 1.5rem 0 0; padding: 0; }
 .passes li { border-top: 1px solid var(--line); padding: 1rem 0; }
-.passes h2 { font-size: 1rem; margin: 0; }
+.passes :is(h2, h3, h4) { font-size: 1rem; margin: 0; }
 .passes .summary { margin: 0 0 .5rem; color: var(--quiet); font-size: .875rem; }
 .passes .text { margin: 0; font: .9375rem/1.6 ui-monospace, monospace; }
 .passes .text { white-space: break-spaces; overflow-wrap: anywhere; }

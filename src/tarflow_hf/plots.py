@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from .latent_evolution import MEASURES, Evolution
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from .flops import FlopCount
@@ -41,11 +42,8 @@ def plot_flops(counts: "dict[str, dict[int, FlopCount]]") -> "Figure":
         axes.axhline(1, color="#888888", linewidth=1, linestyle="--")
         axes.set(xscale="log", yscale="log", xlabel="patch size (tokens)", title=title)
         axes.set_xticks(list(row), [str(patch_size) for patch_size in row], minor=False)
-        axes.minorticks_off()
+        set_ratio_ticks(axes)
         axes.grid(alpha=0.3)
-    low, high = left.get_ylim()
-    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low <= tick <= high]
-    left.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     left.set_ylabel("FLOPs, TarFlowLM / discrete")
     left.legend(frameon=False)
     return figure
@@ -59,20 +57,58 @@ def plot_evolution(evolutions: dict[str, Evolution], directions: Sequence[str] =
         directions: Of each flow, to mark them.
     """
     figure = new_figure(10, 6)
-    for axes, (name, title) in zip(figure.subplots(2, 2).flat, MEASURES.items(), strict=True):
-        for index, (label, evolution) in enumerate(evolutions.items()):
-            statistics = getattr(evolution, name)
-            first = evolution.num_states - len(statistics)  # nothing has moved at the latents
-            x, mean = range(first, evolution.num_states), [statistic.mean for statistic in statistics]
-            std = [statistic.std for statistic in statistics]
-            color, marker = COLORS[index % 6], MARKERS[index % 6]
-            axes.errorbar(x, mean, std, label=label, color=color, marker=marker, capsize=3)
-        last = evolution.num_states - 1
-        names = ["latents"] + [f"flow {number}" for number in range(1, last + 1)]
-        for number, direction in enumerate(directions, 1):
-            names[number] += {"left_to_right": "\n→", "right_to_left": "\n←"}.get(direction, "\n⇆")
-        axes.set_xticks(range(last + 1), names)
-        axes.set(title=title, xlim=(-0.3, last + 0.3))
-        axes.grid(alpha=0.3)
+    for axes, name in zip(figure.subplots(2, 2).flat, MEASURES, strict=True):
+        draw_measure(axes, name, evolutions, directions)
     figure.axes[0].legend(frameon=False)
     return figure
+
+
+def plot_measure(name: str, evolutions: dict[str, Evolution], directions: Sequence[str] = ()) -> "Figure":
+    """One of the `MEASURES` alone, else as `plot_evolution`."""
+    figure = new_figure(4.8, 3.2)
+    axes = figure.subplots()
+    draw_measure(axes, name, evolutions, directions)
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw_measure(axes: "Axes", name: str, evolutions: dict[str, Evolution], directions: Sequence[str]) -> None:
+    for index, (label, evolution) in enumerate(evolutions.items()):
+        statistics = getattr(evolution, name)
+        first = evolution.num_states - len(statistics)  # nothing has moved at the latents
+        x = [level + 0.08 * index for level in range(first, evolution.num_states)]  # side by side where they agree
+        mean = [statistic.mean for statistic in statistics]
+        std = [statistic.std for statistic in statistics]
+        color, marker = COLORS[index % 6], MARKERS[index % 6]
+        axes.errorbar(x, mean, std, label=label, color=color, marker=marker, capsize=3)
+    last = evolution.num_states - 1
+    names = ["latents"] + [f"flow {number}" for number in range(1, last + 1)]
+    for number, direction in enumerate(directions, 1):
+        names[number] += {"left_to_right": "\n→", "right_to_left": "\n←"}.get(direction, "\n⇆")
+    axes.set_xticks(range(last + 1), names)
+    axes.set(title=MEASURES[name], xlim=(-0.3, last + 0.3))
+    axes.grid(alpha=0.3)
+
+
+def plot_patch_sizes(counts: "dict[int, FlopCount]") -> "Figure":
+    """FLOPs over those of the discrete transformer against the patch size, by both counts; of `count_by_patch_size`."""
+    figure = new_figure(4.8, 3.2)
+    axes = figure.subplots()
+    for index, (name, label) in enumerate((("ratio", "true count"), ("paper_ratio", "the paper's count"))):
+        ratios = [getattr(count, name) for count in counts.values()]
+        axes.plot(list(counts), ratios, label=label, color=COLORS[index], marker=MARKERS[index])
+    axes.axhline(1, color="#888888", linewidth=1, linestyle="--", label="discrete transformer")
+    axes.set(xscale="log", yscale="log", xlabel="patch size (tokens)", ylabel="FLOPs, TarFlowLM / discrete")
+    axes.set_xticks(list(counts), [str(patch_size) for patch_size in counts])
+    set_ratio_ticks(axes)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def set_ratio_ticks(axes: "Axes") -> None:
+    """Round numbers on a logarithmic axis of ratios."""
+    axes.minorticks_off()
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -34,8 +34,8 @@ class Provenance:
         weights_sha256: See `weights_checksum`.
         model_type: "tarflowlm", or the architecture of a discrete model.
         num_parameters: Of the model.
-        data: The name of the text file.
-        data_sha256: Of its bytes.
+        data: The name of the text file, or of the corpus whose test split it is.
+        data_sha256: Of the file's bytes; or of the split's documents in UTF-8, a null byte between two.
     """
 
     command: str
@@ -69,17 +69,26 @@ class Provenance:
 
 
 def provenance_of(
-    model: PreTrainedModel, checkpoint: str, data: str | os.PathLike | None, command: Sequence[str] | None = None
+    model: PreTrainedModel,
+    checkpoint: str,
+    data: str | os.PathLike | None,
+    documents: Iterable[str] = (),
+    command: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The fields of `Provenance`.
 
     Args:
         model: As loaded from the checkpoint.
-        data: A file, or None.
+        data: A file, or a name that `data.held_out_documents` takes, or None.
+        documents: What it returned for that name; of a file, not needed.
         command: Its words; those that this process was started with by default.
     """
     words = ["python", *sys.argv] if command is None else command
-    device = model.device
+    device, name, checksum = model.device, data, None
+    if data is not None and Path(data).is_file():
+        name, checksum = Path(data).name, hashlib.sha256(Path(data).read_bytes()).hexdigest()
+    elif data is not None:
+        checksum = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     return {
         "command": shlex.join(words),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -95,8 +104,8 @@ def provenance_of(
         "weights_sha256": weights_checksum(model),
         "model_type": "tarflowlm" if isinstance(model, TarFlowLMModel) else model.config.model_type,
         "num_parameters": model.num_parameters(),
-        "data": None if data is None else Path(data).name,
-        "data_sha256": None if data is None else hashlib.sha256(Path(data).read_bytes()).hexdigest(),
+        "data": name,
+        "data_sha256": checksum,
     }
 
 
