@@ -1,0 +1,155 @@
+"""The inverses of the mixture couplings on a CPU, in float32: Newton's method for all dimensions of all rows at once.
+
+On a CPU a call of PyTorch costs more than its arithmetic on the few numbers of a position. The reference solves the d
+dimensions of a Rosenblatt transform one after another, each until the slowest row is done; here one round takes a step
+in all of them. As u_i depends on z_1, ..., z_i alone, a dimension is at its root soon after those before it are. The
+arithmetic is float64's; a solution is a float32 z that a round leaves as it is: the number next to the root, given
+those of the dimensions before. Rows that do not get there are left to the reference, and so are those with components
+so thin that the spacing of float32 does not resolve them.
+
+Everything is mirrored so that u <= 0: the lower tail is then the smaller one at the root, and for |u| <= 30 it is far
+from the end of float64's range, so that nothing needs its logarithm.
+
+Shapes: n rows, d dimensions (1 of a mixture of scalars), K components.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .coupling_reference import _MixtureCDFInverse as MixtureCDFInverse
+from .coupling_reference import _MixtureRosenblattInverse as MixtureRosenblattInverse
+from .coupling_reference import mixture_cdf_inverse as mixture_cdf_inverse_reference
+from .coupling_reference import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
+
+MAX_ROUNDS = 40
+MAX_NOISE = 30.0
+MIN_SCALE = 2**10  # of the thinnest component, in units of the spacing of float32 at z
+CHUNK_ELEMENTS = 2**20  # n d K at once: 8 MiB a tensor, of which there are some ten
+
+
+def solve(u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    """z (n, d) of u (n, d), both float32; NaN in rows where it was not found.
+
+    Args:
+        u: Noise.
+        logits: Log-weights of the components (n, K).
+        loc, log_scale: The components, (n or 1, d, K) and (n or 1, K).
+    """
+    log_weight = torch.log_softmax(logits.double(), -1).unsqueeze(1)
+    sign = torch.where(u > 0, -1.0, 1.0).double()
+    u, loc, log_scale = -u.double().abs(), sign.unsqueeze(-1) * loc, log_scale.double().unsqueeze(1)
+    scale = log_scale.exp()
+    lower, upper = (loc + scale * u.unsqueeze(-1)).aminmax(dim=-1)  # each component alone would put z there
+    weight = log_weight.exp()
+    center = (weight * loc).sum(-1, keepdim=True)
+    spread = (weight * ((loc - center).square() + scale.square())).sum(-1).sqrt()
+    z = (center.squeeze(-1) + spread * u).clamp(lower, upper).float().double()
+    z = _iterate(z, u, log_weight, loc, log_scale, lower, upper, MAX_ROUNDS)
+    spacing = torch.finfo(torch.float32).eps * z.abs()
+    is_fine = ((u >= -MAX_NOISE) & (scale.amin(-1) >= MIN_SCALE * spacing)).all(-1, keepdim=True)
+    return torch.where(is_fine, sign * z, math.nan).float()
+
+
+def _iterate(
+    z: Tensor,
+    u: Tensor,
+    log_weight: Tensor,
+    loc: Tensor,
+    log_scale: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    num_rounds: int,
+) -> Tensor:
+    """Newton's steps from z, each within the bracket of what is known of its dimension, or else to the middle of it.
+
+    A bracket holds while the dimensions before it stay where they are; when they move, it is the first one again.
+    """
+    latent_size = z.shape[1]
+    minus_inverse = -math.sqrt(0.5) * torch.exp(-log_scale)
+    weight = log_weight.exp()
+    if latent_size > 1:  # log alpha^(i)_k = log pi_k - sum_{j<i} (log sigma_k + t_jk^2 / 2), not normalised
+        past = torch.full((latent_size, latent_size), -1.0, dtype=z.dtype).tril(-1)
+        prior = log_weight + past.sum(-1, keepdim=True) * log_scale
+        past = past.expand(len(z), -1, -1)
+    lower, upper = lowest, highest
+    is_moving = None
+    for n in range(num_rounds):
+        t = (z.unsqueeze(-1) - loc) * minus_inverse  # over sqrt(2)
+        square = t.square()
+        if latent_size > 1:
+            weight = torch.softmax(torch.baddbmm(prior, past, square), -1)
+        cdf = (weight * torch.erfc(t)).sum(-1).mul_(0.5).clamp_(max=1.0)
+        density = (weight * torch.exp(-log_scale - square)).sum(-1)  # over phi(0)
+        quantile = torch.special.ndtri(cdf)
+        residual = quantile - u
+        newton = z - residual * quantile.square().mul_(-0.5).exp_() / density
+        lower, upper = torch.where(residual <= 0, z, lower), torch.where(residual >= 0, z, upper)
+        is_inside = (newton >= lower) & (newton <= upper)  # not where a slope of 0 makes it infinite or NaN
+        new = torch.where(is_inside, newton, torch.lerp(lower, upper, 0.5)).float().double()
+        has_moved = new != z
+        z = new
+        is_moving = has_moved.any(-1)
+        num_moving = int(is_moving.sum())
+        if num_moving == 0:
+            return z
+        if 2 * num_moving <= len(z) and n + 1 < num_rounds:
+            rows = is_moving.nonzero().squeeze(-1)
+            rest = (x if len(x) == 1 else x[rows] for x in (z, u, log_weight, loc, log_scale, lowest, highest))
+            return z.index_copy(0, rows, _iterate(*rest, num_rounds - n - 1))
+        if latent_size > 1:
+            is_stale = has_moved.cumsum(-1) > has_moved
+            lower, upper = torch.where(is_stale, lowest, lower), torch.where(is_stale, highest, upper)
+    return torch.where(is_moving.unsqueeze(-1), math.nan, z)
+
+
+def _solve_in_parts(
+    u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor, otherwise: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`solve`, so many rows at once that the memory is bounded, and `otherwise(rows)` where that finds nothing."""
+    size = max(1, CHUNK_ELEMENTS // loc[0].numel())
+    tensors = u, logits, loc, log_scale
+    parts = zip(*([x] * -(-len(u) // size) if len(x) == 1 else x.split(size) for x in tensors), strict=True)
+    parts = [solve(*part) for part in parts]
+    z = parts[0] if len(parts) == 1 else torch.cat(parts)
+    is_left = z.isnan().any(-1)
+    if bool(is_left.any()):
+        z[is_left] = otherwise(is_left)
+    return z
+
+
+class _MixtureCDFInverse(MixtureCDFInverse):
+    @staticmethod
+    def forward(ctx, u, logits, loc, log_scale):
+        rows = [x.reshape(-1, x.shape[-1]) for x in (u.unsqueeze(-1), logits, loc, log_scale)]
+        u_rows, *parameters = rows
+
+        def otherwise(rows: Tensor) -> Tensor:
+            return mixture_cdf_inverse_reference(u_rows[rows, 0], *(x[rows] for x in parameters)).unsqueeze(-1)
+
+        z = _solve_in_parts(u_rows, parameters[0], parameters[1].unsqueeze(1), parameters[2], otherwise).reshape(u.shape)
+        ctx.save_for_backward(z, logits, loc, log_scale)
+        return z
+
+
+class _MixtureRosenblattInverse(MixtureRosenblattInverse):
+    @staticmethod
+    def forward(ctx, u, logits, mean, log_scale):
+        def otherwise(rows: Tensor) -> Tensor:
+            return mixture_rosenblatt_inverse_reference(u[rows], logits[rows], mean, log_scale)
+
+        z = _solve_in_parts(u, logits, mean.T.unsqueeze(0), log_scale.unsqueeze(0), otherwise)
+        ctx.save_for_backward(z, logits, mean, log_scale)
+        return z
+
+
+@torch.compiler.disable  # its loop ends where the numbers say
+def mixture_cdf_inverse(u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    return _MixtureCDFInverse.apply(u, logits, loc, log_scale)
+
+
+@torch.compiler.disable
+def mixture_rosenblatt_inverse(u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    return _MixtureRosenblattInverse.apply(u, logits, mean, log_scale)
