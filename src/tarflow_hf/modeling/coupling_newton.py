@@ -68,7 +68,8 @@ def _iterate(
     A bracket holds while the dimensions before it stay where they are; when they move, it is the first one again.
     """
     latent_size = z.shape[1]
-    minus_inverse = -math.sqrt(0.5) * torch.exp(-log_scale)
+    log_density = -log_scale  # of each component at its mean, over phi(0)
+    minus_inverse = -math.sqrt(0.5) * log_density.exp()
     weight = log_weight.exp()
     if latent_size > 1:  # log alpha^(i)_k = log pi_k - sum_{j<i} (log sigma_k + t_jk^2 / 2), not normalised
         past = torch.full((latent_size, latent_size), -1.0, dtype=z.dtype).tril(-1)
@@ -82,11 +83,12 @@ def _iterate(
         if latent_size > 1:
             weight = torch.softmax(torch.baddbmm(prior, past, square), -1)
         cdf = (weight * torch.erfc(t)).sum(-1).mul_(0.5).clamp_(max=1.0)
-        density = (weight * torch.exp(-log_scale - square)).sum(-1)  # over phi(0)
+        density = (weight * torch.exp(log_density - square)).sum(-1)
         quantile = torch.special.ndtri(cdf)
         residual = quantile - u
         newton = z - residual * quantile.square().mul_(-0.5).exp_() / density
-        lower, upper = torch.where(residual <= 0, z, lower), torch.where(residual >= 0, z, upper)
+        is_low = residual < 0
+        lower, upper = torch.where(is_low, z, lower), torch.where(is_low, upper, z)
         is_inside = (newton >= lower) & (newton <= upper)  # not where a slope of 0 makes it infinite or NaN
         new = torch.where(is_inside, newton, torch.lerp(lower, upper, 0.5)).float().double()
         has_moved = new != z
@@ -129,7 +131,9 @@ class _MixtureCDFInverse(MixtureCDFInverse):
         def otherwise(rows: Tensor) -> Tensor:
             return mixture_cdf_inverse_reference(u_rows[rows, 0], *(x[rows] for x in parameters)).unsqueeze(-1)
 
-        z = _solve_in_parts(u_rows, parameters[0], parameters[1].unsqueeze(1), parameters[2], otherwise).reshape(u.shape)
+        z = _solve_in_parts(u_rows, parameters[0], parameters[1].unsqueeze(1), parameters[2], otherwise).reshape(
+            u.shape
+        )
         ctx.save_for_backward(z, logits, loc, log_scale)
         return z
 
