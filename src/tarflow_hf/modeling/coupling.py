@@ -5,8 +5,8 @@ float16 arguments are cast up, results are float32 (float64 where any argument i
 through the inverses too (by the implicit function theorem). Nothing here runs in low precision under autocast.
 
 `implementation` says who computes: "reference" is plain PyTorch and runs anywhere; "triton" are kernels of the mixture
-couplings, float32 on a GPU; "auto" takes the kernels for tensors on a GPU where they can run, for the mixtures' inverses
-on a CPU in float32 `coupling_newton.py`, and the reference otherwise.
+couplings, float32 on a GPU; "auto" takes the kernels for tensors on a GPU where they can run, `coupling_newton.py` for
+the mixtures' inverses in float32 on a CPU, and the reference otherwise.
 
 References:
     Zhang et al., *Flexible Language Modeling in Continuous Space with Transformer-based Autoregressive Flows*,
