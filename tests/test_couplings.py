@@ -16,8 +16,9 @@ from tarflow_hf.modeling import coupling, coupling_reference
 from tarflow_hf.modeling.normal import normal_log_prob
 
 # Every implementation is held to every test of a dtype that it computes in. name: where it runs
-IMPLEMENTATIONS = {"reference": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
-DTYPES = {"reference": [torch.float32, torch.float64], "triton": [torch.float32]}
+# "auto" on a CPU: in float32 the inverses of `coupling_newton.py`, the reference otherwise.
+IMPLEMENTATIONS = {"reference": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu", "auto": "cpu"}
+DTYPES = {"reference": [torch.float32, torch.float64], "triton": [torch.float32], "auto": [torch.float32]}
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,8 @@ def test_what_auto_takes():
     assert methods(u) == ["sequential"] * 4  # gradients
     with torch.no_grad():
         assert methods(u) == ["sequential", "parallel", "parallel", "sequential"]
-        assert methods(u.expand(9, -1, -1)) == ["sequential"] * 4
+        assert methods(u.expand(16, -1, -1)) == methods(u)
+        assert methods(u.expand(17, -1, -1)) == ["sequential"] * 4
         assert methods(u, inverse_method=["parallel", "sequential", "auto", "auto"]) == [
             "parallel",
             "sequential",

@@ -34,10 +34,13 @@ class Gaussians(NamedTuple):
 
     def log_prob_all(self, latents: Tensor) -> Tensor:
         """log N_k(z) for every k: latents (..., d) to (..., K)."""
-        square = 0.0
-        for i in range(self.mean.shape[1]):  # (..., K) at a time, never (..., K, d)
-            t = (latents[..., i, None] - self.mean[:, i]) * torch.exp(-self.log_scale)
-            square = square + t.square()
+        inverse_scale = torch.exp(-self.log_scale)
+        if latents[..., 0].numel() * self.mean.numel() <= 2**16:  # a step of generation: as few calls as can be
+            square = ((latents.unsqueeze(-2) - self.mean) * inverse_scale.unsqueeze(-1)).square().sum(-1)
+        else:
+            square = 0.0
+            for i in range(self.mean.shape[1]):  # (..., K) at a time, never (..., K, d)
+                square = square + ((latents[..., i, None] - self.mean[:, i]) * inverse_scale).square()
         return -0.5 * square - self.mean.shape[1] * (self.log_scale + LOG_SQRT_2PI)
 
     def log_total(self, latents: Tensor) -> Tensor:

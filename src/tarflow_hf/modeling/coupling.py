@@ -5,7 +5,8 @@ float16 arguments are cast up, results are float32 (float64 where any argument i
 through the inverses too (by the implicit function theorem). Nothing here runs in low precision under autocast.
 
 `implementation` says who computes: "reference" is plain PyTorch and runs anywhere; "triton" are kernels of the mixture
-couplings, float32 on a GPU; "auto" takes the kernels for tensors on a GPU where they can run, the reference otherwise.
+couplings, float32 on a GPU; "auto" takes the kernels for tensors on a GPU where they can run, `coupling_newton.py` for
+the mixtures' inverses in float32 on a CPU, and the reference otherwise.
 
 References:
     Zhang et al., *Flexible Language Modeling in Continuous Space with Transformer-based Autoregressive Flows*,
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from .coupling_linear import with_linear_logits
+from .coupling_newton import mixture_cdf_inverse as mixture_cdf_inverse_newton
+from .coupling_newton import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_newton
 from .coupling_reference import AutoregressiveNetwork
 from .coupling_reference import affine as affine_reference
 from .coupling_reference import affine_inverse as affine_inverse_reference
@@ -122,7 +125,8 @@ def mixture_cdf_inverse(
         tensor([0.5000])
     """
     tensors = {"u": u, "logits": logits, "loc": loc, "log_scale": log_scale}
-    return _run_mixture_cdf(implementation, mixture_cdf_inverse_reference, mixture_cdf_inverse_triton, **tensors)
+    who = mixture_cdf_inverse_reference, mixture_cdf_inverse_triton, mixture_cdf_inverse_newton
+    return _run_mixture_cdf(implementation, *who, **tensors)
 
 
 def mixture_cdf_log_prob(
@@ -197,8 +201,9 @@ def autoregressive_mixture_cdf_inverse(
         return out.reshape(u.shape)
     u, from_context, *weights = _cast(u, from_context, *network[:-1])
     network = AutoregressiveNetwork._make([*weights, network.max_log_scale])
+    invert = mixture_cdf_inverse_newton if _runs_newton(implementation, u) else mixture_cdf_inverse_reference
     with torch.autocast(u.device.type, enabled=False):
-        return autoregressive_mixture_cdf_inverse_reference(u, from_context, network)
+        return autoregressive_mixture_cdf_inverse_reference(u, from_context, network, invert)
 
 
 # ----------------------------------------------------------------------------------------------- mixture Rosenblatt
@@ -245,9 +250,8 @@ def mixture_rosenblatt_inverse(
         tensor([[1., 1.]])
     """
     tensors = {"u": u, "logits": logits, "mean": mean, "log_scale": log_scale}
-    return _run_rosenblatt(
-        implementation, mixture_rosenblatt_inverse_reference, mixture_rosenblatt_inverse_triton, **tensors
-    )
+    who = mixture_rosenblatt_inverse_reference, mixture_rosenblatt_inverse_triton, mixture_rosenblatt_inverse_newton
+    return _run_rosenblatt(implementation, *who, **tensors)
 
 
 def mixture_rosenblatt_log_prob(
@@ -386,6 +390,11 @@ def _runs_on_triton(implementation: str, *tensors: Tensor, max_components: int |
     )
 
 
+def _runs_newton(implementation: str, u: Tensor) -> bool:
+    """Whether the inverse of u, cast already, is that of `coupling_newton.py`; where no kernels run."""
+    return implementation == "auto" and u.device.type == "cpu" and u.dtype == torch.float32
+
+
 def _check(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -418,7 +427,9 @@ def _prepare_affine(implementation: str, **tensors: Tensor) -> list[Tensor]:
         raise ValueError(f"loc and log_scale must broadcast to the first shape of {_shapes(**tensors)}.") from None
 
 
-def _run_mixture_cdf(implementation: str, reference: Callable, kernel: Callable, **tensors: Tensor):
+def _run_mixture_cdf(
+    implementation: str, reference: Callable, kernel: Callable, newton: Callable | None = None, **tensors: Tensor
+):
     _check(**tensors)
     first, *parameters = tensors.values()
     num_components = {parameter.shape[-1] if parameter.ndim else 0 for parameter in parameters}
@@ -433,10 +444,15 @@ def _run_mixture_cdf(implementation: str, reference: Callable, kernel: Callable,
         ) from None
     if _runs_on_triton(implementation, first, *parameters, max_components=MAX_COMPONENTS):
         return kernel(first, *parameters)
-    return reference(*_cast(first, *parameters))
+    tensors = _cast(first, *parameters)
+    if newton is not None and _runs_newton(implementation, tensors[0]):
+        return newton(*tensors)
+    return reference(*tensors)
 
 
-def _run_rosenblatt(implementation: str, reference: Callable, kernel: Callable, **tensors: Tensor):
+def _run_rosenblatt(
+    implementation: str, reference: Callable, kernel: Callable, newton: Callable | None = None, **tensors: Tensor
+):
     """Checks, then computes on positions in one row, (n, d) and (n, K), and gives back the leading shape."""
     name = next(iter(tensors))  # z or u
     _check(**tensors)
@@ -455,7 +471,8 @@ def _run_rosenblatt(implementation: str, reference: Callable, kernel: Callable, 
         ) from None
     run = kernel
     if not _runs_on_triton(implementation, *tensors.values()):
-        run, (first, logits, mean, log_scale) = reference, _cast(first, logits, mean, log_scale)
+        first, logits, mean, log_scale = _cast(first, logits, mean, log_scale)
+        run = newton if newton is not None and _runs_newton(implementation, first) else reference
     out = run(first.reshape(-1, latent_size), logits.reshape(-1, num_components), mean, log_scale)
     if isinstance(out, tuple):
         return tuple(x.reshape(leading + x.shape[1:]) for x in out)

@@ -228,6 +228,19 @@ class MixtureRosenblattHead(nn.Module):
         logits_processor: LogitsProcessor | None = None,
     ):
         """The coupling of tokens (n, p, d), whose weights follow from contexts (n, p, w) or, in common, (n, w)."""
+        weights = self.projection()
+        is_common = context.ndim < tokens.ndim
+        num_logits = tokens.shape[:2].numel() * self.num_components
+        if task == "inverse" and (num_logits <= self.max_logits or logits_processor is not None):
+            if is_common:
+                logits = torch.stack([F.linear(context, *weights[p]) for p in range(self.patch_size)], 1)
+            else:
+                logits = F.linear(context, *weights[0])
+            if logits_processor is not None:
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                logits = logits_processor(logits.flatten(0, -2)).reshape(logits.shape)
+            return mixture_rosenblatt_inverse(tokens, logits, *components)
+
         op = {
             "transform": linear_mixture_rosenblatt,
             "log_prob": linear_mixture_rosenblatt_log_prob,
@@ -235,15 +248,9 @@ class MixtureRosenblattHead(nn.Module):
         }[task]
 
         def run(tokens: Tensor, context: Tensor, weights: tuple[Tensor, Tensor]):
-            if task == "inverse" and logits_processor is not None:
-                logits = F.linear(context, *weights)
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                processed = logits_processor(logits.flatten(0, -2)).reshape(logits.shape)
-                return mixture_rosenblatt_inverse(tokens, processed, *components)
             return op(tokens, context, *weights, *components, max_logits=self.max_logits)
 
-        weights = self.projection()
-        if context.ndim == tokens.ndim:
+        if not is_common:
             return run(tokens, context, weights[0])
         outputs = [run(tokens[:, p], context, weights[p]) for p in range(self.patch_size)]
         if task == "transform":

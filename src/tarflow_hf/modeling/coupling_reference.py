@@ -9,7 +9,7 @@ References:
     NeurIPS 2025, arXiv:2507.00425. The gradients and the log-space forms are derived here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -263,12 +263,17 @@ def autoregressive_mixture_parameters(
     return network.output(torch.einsum("...ih,ikh->...ik", hidden, network.output_weight) + network.output_bias)
 
 
-def autoregressive_mixture_cdf_inverse(u: Tensor, from_context: Tensor, network: AutoregressiveNetwork) -> Tensor:
+def autoregressive_mixture_cdf_inverse(
+    u: Tensor,
+    from_context: Tensor,
+    network: AutoregressiveNetwork,
+    invert: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = mixture_cdf_inverse,
+) -> Tensor:
     z, features = [], []
     for i, u_i in enumerate(u.unbind(-1)):
         hidden = network.hidden(i, from_context[..., i, :], features)
         parameters = network.output(F.linear(hidden, network.output_weight[i], network.output_bias[i]))
-        z.append(mixture_cdf_inverse(u_i, *parameters))
+        z.append(invert(u_i, *parameters))
         if i < u.shape[-1] - 1:
             features.append(network.features(i, z[i]))
     return torch.stack(z, -1)

@@ -54,21 +54,23 @@ def choose_inverse_methods(
 ) -> list[str]:
     """The method of each flow, "sequential" or "parallel", from one for all of them or a list with one for each.
 
-    "auto" is a rule made from rough timings on one core of a CPU, of stacks of width 128 trained on characters for 250
-    steps of 1,024 or 600 steps of 256. How many times faster the parallel form was than the sequential one at batch 1
-    (in brackets the iterations it took):
+    "auto" is a rule made from rough timings on one core of a CPU, of stacks of width 128 trained on characters for 600
+    steps of 256. How many times faster the parallel form was than the sequential one at 256 positions (in brackets the
+    iterations it took):
 
-    - Mix-1 flows of one and two layers on top of a Mix-d flow: 40 to 50 at 256 positions (3 iterations);
-    - flows of Mix-1 stacks, one to four layers: 2 to 20 at 256 positions (8 to 35), 7 to 12 at 1,024 (10 to 27);
-    - an affine flow of one layer: 7 at 1,024 positions (5);
-    - a Mix-d flow of four layers that reads the posterior over tokens: 0.3 at 256 positions (226): its states hang on
-      those before almost as discrete tokens do.
+    | flow | batch 1 | 8 | 16 | 32 |
+    |---|---|---|---|---|
+    | Mix-1, one layer, on top of a Mix-d flow | 40 (3) | 10 (6) | 7 (12) | 4 (23) |
+    | Mix-1, four layers, next to the data | 11 (7) | 2.5 (14) | 1.5 (29) | 1 (49) |
+    | Mix-1, one layer, on top of that | 14 (8) | 4 (17) | 2.3 (34) | 1.4 (58) |
+    | Mix-1, one layer, next to the noise there | 1.9 (56) | 0.8 (100) | 0.6 (128) | 0.5 (171) |
 
-    At batches of 4 and 8 Mix-1 flows gained a factor of 1.2 to 5 and of 1.3 to 1.9, at 16 nothing: there the steps of
-    the sequential form have enough to do. So "auto" takes the parallel form
+    and 0.3 for a Mix-d flow of four layers that reads the posterior over tokens, at batch 1 (226): its states hang on
+    those before almost as discrete tokens do. An affine flow of one layer gained 7 at 1,024 positions (5). So "auto"
+    takes the parallel form
 
     - for a flow of an affine or mixture-CDF coupling and at most four layers that reads the latents themselves,
-    - on a CPU up to a batch of 8 (a GPU has not been measured; there the batch does not count),
+    - on a CPU up to a batch of 16 (a GPU has not been measured; there the batch does not count),
     - where no gradients are asked for, which only the sequential form has,
 
     and the sequential form otherwise.
@@ -91,7 +93,7 @@ def choose_inverse_methods(
         raise ValueError(
             'inverse_method="parallel" has no gradients: use torch.no_grad(), or inverse_method="sequential".'
         )
-    parallel_pays = not is_differentiable and (u.device.type != "cpu" or len(u) <= 8)
+    parallel_pays = not is_differentiable and (u.device.type != "cpu" or len(u) <= 16)
     automatic = ["parallel" if flow.is_shallow and parallel_pays else "sequential" for flow in flows]
     return [auto if method == "auto" else method for method, auto in zip(methods, automatic, strict=True)]
 
