@@ -32,7 +32,7 @@ from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, character_tokenizer, load_splits
 from tarflow_hf.evaluation import likelihood
 from tarflow_hf.throughput import training_flops
-from tarflow_hf.training import TrainingConfig, share_cores, train
+from tarflow_hf.training import TrainingConfig, train
 
 SETTINGS = ("dataset", "num_layers", "hidden_size", "num_tokens", "latent_size", "initial_log_scale")
 SETTINGS += ("num_steps", "batch_size", "learning_rate", "mixed_precision", "test_sequences", "test_samples")
@@ -179,7 +179,6 @@ def finished(arguments: argparse.Namespace) -> dict[tuple[str, int], dict]:
 
 def main():
     arguments = parse_arguments()
-    share_cores()
     tokenizer = character_tokenizer()
     splits = load_splits(arguments.dataset)
     data = {name: PackedTokens(texts, tokenizer, arguments.num_tokens) for name, texts in splits.items()}
