@@ -1,9 +1,11 @@
-"""What the benchmarks share: timing in turns, the ceiling of the memory, and tables that are kept as rows."""
+"""What the benchmarks share: timing in turns, memory, where and when it was measured, tables that are kept as rows."""
 
 import datetime
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,19 +43,46 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.nbytes / median_times({"copy": run}, 10, device)["copy"]
 
 
+def output_of_own_process(script: str, *arguments: str) -> dict:
+    """The JSON that this script prints in the last line, in a process that runs nothing else: whose memory is its own.
+
+    Raises:
+        RuntimeError: It fails; with what it wrote.
+    """
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{script} {' '.join(arguments)} has failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_resident_memory() -> int:
+    """The largest resident size of this process in bytes, on Linux. (`getrusage` begins with its parent's.)"""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device != "cpu" else f"CPU, {platform.machine()}"
+
+
+def facts(device: str) -> dict[str, str | int]:
+    """Where and when something is measured, and of which versions."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
 class Table:
     """Prints rows and appends them to a file, each with the device, the date and the versions."""
 
     def __init__(self, device: str, output: Path | None):
         self.output = output
-        self.facts = {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name() if device != "cpu" else f"CPU, {platform.machine()}",
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
+        self.facts = facts(device)
         print(", ".join(f"{name} {value}" for name, value in self.facts.items()))
 
     def title(self, **widths: int) -> None:

@@ -6,28 +6,30 @@
 
 Random ids, so no corpus is needed. The models take turns; a time is the median of the rounds, and covers forward,
 backward, gradient clipping and AdamW. bfloat16 is autocast, with weights in float32. A model's peak memory on a GPU is
-its weights and optimiser state, and what a step of it allocates at most besides. On a CPU it is not measured.
+its weights and optimiser state, and what a step of it allocates at most besides. On a CPU it is what three steps, the
+making of the model included, add to the largest resident size of a process of its own (on Linux): what the allocator
+and the library of the matrix products keep back counts, too. With --quick it is not measured there.
 
 With --num_flows L the stack is cut after its first flows, and the Llama has the layers of these: its first stage of
 progressive training. With --stage L the flows before it are frozen, too.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
-import transformers
+from measure import device_name, facts, output_of_own_process, peak_resident_memory
 from transformers import PreTrainedModel, set_seed
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
-from tarflow_hf.throughput import PEAK_FLOPS, training_flops
+from tarflow_hf.throughput import peak_flops, training_flops
 from tarflow_hf.training import RowNoise, TrainingConfig, compute_loss, discrete_baseline, make_optimizer, make_stages
 
+MODELS = ("TarFlowLM", "Llama")
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 
 
@@ -46,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile, of both models")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--quick", action="store_true", help="128 tokens, 3 rounds")
+    parser.add_argument("--memory_of", choices=MODELS, help="print the memory of this model's steps alone, on a CPU")
     parser.add_argument("--output", type=Path, help="file to append the rows to, as JSON lines")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -90,8 +93,10 @@ class Step:
             self.memory.append(torch.cuda.max_memory_allocated() - before + own)
 
 
-def make_models(arguments: argparse.Namespace) -> tuple[dict[str, PreTrainedModel], int | None]:
-    """The flow model and the library's, of equal layers."""
+def make_models(
+    arguments: argparse.Namespace, names: tuple[str, ...] = MODELS
+) -> tuple[dict[str, PreTrainedModel], TarFlowLMConfig, int | None]:
+    """The flow model and the library's, of equal layers; their configuration, and where the stack is cut."""
     fields = json.loads((RECIPES / f"{arguments.recipe}.json").read_text())["config"]
     config = TarFlowLMConfig(**{"vocab_size": arguments.vocab_size, **fields})
     num_flows = arguments.stage or arguments.num_flows
@@ -100,24 +105,43 @@ def make_models(arguments: argparse.Namespace) -> tuple[dict[str, PreTrainedMode
             raise ValueError(f"num_flows and stage must be in 1, ..., {len(config.flows)}, not {num_flows}.")
         config = TarFlowLMConfig(**{"vocab_size": arguments.vocab_size, **fields, "flows": config.flows[:num_flows]})
     set_seed(0)
-    models = {"TarFlowLM": TarFlowLMModel(config), "Llama": discrete_baseline(config)}
-    if arguments.stage:
+    make = {"TarFlowLM": TarFlowLMModel, "Llama": discrete_baseline}
+    models = {name: make[name](config) for name in names}
+    if arguments.stage and "TarFlowLM" in models:
         stages = make_stages(models["TarFlowLM"], TrainingConfig(mode="progressive", num_steps=len(config.flows)))
         stages[-1].choose_parameters(models["TarFlowLM"])
-    return models, num_flows
+    return models, config, num_flows
 
 
-def main():
-    arguments = parse_arguments()
-    device = torch.device(arguments.device)
-    models, num_flows = make_models(arguments)
-    config = models["TarFlowLM"].config
+def make_steps(
+    arguments: argparse.Namespace, device: torch.device, names: tuple[str, ...] = MODELS
+) -> tuple[dict[str, Step], torch.Tensor, TarFlowLMConfig]:
+    models, config, num_flows = make_models(arguments, names)
     num_tokens = arguments.num_tokens or config.max_position_embeddings
     input_ids = torch.randint(config.vocab_size, (arguments.batch_size, num_tokens), device=device)
     steps = {
         name: Step(model, arguments, num_flows if name == "TarFlowLM" else None, device)
         for name, model in models.items()
     }
+    return steps, input_ids, config
+
+
+def print_memory(arguments: argparse.Namespace) -> None:
+    before = peak_resident_memory()
+    steps, input_ids, _ = make_steps(arguments, torch.device("cpu"), (arguments.memory_of,))
+    for _ in range(3):
+        steps[arguments.memory_of].take(input_ids)
+    print(json.dumps({"bytes": peak_resident_memory() - before}))
+
+
+def main():
+    arguments = parse_arguments()
+    if arguments.memory_of:
+        print_memory(arguments)
+        return
+    device = torch.device(arguments.device)
+    steps, input_ids, config = make_steps(arguments, device)
+    num_tokens = input_ids.shape[1]
     for round_ in range(arguments.warmup + arguments.rounds):
         for step in steps.values():
             step.take(input_ids)
@@ -126,9 +150,11 @@ def main():
                 step.memory.clear()
 
     is_gpu = device.type == "cuda"
-    device_name = torch.cuda.get_device_name(device) if is_gpu else f"CPU, {torch.get_num_threads()} threads"
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
-    peak = peak if is_gpu and arguments.dtype == "bfloat16" else None
+    peak = peak_flops(device, {"bfloat16": "bf16"}.get(arguments.dtype))
+    memory = {name: max(step.memory) for name, step in steps.items() if step.memory}
+    if not is_gpu and not arguments.quick and sys.platform == "linux":
+        for model in MODELS:
+            memory[model] = output_of_own_process(__file__, *sys.argv[1:], "--memory_of", model)["bytes"]
     rows = []
     for name, step in steps.items():
         seconds = statistics.median(step.seconds)
@@ -151,20 +177,13 @@ def main():
             "tokens_per_second": input_ids.numel() / seconds,
             "flops_per_second": flops,
             "model_flops_utilization": flops / peak if peak else None,
-            "peak_memory_gib": max(step.memory) / 2**30 if is_gpu else None,
-            "device": device_name,
-            "machine": platform.machine(),
-            "date": datetime.date.today().isoformat(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "peak_memory_gib": memory[name] / 2**30 if name in memory else None,
+            **facts(arguments.device),
         })  # fmt: skip
     print(
         f"{arguments.recipe}, {config.num_hidden_layers} layers of width {config.hidden_size}, V = {config.vocab_size}"
     )
-    print(f"batch {arguments.batch_size} x {num_tokens} tokens, {arguments.dtype}, {device_name}\n")
+    print(f"batch {arguments.batch_size} x {num_tokens} tokens, {arguments.dtype}, {device_name(arguments.device)}\n")
     print("| model | parameters | ms/step | tokens/s | FLOP/s | utilisation | peak memory, GiB |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
@@ -176,7 +195,7 @@ def main():
         )
     flow, library = rows
     print(f"\ntokens/s of TarFlowLM / Llama: {flow['tokens_per_second'] / library['tokens_per_second']:.3f}", end="")
-    print(f"; peak memory: {flow['peak_memory_gib'] / library['peak_memory_gib']:.3f}" if is_gpu else "")
+    print(f"; peak memory: {flow['peak_memory_gib'] / library['peak_memory_gib']:.3f}" if memory else "")
     if arguments.output:
         with arguments.output.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

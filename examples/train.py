@@ -6,13 +6,19 @@
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py --recipe openwebtext_deep
     accelerate launch examples/train.py --dataset my.txt --mode progressive --patience 3 --eval_every 100
     accelerate launch examples/train.py --resume                           # go on where a run stopped
+    accelerate launch examples/train.py --push_to_hub USER/NAME            # publish it at the end
 
 A recipe is a file of examples/recipes/, by its name, or any JSON file like these: a model's configuration, and options.
 Options of the command line win over those of the recipe.
 """
 
+import inspect
 import json
-from dataclasses import dataclass, field
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -21,6 +27,7 @@ from transformers import AutoTokenizer, HfArgumentParser, set_seed
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, StreamingPackedTokens, character_tokenizer, load_splits
 from tarflow_hf.evaluation import WHAT_IS_SCORED, likelihoods, report_table
+from tarflow_hf.hub import check_access, model_card, publish
 from tarflow_hf.training import TrainingConfig, discrete_baseline, make_accelerator, share_cores, train
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -43,6 +50,17 @@ class RunConfig:
     tokenizer: str = field(default="text8", metadata={"help": "text8 (27 characters), or any AutoTokenizer"})
     test_sequences: int = field(default=64, metadata={"help": "sequences of the closing table"})
     test_samples: int = field(default=16, metadata={"help": "samples of the importance-weighted bound in it"})
+    push_to_hub: str | None = field(default=None, metadata={"help": "publish there at the end: USER/NAME"})
+    private: bool = field(default=False, metadata={"help": "make that repository private, where it is new"})
+
+
+def check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ValueError for the first of the names that is not known, and says what may have been meant."""
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}."
+            raise ValueError(f"There is no {what} {name!r}: {hint}")
 
 
 def read_recipe(name: str) -> dict:
@@ -53,24 +71,29 @@ def read_recipe(name: str) -> dict:
     """
     path = Path(name) if name.endswith(".json") else RECIPES / f"{name}.json"
     if not path.is_file():
-        names = ", ".join(sorted(path.stem for path in RECIPES.iterdir()))
-        raise ValueError(f"There is no recipe {name!r}: give a JSON file, or one of {names}.")
+        check_names("recipe", [name], [path.stem for path in RECIPES.iterdir()])
     recipe = json.loads(path.read_text())
-    if unknown := sorted(set(recipe) - {"description", "config", "options"}):
-        raise ValueError(f"{path} has unknown keys {unknown}: a recipe has a description, a config and options.")
+    check_names(f"key in the recipe {name}", recipe, ["description", "config", "options"])
     return recipe
 
 
 def parse_arguments() -> tuple[RunConfig, TrainingConfig, dict]:
     """What the command line says, else the recipe, else the defaults; and the model's configuration."""
     parser = HfArgumentParser((RunConfig, TrainingConfig))
-    recipe = read_recipe(parser.parse_known_args()[0].recipe)
+    name = parser.parse_known_args()[0].recipe
+    recipe = read_recipe(name)
     options = recipe.get("options", {})
-    if unknown := sorted(set(options) - {action.dest for action in parser._actions}):
-        raise ValueError(f"The recipe's options {unknown} are none of this script; see --help.")
+    known = [action.dest for action in parser._actions]
+    check_names(f"option of train.py, as in the recipe {name},", options, known)
     parser.set_defaults(**options)
-    run, training = parser.parse_args_into_dataclasses()
-    return run, training, json.loads(Path(run.config).read_text()) if run.config else recipe["config"]
+    run, training, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    check_names("option", [argument for argument in unknown if argument.startswith("-")], [f"--{n}" for n in known])
+    if unknown:
+        raise ValueError(f"There is no option before {unknown[0]!r}.")
+    fields = json.loads(Path(run.config).read_text()) if run.config else recipe.get("config", {})
+    known = {*inspect.signature(TarFlowLMConfig).parameters, *TarFlowLMConfig().to_dict()}  # a saved one has all these
+    check_names("field of TarFlowLMConfig", fields, known)
+    return run, training, fields
 
 
 def data(run: RunConfig, sequence_length: int, tokenizer, seed: int):
@@ -105,6 +128,10 @@ def main():
     if accelerator.device.type == "cpu":
         share_cores()
     set_seed(training.seed)
+    if run.push_to_hub and run.model == "ar":
+        raise ValueError("push_to_hub is for a tarflowlm: the discrete baseline is pushed by its own push_to_hub.")
+    if run.push_to_hub and accelerator.is_main_process:
+        run.push_to_hub = check_access(run.push_to_hub, private=run.private or None)  # before it is trained
 
     tokenizer = character_tokenizer() if run.tokenizer == "text8" else AutoTokenizer.from_pretrained(run.tokenizer)
     config, model = build(run, fields, tokenizer)
@@ -116,6 +143,8 @@ def main():
     if accelerator.is_main_process:
         report(model, tokenizer, test_data, run)
         print(f"\nSaved to {training.output_dir}/model")
+        if run.push_to_hub:
+            push(run, training, tokenizer)
 
 
 def describe(train_data) -> str:
@@ -136,6 +165,14 @@ def report(model, tokenizer, test_data, run: RunConfig) -> None:
     print(f"\nA sample:\n{tokenizer.decode(tokens[0], skip_special_tokens=True)}\n")
     table = report_table(rows, test_data.characters_per_token, test_data.tokens_per_word)
     print(f"Test text:\n{table}\n{WHAT_IS_SCORED}")
+
+
+def push(run: RunConfig, training: TrainingConfig, tokenizer) -> None:
+    """Publishes what was saved, with a card that says how it was trained."""
+    model = TarFlowLMModel.from_pretrained(f"{training.output_dir}/model")
+    command = shlex.join(["accelerate", "launch", *sys.argv])
+    card = model_card(model.config, {**asdict(run), **asdict(training), "command": command}, repo_id=run.push_to_hub)
+    print(publish(model, tokenizer, run.push_to_hub, card=card, private=run.private or None).commit_url)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ import copy
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from local_hub import LocalHub
+from local_hub import LocalHub, Repository
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from transformers import AutoModel, DataCollatorForLanguageModeling, Trainer, TrainingArguments, pipeline
 from transformers.dynamic_module_utils import get_relative_imports
 
@@ -246,7 +247,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator, pipeline
 
 from tarflow_hf.data import character_tokenizer
 
@@ -261,9 +262,23 @@ def main():
     AutoModelForCausalLM.from_pretrained("saved/mix-d, mix-1").push_to_hub("tester/tarflow")
     character_tokenizer().push_to_hub("tester/tarflow")
     AutoModelForCausalLM.from_pretrained("saved/patches").push_to_hub("tester/tarflow", revision="patches")
+
+    trained = AutoModel.from_pretrained("saved/mix-d, mix-1")
+    ids = torch.arange(16)
+    trainer = Trainer(
+        trained,
+        TrainingArguments("trainer", push_to_hub=True, hub_model_id="tester/trained", max_steps=1, use_cpu=True),
+        data_collator=default_data_collator,
+        train_dataset=[{"input_ids": ids, "labels": ids}] * 2,
+        processing_class=character_tokenizer(),
+    )
+    trainer.train()
+    trainer.push_to_hub()  # what is pushed on the way has no code
+
     model = AutoModel.from_pretrained("tester/tarflow")
     model.save_pretrained("again")
-    return {"loaded": loaded, "class": type(model).__module__, "output": observe(model)}
+    outputs = {"output": observe(model), "trained": observe(trained.eval())}
+    return {"loaded": loaded, "class": type(model).__module__, **outputs}
 
 
 """
@@ -308,14 +323,56 @@ def main():
         new.save_pretrained(f"new/{source}")
     model.push_to_hub("tester/again")
     load("tester/again", AutoModelForCausalLM)
+    load("tester/trained", AutoModel)
     load("tester/tarflow", AutoModel, revision="patches")
     for folder in Path("saved").iterdir():
         load(str(folder), AutoModel)
     results["texts"] = continue_text("tester/tarflow", trust_remote_code=True)
+
+    def message_of(load, *arguments, **options):
+        try:
+            load(*arguments, trust_remote_code=True, **options)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    results["faults"] = {
+        name: message_of(AutoModelForCausalLM.from_pretrained, f"tester/{name}")
+        for name in ["no-code", "other-code", "cut-short", "no-weights", "unfit", "of-the-future", "nowhere"]
+    }
+
+    def version_of(source, **options):
+        model = AutoModel.from_pretrained(source, trust_remote_code=True, **options)
+        return getattr(sys.modules[type(model).__module__], "VERSION", None), observe(model)
+
+    results["versions"] = {
+        "main": version_of("tester/versions"),
+        "v1": version_of("tester/versions", revision="v1"),
+        "main, code of v1": version_of("tester/versions", code_revision="v1"),
+        "main again": version_of("tester/versions"),
+    }
     return results
 
 
 """
+
+
+def with_weights(files, change):
+    weights = load(files["model.safetensors"])
+    change(weights)
+    return {**files, "model.safetensors": save(weights, metadata={"format": "pt"})}
+
+
+FAULTS = {
+    "no-code": lambda files: {name: files[name] for name in files if not name.endswith(".py")},
+    "other-code": lambda files: {**files, "modeling_tarflowlm.py": b"class OtherModel: pass\n"},
+    "cut-short": lambda files: {**files, "model.safetensors": files["model.safetensors"][:-100]},
+    "no-weights": lambda files: {name: files[name] for name in files if name != "model.safetensors"},
+    "unfit": lambda files: with_weights(files, lambda weights: weights.pop(KEY)),
+    "of-the-future": lambda files: {
+        **files,
+        "config.json": files["config.json"].replace(b'"mixture_cdf"', b'"spline"'),
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +384,14 @@ def with_the_package(saved, hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def without_the_package(saved, hub, with_the_package, tmp_path_factory):
+    good, other = hub.files("tester/tarflow"), hub.files("tester/tarflow", "patches")
+    for name, damage in FAULTS.items():
+        hub.repositories[f"tester/{name}"] = repository = Repository()
+        repository.commit("main", damage(good))
+    hub.repositories["tester/versions"] = repository = Repository()
+    for version, files in ((1, good), (2, other)):
+        code = files["modeling_tarflowlm.py"] + f"\nVERSION = {version}\n".encode()
+        repository.tags[f"v{version}"] = repository.commit("main", {**files, "modeling_tarflowlm.py": code})
     folder = tmp_path_factory.mktemp("without")
     (folder / "saved").symlink_to(saved["patches"][1].parent)
     return {**run_python(WITHOUT_THE_PACKAGE, folder, hub), "folder": folder}
@@ -393,6 +458,41 @@ def test_the_package_needs_no_remote_code(saved, with_the_package):
 def test_a_revision_is_a_model_of_its_own(saved, without_the_package):
     expected = observe(saved["patches"][0])
     assert_same_output(without_the_package["outputs"]["AutoModel", "tester/tarflow", "patches"], expected)
+
+
+def test_a_class_is_pinned_by_its_revision_and_two_live_in_one_process(saved, without_the_package):
+    versions = without_the_package["versions"]
+    for name, code, weights in [
+        ("v1", 1, "mix-d, mix-1"),
+        ("main", 2, "patches"),
+        ("main, code of v1", 1, "patches"),
+        ("main again", 2, "patches"),
+    ]:
+        assert versions[name][0] == code, name
+        assert_same_output(versions[name][1], observe(saved[weights][0]))
+
+
+def test_what_trainer_pushes_loads_without_the_package(hub, with_the_package, without_the_package):
+    assert set(hub.files("tester/trained")) >= SAVED | {"README.md", "tokenizer.json", "training_args.bin"}
+    assert_same_output(
+        without_the_package["outputs"]["AutoModel", "tester/trained", "main"], with_the_package["trained"]
+    )
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("no-code", r"OSError: tester/no-code does not appear to have a file named configuration_tarflowlm\.py"),
+        ("other-code", r"AttributeError: .*modeling_tarflowlm' has no attribute 'TarFlowLMModel'"),
+        ("cut-short", r"SafetensorError: .*file not fully covered"),
+        ("no-weights", r"OSError: tester/no-weights does not appear to have a file named .*model\.safetensors"),
+        ("unfit", r"ValueError: The checkpoint tester/unfit does not fit .* missing_keys \['flow\.layers\.0\.start'\]"),
+        ("of-the-future", r"ValueError: flows\[1\]\.coupling must be one of affine, .*, not 'spline'"),
+        ("nowhere", r"(?s)OSError: tester/nowhere is not a local folder.*hf auth login"),
+    ],
+)
+def test_a_repository_that_does_not_load_says_why(without_the_package, fault, message):
+    assert re.match(message, without_the_package["faults"][fault])
 
 
 # ---------------------------------------------------------------------------------------------------- the pipeline
@@ -559,7 +659,55 @@ def test_code_that_travels_imports_only_what_every_machine_has(file):
     assert set(get_relative_imports(CODE[file])) == {module for _, module in relative}
 
 
+# The ways to files, the network and other processes that lead through what may be imported. (Triton's own `load` reads
+# memory, its `jit` compiles kernels.)
+FORBIDDEN_PARTS = {
+    *("cached_file", "classes", "cpp_extension", "distributed", "dynamic_module_utils", "from_file", "fromfile", "hub"),
+    *("jit", "library", "load", "load_library", "memmap", "multiprocessing", "ops", "package", "push_to_hub", "save"),
+    *("save_pretrained", "serialization", "tofile", "__builtins__", "__globals__", "__subclasses__"),
+}
+
+
+def names_reached(tree):
+    """The names that a file uses: alone, as attributes (dotted as far as they lead), imported, or by `getattr`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            text = ast.unparse(node)
+            yield text if re.fullmatch(r"[\w.]+", text) else node.attr
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr"):
+            yield node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+
+
+def forbidden_names(tree):
+    for name in names_reached(tree):
+        parts = name.split(".")
+        if parts[0] in FORBIDDEN_NAMES or (parts[0] not in ("tl", "triton") and FORBIDDEN_PARTS & set(parts)):
+            yield name
+
+
 @pytest.mark.parametrize("file", CODE)
 def test_code_that_travels_touches_neither_files_nor_the_system(file):
-    names = {node.id for node in ast.walk(ast.parse(CODE[file].read_text())) if isinstance(node, ast.Name)}
-    assert not names & FORBIDDEN_NAMES
+    assert list(forbidden_names(ast.parse(CODE[file].read_text()))) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "open('x')",
+        "torch.load('x')",
+        "from torch import hub",
+        "import torch.nn as nn; nn.modules.module.torch.hub.load('x')",
+        "from transformers.utils.hub import cached_file",
+        "getattr(torch, 'load')('x')",
+        "self.save_pretrained('x')",
+        "f().__globals__",
+        "__import__('os')",
+        "torch.utils.cpp_extension.load_inline('x', '')",
+    ],
+)
+def test_what_does_touch_them_would_be_found(line):
+    assert list(forbidden_names(ast.parse(line)))

@@ -156,7 +156,12 @@ def test_in_a_terminal(model, tokenizer):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(dict(row=1), "row must be in 0, ..., 0, not 1"), (dict(given_ids=torch.arange(9)), "given_ids are 9 tokens")],
+    [
+        (dict(row=1), "row must be in 0, ..., 0, not 1"),
+        (dict(given_ids=torch.arange(9)), "given_ids are 9 tokens"),
+        (dict(given_ids=torch.arange(4), given_mask=torch.ones(3)), r"given_mask must have the shape \(4,\)"),
+        (dict(given_mask=torch.ones(3)), r"given_mask must have the shape \(0,\)"),
+    ],
 )
 def test_bad_input(model, options, message):
     with pytest.raises(ValueError, match=message):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +37,7 @@ from tarflow_hf.training import (
     make_stages,
     save_model,
     train,
+    validate,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -117,17 +119,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, data, tokenizer, kind)
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_what_is_observed_follows_from_seed_and_step(tmp_path, data, tokenizer, conditional):
-    """A conditional run resumes exactly, and a checkpoint made before there were any resumes as what it was."""
+    """A conditional run resumes exactly, and only as what it is."""
     options = {"num_steps": 6, "save_every": 3, "eval_sequences": 4}
     whole, expected = run(tmp_path, data, tokenizer, config(conditional=conditional), **options)
     shutil.rmtree(tmp_path / "checkpoint-6")
     (tmp_path / "log.jsonl").write_text("")
-    if not conditional:
-        description = json.loads((tmp_path / "checkpoint-3" / "run.json").read_text())
-        del description["model"]["conditional"]
-        (tmp_path / "checkpoint-3" / "run.json").write_text(json.dumps(description))
-        with pytest.raises(ValueError, match="conditional was False and is True"):
-            run(tmp_path, data, tokenizer, config(conditional=True), resume=True, **options)
+    with pytest.raises(ValueError, match=f"conditional was {conditional} and is {not conditional}"):
+        run(tmp_path, data, tokenizer, config(conditional=not conditional), resume=True, **options)
     resumed, losses = run(tmp_path, data, tokenizer, config(conditional=conditional), resume=True, **options)
     assert losses == {step: expected[step] for step in (4, 5, 6)}
     assert_same_weights(whole, resumed)
@@ -263,6 +261,36 @@ def test_the_discrete_baseline_scores_every_token():
     assert (-nats).exp().sum() < 1
 
 
+@pytest.mark.parametrize("num_processes", [2, 3, 5])
+def test_processes_share_validation(data, num_processes):
+    """Three batches: each is scored once, with its own noise, and all processes run equally many forward passes."""
+    model = TarFlowLMModel(config())
+    calls, summed = [], []
+
+    def process(index: int, count: int):
+        def reduce(nats, reduction):
+            summed.append(nats)
+            return nats
+
+        process = SimpleNamespace(num_processes=count, process_index=index, reduce=reduce)
+        return SimpleNamespace(**vars(process), device=torch.device("cpu"))
+
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    whole = validate(model, data, 40, process(0, 1))
+    expected = summed.pop()
+    assert len(calls) == 3 and whole.num_tokens == 640
+    for index in range(num_processes):
+        calls.clear()
+        validate(model, data, 40, process(index, num_processes))
+        assert len(calls) == -(-3 // num_processes)
+    handle.remove()
+    torch.testing.assert_close(sum(summed), expected)
+    assert ((torch.stack(summed) != 0).sum(0) == 1).all()
+    # The first batch is that of `likelihood`, and the figures are made of the sequences' as there.
+    first, same = validate(model, data, 16, process(0, 1)), likelihood(model, data, max_sequences=16)
+    assert (first.nats, first.standard_error) == pytest.approx((same.nats, same.standard_error))
+
+
 def test_likelihood_of_text(data):
     set_seed(0)
     model = TarFlowLMModel(config())
@@ -322,12 +350,71 @@ def test_bad_input(tmp_path, data, tokenizer):
     assert (tmp_path / "checkpoint-8").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data, tokenizer, monkeypatch):
+STACK = [
+    {"coupling": "mixture_rosenblatt", "direction": "left_to_right", "num_hidden_layers": 1},
+    {"coupling": "mixture_cdf", "direction": "right_to_left", "num_hidden_layers": 1, "num_components": 2},
+    {"coupling": "affine", "direction": "left_to_right", "num_hidden_layers": 1},
+]
+DIVERGENCES = [  # a parameter whose value, or gradient, diverges, or the loss itself; what is said of it
+    ("codebook", "value", "the latents"),
+    ("layers.0.head", "value", "the output of flow 1"),
+    ("layers.1.head", "value", "the output of flow 2"),
+    ("layers.2.head", "gradient", "the gradient of flow 3"),
+    ("layers.1.head", "gradient", "the gradient of flow 2"),
+    ("codebook", "gradient", "the gradient of the codebook"),
+    ("", "loss", "the loss"),
+    ("model.norm", "gradient", "the gradient of the model"),
+]
+
+
+@pytest.mark.parametrize("place, what, said", DIVERGENCES)
+def test_a_divergence_is_traced(tmp_path, data, tokenizer, monkeypatch, place, what, said):
+    """It begins at step 63, in the second epoch; the log looks at step 70, when all weights are NaN."""
     from tarflow_hf import training as module
 
-    monkeypatch.setattr(module, "compute_loss", lambda *a: compute_loss(*a) * torch.nan)
-    with pytest.raises(FloatingPointError, match="step 1"):
-        run(tmp_path, data, tokenizer)
+    steps = count(1)
+
+    def diverging_loss(model, *arguments):
+        if next(steps) != 63:
+            return compute_loss(model, *arguments)
+        parameter = next(parameter for name, parameter in model.named_parameters() if place in name)
+        if what == "value":
+            parameter.data.fill_(torch.inf)
+        if what == "gradient":
+            parameter.register_hook(lambda grad: grad * torch.nan)
+        loss = compute_loss(model, *arguments)
+        return loss * torch.nan if what == "loss" else loss
+
+    monkeypatch.setattr(module, "compute_loss", diverging_loss)
+    first = 62 * 4 - len(data) // 4 * 4
+    assert 0 < first < len(data)
+    message = f"At step 63, {said} is the first .* 4 sequences, from number {first} of epoch 1 on"
+    options = {"num_steps": 80, "save_every": 30, "log_every": 10, "baseline": place == "model.norm"}
+    with pytest.raises(FloatingPointError, match=message):
+        run(tmp_path, data, tokenizer, config(flows=STACK), **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-30", "checkpoint-60", "log.jsonl"]
+    assert all(w.isfinite().all() for w in load_file(tmp_path / "checkpoint-60" / "model.safetensors").values())
+
+
+def test_parameters_without_entries_do_not_diverge(tmp_path, data, tokenizer):
+    """A head of one dimension has none that reads another."""
+    model, losses = run(tmp_path, data, tokenizer, config(latent_size=1), num_steps=2, eval_sequences=2)
+    assert any(parameter.numel() == 0 for parameter in model.parameters()) and len(losses) == 2
+
+
+def test_a_divergence_in_the_last_step_is_not_saved(tmp_path, data, tokenizer, monkeypatch):
+    """Its loss is finite; the gradients, and with them the weights, are not."""
+    from tarflow_hf import training as module
+
+    def diverging_loss(model, *arguments):
+        loss = compute_loss(model, *arguments)
+        model.flow.codebook.log_scale.register_hook(lambda grad: grad / 0)
+        return loss
+
+    monkeypatch.setattr(module, "compute_loss", diverging_loss)
+    with pytest.raises(FloatingPointError, match="step 1, the gradient of the codebook"):
+        run(tmp_path, data, tokenizer, num_steps=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 
 def test_an_interrupted_save_leaves_what_was_there(tmp_path, tokenizer, monkeypatch):
@@ -349,13 +436,53 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, tokenizer, monkeypa
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-# ------------------------------------------------------------------------------------------------------------- stages
+def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path, data, tokenizer, monkeypatch):
+    """The system lets no file grow beyond some size, once step 6 is due: as if the disk were full."""
+    import resource
 
-STACK = [
-    {"coupling": "mixture_rosenblatt", "direction": "left_to_right", "num_hidden_layers": 1},
-    {"coupling": "mixture_cdf", "direction": "right_to_left", "num_hidden_layers": 1, "num_components": 2},
-    {"coupling": "affine", "direction": "left_to_right", "num_hidden_layers": 1},
-]
+    from tarflow_hf import training as module
+
+    original, limits = module.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_checkpoint(accelerator, output_dir, progress, *rest):
+        if progress.step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            original(accelerator, output_dir, progress, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    options = {"num_steps": 8, "save_every": 2, "eval_sequences": 2, "keep_checkpoints": 2}
+    whole, expected = run(tmp_path / "whole", data, tokenizer, **options)
+    monkeypatch.setattr(module, "save_checkpoint", save_checkpoint)
+    with pytest.raises(OSError, match=r"checkpoint-6 could not be written: .*saved before is intact.*resume"):
+        run(tmp_path / "full", data, tokenizer, **options)
+    left = sorted(path.name for path in (tmp_path / "full").iterdir())
+    assert left == ["checkpoint-2", "checkpoint-4", "log.jsonl"]
+    monkeypatch.undo()
+    resumed, losses = run(tmp_path / "full", data, tokenizer, resume=True, **options)
+    assert losses == expected
+    assert_same_weights(whole, resumed)
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "no permission"])
+def test_an_output_folder_that_can_not_be_written(tmp_path, data, tokenizer, monkeypatch, obstacle):
+    from tarflow_hf import training as module
+
+    folder = tmp_path / "runs" / "mine"
+    if obstacle == "a file":
+        folder.parent.write_text("no folder")
+    else:
+        if os.geteuid() == 0:
+            pytest.skip("nothing is forbidden to the superuser")
+        folder.mkdir(parents=True)
+        folder.chmod(0o500)
+    monkeypatch.setattr(module, "compute_loss", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(OSError, match=f"output_dir {folder} can't be written to: .*Choose another"):
+        run(folder, data, tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------------------- stages
 
 
 def entries(folder: Path) -> list[dict]:
@@ -442,30 +569,39 @@ def test_a_run_resumes_inside_and_between_stages(tmp_path, data, tokenizer, end)
     assert_same_weights(whole, resumed)
 
 
-def test_patience(tmp_path, data, tokenizer, monkeypatch):
-    """A stage ends when two evaluations in a row were no better; also after a resume between them."""
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_patience(tmp_path, data, tokenizer, monkeypatch, ema_decay):
+    """A stage ends when two evaluations in a row were no better, with the weights of the best one; also after a resume
+    between them. The codebook and flow 1 are those of step 4, flow 2 of step 10; the joint stage ends by its budget.
+    """
     from tarflow_hf import training as module
 
-    values = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0, 10: 1.5, 12: 1.6, 14: 1.0}  # 8: as good is no better
-    step = [0]
+    values = {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.0, 10: 1.5, 12: torch.nan, 14: 1.6, 16: 0.9, 18: 1.0}  # 8: no better
+    step, seen = [0], {}
     monkeypatch.setattr(module.Log, "losses", lambda self, done, *_: step.__setitem__(0, done))
-    fake = module.Likelihood(0.0, 1, 0.0)
-    monkeypatch.setattr(
-        module, "likelihood", lambda *_, **__: module.Likelihood(values[step[0]], 1, 0.0) if step[0] in values else fake
-    )
-    written = []
-    monkeypatch.setattr(
-        module.Log, "validation", lambda self, done, result: written.append((self.stage["stage"], done))
-    )
-    options = {"mode": "progressive", "stage_steps": [12, 4], "patience": 2, "eval_every": 2, "save_every": 6}
-    run(tmp_path, data, tokenizer, keep_checkpoints=9, **options)
-    expected = [("flow 1", 2), ("flow 1", 4), ("flow 1", 6), ("flow 1", 8), ("flow 2", 10), ("flow 2", 12)]
-    assert written == expected
-    for name in ("checkpoint-8", "checkpoint-12"):
-        shutil.rmtree(tmp_path / name)
-    written.clear()
-    run(tmp_path, data, tokenizer, keep_checkpoints=9, resume=True, **options)
-    assert written == expected[3:]
+
+    def fake(model, *_):
+        seen[step[0]] = {name: weight.clone() for name, weight in model.state_dict().items()}
+        return module.Likelihood(values[step[0]], 1, 0.0)
+
+    monkeypatch.setattr(module, "validate", fake)
+    options = {"mode": "progressive_then_joint", "stage_steps": [12, 12, 4], "patience": 2, "eval_every": 2}
+    options |= {"save_every": 6, "keep_checkpoints": 9, "learning_rate": 0.01, "ema_decay": ema_decay}
+    whole, _ = run(tmp_path, data, tokenizer, **options)
+    assert list(seen) == [2, 4, 6, 8, 10, 12, 14, 16, 18]
+    for name, weight in seen[10].items():  # flow 2 was trained on top of the best of stage 1
+        assert torch.equal(weight, seen[4][name]) == ("layers.1." not in name)
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, seen[16][name]) and not torch.equal(weight, seen[18][name])
+    assert_same_weights(whole, TarFlowLMModel.from_pretrained(tmp_path / "model"))
+    for step_of_checkpoint in (6, 8, 12):  # behind the best one; at the end of the stage; in the second one
+        for path in tmp_path.glob("checkpoint-*"):
+            if int(path.name.split("-")[1]) > step_of_checkpoint:
+                shutil.rmtree(path)
+        seen.clear()
+        resumed, _ = run(tmp_path, data, tokenizer, resume=True, **options)
+        assert list(seen) == [at for at in values if at > step_of_checkpoint]
+        assert_same_weights(whole, resumed)
     with pytest.raises(ValueError, match="eval_every was 2 and is 1"):
         run(tmp_path, data, tokenizer, resume=True, **{**options, "eval_every": 1})
 
@@ -487,11 +623,13 @@ def test_stages_that_can_not_be(tmp_path, data, tokenizer, options, message):
         run(tmp_path, data, tokenizer, **options)
 
 
-@pytest.mark.parametrize("options", [{"mode": "progressive"}, {"ema_decay": 0.9}])
+@pytest.mark.parametrize(
+    "options", [{"mode": "progressive"}, {"ema_decay": 0.9}, {"patience": 1, "eval_every": 1}], ids=str
+)
 def test_sharded_weights_are_trained_jointly(data, options):
     sharded = SimpleNamespace(num_processes=2, distributed_type=DistributedType.FSDP)
     check_batches(data, TrainingConfig(), sharded)
-    with pytest.raises(ValueError, match="With FSDP, ema_decay must be 0 and mode joint"):
+    with pytest.raises(ValueError, match="With FSDP, ema_decay must be 0, mode joint and patience 0"):
         check_batches(data, TrainingConfig(**options), sharded)
 
 
@@ -499,7 +637,9 @@ def test_sharded_weights_are_trained_jointly(data, options):
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path):
-    """DDP and FSDP2 on gloo: a flow model, the discrete one, a stream in parts, and the stages."""
+    """And the validations, which they share. DDP and FSDP2 on gloo: a flow model, the discrete one, a stream in parts,
+    a conditional model, whose processes miss different numbers of tokens, and the stages.
+    """
     import two_processes
 
     command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(Path(__file__).parent)]
@@ -525,7 +665,10 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
 @pytest.mark.parametrize("change", ["parts", "checkpointing", "compiled"])
 @pytest.mark.parametrize("baseline", [False, True])
 def test_how_a_step_is_computed_changes_no_loss(tmp_path, data, tokenizer, monkeypatch, change, baseline):
-    options = {"baseline": baseline, "num_steps": 5, "learning_rate": 0.01, "eval_sequences": 4}
+    """In parts also of a conditional model: with the latents' noise, what is observed is that of the whole."""
+    conditional = change == "parts" and not baseline
+    options = {"model_config": config(conditional=conditional), "baseline": baseline, "num_steps": 5}
+    options |= {"learning_rate": 0.01, "eval_sequences": 4}
     _, expected = run(tmp_path / "a", data, tokenizer, **options)
     if change == "compiled":
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER" if baseline else "EAGER")  # which is faster
@@ -675,14 +818,48 @@ def test_the_command_line_wins_over_the_recipe(tmp_path, monkeypatch):
     assert [flow["num_hidden_layers"] for flow in fields["flows"]] == [2, 2, 8] and fields["latent_size"] == 5
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"config": {"latent_size": 3}, "options": {"num_steps": 7}}))
-    _, training, fields = get("--recipe", str(path), "--config", str(path))
-    assert training.num_steps == 7 and fields["config"] == {"latent_size": 3}
-    with pytest.raises(ValueError, match=r"no recipe 'text9'.*openwebtext_deep"):
-        get("--recipe", "text9")
-    for content, message in (({"opts": {}}, "unknown keys"), ({"options": {"num_step": 1}}, "none of this script")):
+    _, training, fields = get("--recipe", str(path))
+    assert training.num_steps == 7 and fields == {"latent_size": 3}
+    saved = tmp_path / "config.json"
+    config().save_pretrained(tmp_path)
+    _, training, fields = get("--recipe", str(path), "--config", str(saved))
+    assert training.num_steps == 7 and fields["hidden_size"] == 16
+    TarFlowLMConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "content, arguments, message",
+    [
+        (None, ["--recipe", "text8_mixed"], "no recipe 'text8_mixed': did you mean text8_mixd"),
+        (None, ["--recipe", "zebra"], "no recipe 'zebra': there are demo, .*, text8_deep"),
+        (None, ["--recipe", "zebra.json"], "no recipe 'zebra.json'"),
+        ({"opts": {}}, [], "no key in the recipe .*'opts': did you mean options"),
+        ({"options": {"num_step": 1}}, [], "no option of train.py, .*'num_step': did you mean num_steps"),
+        ({"config": {"hiden_size": 1}}, [], "no field of TarFlowLMConfig 'hiden_size': did you mean hidden_size"),
+        ({}, ["--learning_rat3", "1"], "no option '--learning_rat3': did you mean --learning_rate"),
+        ({}, ["astray"], "no option before 'astray'"),
+    ],
+)
+def test_names_that_do_not_exist(tmp_path, monkeypatch, content, arguments, message):
+    if content is not None:
+        path = tmp_path / "mine.json"
         path.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=message):
-            get("--recipe", str(path))
+        arguments = ["--recipe", str(path), *arguments]
+    with pytest.raises(ValueError, match=message):
+        arguments_of(*arguments, monkeypatch=monkeypatch)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_vocabulary(tmp_path, data, tokenizer, monkeypatch):
+    """The script says so before the corpus is read, `train` before its first step."""
+    small = config(vocab_size=26, flows=STACK[2:])
+    small.save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tmp_path / "config.json"), "--dataset", "none"])
+    with pytest.raises(ValueError, match="tokenizer has 27 tokens, the configuration only 26"):
+        runpy.run_path(str(ROOT / "examples" / "train.py"), run_name="__main__")
+    for baseline in (False, True):
+        with pytest.raises(ValueError, match="tokenizer has 27 tokens, more than the model's vocab_size, 26"):
+            run(tmp_path / "run", data, tokenizer, small, baseline=baseline)
+    assert not (tmp_path / "run").exists()
 
 
 def benchmark(name: str, *arguments: str, capsys, monkeypatch) -> str:
@@ -690,6 +867,7 @@ def benchmark(name: str, *arguments: str, capsys, monkeypatch) -> str:
 
 
 def test_benchmark_of_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # whose measure.py it imports
     run = partial(benchmark, "training.py", capsys=capsys, monkeypatch=monkeypatch)
     printed = run("--quick", "--batch_size", "1", "--stage", "2", "--output", str(tmp_path / "rows.jsonl"))
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -700,6 +878,16 @@ def test_benchmark_of_training(tmp_path, capsys, monkeypatch):
     assert f"tokens/s of TarFlowLM / Llama: {ratio:.3f}" in printed
     with pytest.raises(ValueError, match=r"must be in 1, ..., 3, not 4"):
         run("--quick", "--num_flows", "4")
+
+
+def test_memory_of_a_training_step(monkeypatch):
+    """Weights, gradients and AdamW's two moments at least, and the activations of one sequence at most."""
+    from benchmarks.measure import output_of_own_process
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    options = ["--quick", "--memory_of", "Llama", "--batch_size", "1"]
+    memory = output_of_own_process(str(ROOT / "benchmarks/training.py"), *options)["bytes"]
+    assert 4 * 4 * 1_213_056 < memory < 2**28
 
 
 def test_the_study_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):

@@ -48,7 +48,11 @@ class Pass:
 
 @torch.no_grad()
 def find_passes(
-    model: TarFlowLMModel, states: Sequence[Tensor], row: int = 0, given_ids: Tensor | None = None
+    model: TarFlowLMModel,
+    states: Sequence[Tensor],
+    row: int = 0,
+    given_ids: Tensor | None = None,
+    given_mask: Tensor | None = None,
 ) -> list[Pass]:
     """The passes of one sequence, from the noise to the text.
 
@@ -57,12 +61,13 @@ def find_passes(
         states: h0 (the latents), ..., hL (the noise), each (B, T, d).
         row: Which of the B sequences.
         given_ids: The prompt (n,), n <= T, whose tokens stand for what the states decode to there.
+        given_mask: Of a text with gaps, where in `given_ids` that is so, (n,); by default all of them.
 
     Returns:
         One [`Pass`] for each state, the noise first.
 
     Raises:
-        ValueError: There is no such row, or the prompt is longer than the states.
+        ValueError: There is no such row, the prompt is longer than the states, or the mask is not of its shape.
 
     Example:
         >>> from tarflow_hf import TarFlowLMConfig
@@ -88,6 +93,13 @@ def find_passes(
     num_given = 0 if given_ids is None else len(given_ids)
     if num_given > length:
         raise ValueError(f"given_ids are {num_given} tokens, but the states have only {length}.")
+    is_given = torch.arange(length) < num_given
+    if given_mask is not None:
+        if given_ids is None or given_mask.shape != given_ids.shape:
+            raise ValueError(
+                f"given_mask must have the shape ({num_given},) of given_ids, not {tuple(given_mask.shape)}."
+            )
+        is_given[:num_given] = given_mask.cpu() != 0
     passes = []
     for level in reversed(range(len(states))):
         name = "Text" if level == 0 else f"Before flow {level}"
@@ -95,9 +107,9 @@ def find_passes(
             name = f"Noise (before flow {level})"
         token_ids = model.decode(states[level][row]).argmax(-1).cpu()
         if num_given:
-            token_ids[:num_given] = given_ids.to(token_ids)
+            token_ids[:num_given] = torch.where(is_given[:num_given], given_ids.cpu(), token_ids[:num_given])
         is_changed = token_ids != (passes[-1].token_ids if passes else token_ids)
-        passes.append(Pass(name, token_ids, is_changed, torch.arange(length) < num_given))
+        passes.append(Pass(name, token_ids, is_changed, is_given))
     return passes
 
 
@@ -129,8 +141,7 @@ def passes_section(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase) -
     return '<ol class="passes">\n' + "\n".join(items) + "\n</ol>"
 
 
-# What is marked is announced to screen readers, too, which pass over <mark>, and is not told by its colour alone.
-PASSES_STYLE = """\
+PAGE_STYLE = """\
 :root { color-scheme: light dark; --page: #fdfdfb; --ink: #1d1d22; --quiet: #5a5a66; --line: #d9d9de; --mark: #ffe9a3; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #17171b; --ink: #e9e9ee; --quiet: #a3a3b0; --line: #35353d; --mark: #5e4a00; }
@@ -139,6 +150,11 @@ PASSES_STYLE = """\
 body { margin: 0; background: var(--page); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
 main { max-width: 52rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+"""
+
+# Of the section alone, on a page that has the colours --quiet, --line and --mark. What is marked is announced to
+# screen readers, too, which pass over <mark>, and is not told by its colour alone.
+PASSES_STYLE = """\
 .passes { list-style: none; margin: 1.5rem 0 0; padding: 0; }
 .passes li { border-top: 1px solid var(--line); padding: 1rem 0; }
 .passes h2 { font-size: 1rem; margin: 0; }
@@ -181,7 +197,7 @@ def passes_page(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, titl
     has_given = any(bool(state.is_given.any()) for state in passes)
     return PAGE.substitute(
         title=escape(title),
-        style=PASSES_STYLE,
+        style=PAGE_STYLE + PASSES_STYLE,
         given=', those that were given are <span class="given">in italics</span>' if has_given else "",
         section=passes_section(passes, tokenizer),
     )

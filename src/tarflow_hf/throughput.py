@@ -28,7 +28,8 @@ def forward_flops(model: PreTrainedModel, num_tokens: int) -> list[int]:
     """FLOPs of the matrix products for one sequence of `num_tokens` tokens, of each flow; a discrete model is one.
 
     A multiply-add is two. Attention counts both its products over all pairs, though a causal one needs half of them, as
-    is customary. Norms, activations, look-ups and the arithmetic of the couplings themselves are not counted.
+    is customary. Norms, activations, look-ups and the arithmetic of the couplings themselves are not counted, nor is
+    what tells a conditional model the observed tokens.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -68,10 +69,16 @@ def training_flops(model: PreTrainedModel, num_tokens: int, num_flows: int | Non
 
 
 def _weights(module: nn.Module) -> int:
-    """Entries of the matrices that a position is multiplied by."""
-    others = ("embed", "codebook", "bias")
-    named = module.named_parameters()
-    return sum(p.numel() for name, p in named if p.ndim >= 2 and not any(other in name for other in others))
+    """Entries of the matrices that a position is multiplied by: not those of tables, codebooks and stacked biases.
+
+    A matrix counts where it is used, though two modules share it: an output head tied to a token table is a product.
+    """
+    total, tables = 0, ("embedding", "codebook", "bias")
+    for path, part in module.named_modules():
+        if not isinstance(part, nn.Embedding):
+            names = ((f"{path}.{name}", p) for name, p in part.named_parameters(recurse=False))
+            total += sum(p.numel() for name, p in names if p.ndim >= 2 and not any(table in name for table in tables))
+    return total
 
 
 def _attention(config, num_positions: int) -> int:

@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from .checkpointing import Progress, newest_checkpoint, save_checkpoint, save_model
+from .checkpointing import BestWeights, Progress, check_output_dir, newest_checkpoint, save_checkpoint, save_model
 from .data import PackedTokens, StreamingPackedTokens
-from .evaluation import Likelihood, likelihood, prepend_start
+from .divergence import FirstFault
+from .evaluation import Likelihood, negative_log_likelihood, prepend_start
 from .modeling.configuration_tarflowlm import TarFlowLMConfig
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 from .throughput import peak_flops, peak_memory, training_flops
@@ -52,7 +53,10 @@ class TrainingConfig:
         default=None, metadata={"help": "peak of each stage, in place of learning_rate"}
     )
     patience: int = field(
-        default=0, metadata={"help": "a stage ends after this many evaluations without a better one; 0: never"}
+        default=0,
+        metadata={
+            "help": "a stage ends after this many evaluations without a better one, with its best weights; 0: no"
+        },
     )
     batch_size: int = field(default=8, metadata={"help": "sequences a step, over all processes"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "parts a step is computed in"})
@@ -203,7 +207,11 @@ def discrete_baseline(config: TarFlowLMConfig) -> PreTrainedModel:
 
 
 def compute_loss(
-    model: torch.nn.Module, input_ids: Tensor, generator: Generators | None = None, num_flows: int | None = None
+    model: torch.nn.Module,
+    input_ids: Tensor,
+    generator: Generators | None = None,
+    num_flows: int | None = None,
+    num_tokens: Tensor | None = None,
 ) -> Tensor:
     """Nats per token of a batch (B, T): minus the ELBO of a TarFlowLM, the cross-entropy of a discrete model.
 
@@ -213,6 +221,7 @@ def compute_loss(
         generator: Source of the latents' noise. With one for each sequence, what a sequence draws does not depend on
             the others beside it.
         num_flows: Of the stack cut after its first flows.
+        num_tokens: What the nats of a TarFlowLM are divided by, in place of the number of tokens that they are of.
     """
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
     if isinstance(bare, TarFlowLMModel):
@@ -226,7 +235,8 @@ def compute_loss(
             options["latent_noise"] = torch.stack([torch.randn(size, generator=g, device=g.device) for g in generator])
         else:
             options["generator"] = generator
-        return model(input_ids=input_ids, labels=input_ids, **options).loss
+        output = model(input_ids=input_ids, labels=input_ids, **options)
+        return output.loss if num_tokens is None else -output.elbo.sum() / num_tokens
     inputs = prepend_start(bare, input_ids)
     return model(input_ids=inputs, labels=inputs, use_cache=False).loss
 
@@ -310,6 +320,51 @@ class RowNoise:
         return self.generators
 
 
+@torch.no_grad()
+def validate(
+    model: PreTrainedModel,
+    data: PackedTokens,
+    max_sequences: int,
+    accelerator: Accelerator,
+    num_flows: int | None = None,
+    batch_size: int = 16,
+) -> Likelihood:
+    """Likelihood of the first sequences, whose batches the processes share: the same result in all of them.
+
+    Each batch draws noise of its own, so that it does not depend on the number of processes. Every process runs equally
+    many forward passes, which sharded weights need: where batches are left over, some score the last one for nothing.
+    """
+    model.eval()
+    num_sequences, length = min(max_sequences, len(data)), data.sequence_length
+    batches = [range(num_sequences)[first : first + batch_size] for first in range(0, num_sequences, batch_size)]
+    nats = torch.zeros(num_sequences, dtype=torch.float64, device=accelerator.device)
+    for index in range(accelerator.process_index, len(batches) + accelerator.process_index, accelerator.num_processes):
+        batch = batches[min(index, len(batches) - 1)]
+        input_ids = torch.stack([data[row]["input_ids"] for row in batch]).to(accelerator.device)
+        generator = torch.Generator(accelerator.device).manual_seed(index)
+        scores = negative_log_likelihood(model, input_ids, generator=generator, num_flows=num_flows)
+        if index < len(batches):
+            nats[batch.start : batch.stop] = scores.double()
+    nats = accelerator.reduce(nats, "sum").cpu()
+    standard_error = nats.std(correction=0).item() / (math.sqrt(num_sequences) * length)
+    return Likelihood(nats.sum().item(), num_sequences * length, standard_error if num_sequences > 1 else math.nan)
+
+
+def mean_missing_tokens(
+    model: PreTrainedModel, noise: RowNoise, step: int, num_tokens: int, num_parts: int, accelerator: Accelerator
+) -> Tensor:
+    """The missing tokens in a part of a conditional model's step, on average over its parts and the processes.
+
+    Every part's nats are divided by it, so that the step's loss is the mean over all of its missing tokens.
+    """
+    count = torch.zeros((), device=accelerator.device)
+    rows = len(noise.generators)
+    for part in range(num_parts):
+        generators = noise.at(step, part * rows * accelerator.num_processes)
+        count += (~draw_observed_mask((rows, num_tokens), model.config.patch_size, generators)).sum()
+    return accelerator.reduce(count, "mean") / num_parts
+
+
 def train(
     model: PreTrainedModel,
     train_data: PackedTokens | StreamingPackedTokens,
@@ -328,18 +383,24 @@ def train(
     A frozen flow costs a forward pass: nothing that needs a gradient stands before it, so no graph is built through
     it, and its parameters have neither gradients nor optimiser state.
 
+    With `config.patience` a stage ends with the weights of its best evaluation, whether or not it ends early; without,
+    with its last ones.
+
     Returns:
         The trained model (the averaged one with `ema_decay`), in evaluation mode.
 
     Raises:
         ValueError: The batch can't be split evenly, there are fewer sequences than a batch, the stages do not fit the
-            model, weights are sharded and to be averaged or frozen, or a resumed run differs from the one that made
-            the checkpoint. FloatingPointError: The loss is not finite; no checkpoint is made of that.
+            model or the tokenizer not the vocabulary, weights are sharded and to be averaged, frozen or kept, or a
+            resumed run differs from the one that made the checkpoint. OSError: `output_dir`, or a checkpoint, can't be
+            written. FloatingPointError: Something is not finite; says what, in which step and batch; no checkpoint is
+            made of that.
     """
     accelerator = make_accelerator(config) if accelerator is None else accelerator
     output_dir = Path(config.output_dir)
     stages = make_stages(model, config)
     check_batches(train_data, config, accelerator)
+    check_tokenizer(model, tokenizer)
 
     # 1. What is trained, and what must come back on a resume.
     description = {"model": model.config.to_diff_dict(), "training": asdict(config)}
@@ -352,12 +413,16 @@ def train(
         # With patience, when and on what it is evaluated decides what is trained.
         fixed = {"eval_every", "eval_sequences"} if config.patience else set()
         checkpoint, progress = newest_checkpoint(output_dir, description, FREE_FIELDS - fixed)
+    check_output_dir(output_dir)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     average = None
     if config.ema_decay:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).to(accelerator.device)
         accelerator.register_for_checkpointing(average)
+    best = BestWeights()
+    if config.patience:
+        accelerator.register_for_checkpointing(best)
 
     parts = config.gradient_accumulation_steps
     rows = config.batch_size // parts // accelerator.num_processes  # sequences at once in a process
@@ -367,6 +432,9 @@ def train(
     batches = endless(loader, progress.step * parts)
     log = Log(accelerator, output_dir, progress.step, sum(stage.num_steps for stage in stages), config, validation_data)
     evaluated = model if average is None else average.module
+    fault = FirstFault(model, accelerator)
+    is_conditional = getattr(model.config, "conditional", False)
+    origins = {}  # of the steps since the log's last line: what they were made of
 
     while True:
         # 2. A stage: what it trains, and with what.
@@ -390,14 +458,27 @@ def train(
 
         while not is_over:
             # 3. A step.
+            num_tokens = None
+            if is_conditional:
+                length = train_data.sequence_length
+                num_tokens = mean_missing_tokens(model, noise, progress.step, length, parts, accelerator)
             for part in range(parts):
-                input_ids = next(batches)["input_ids"]
+                epoch, index, batch = next(batches)
+                input_ids = batch["input_ids"]
+                if part == 0:
+                    first = index * (config.batch_size // parts)
+                    origins[progress.step + 1] = (
+                        f"{config.batch_size} sequences, from number {first} of epoch {epoch} on"
+                    )
                 generators = noise.at(progress.step, part * rows * accelerator.num_processes)
                 with accelerator.accumulate(wrapped):
-                    loss = compute_loss(wrapped, input_ids, generators, stage.num_flows)
+                    loss = compute_loss(wrapped, input_ids, generators, stage.num_flows, num_tokens)
                     accelerator.backward(loss)
-                    if accelerator.sync_gradients and config.max_grad_norm:
-                        accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+                    fault.see_loss(loss)
+                    if accelerator.sync_gradients:
+                        fault.see_gradients()
+                        if config.max_grad_norm:
+                            accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
                 total += loss.detach() / parts
@@ -408,32 +489,36 @@ def train(
             log.tokens += config.batch_size * input_ids.shape[1]
             progress.step += 1
             progress.stage_step += 1
+            fault.end_step(progress.step)
 
             # 4. Looking, and keeping.
             step, is_over = progress.step, is_stage_over(progress, stage, config)
             is_save_due = bool(config.save_every and step % config.save_every == 0)
             is_evaluation_due = bool(config.eval_every and step % config.eval_every == 0)
             if step % config.log_every == 0 or is_save_due or is_evaluation_due or is_over:
+                fault.check(origins)
+                origins.clear()
                 log.losses(step, accelerator.reduce(total, "mean").item(), learning_rate)
                 total.zero_()
             if is_evaluation_due or is_over:
                 with log.pause():
-                    options = {"max_sequences": config.eval_sequences, "num_flows": stage.num_flows}
-                    result = likelihood(evaluated, validation_data, **options)
+                    result = validate(evaluated, validation_data, config.eval_sequences, accelerator, stage.num_flows)
                     log.validation(step, result)
                     stage.choose_parameters(model)
-                # One number for all processes, which must agree on when the stage ends.
-                nats = torch.tensor(result.nats_per_token, device=accelerator.device)
-                nats = accelerator.reduce(nats, "mean").item()
-                is_better = progress.best is None or nats < progress.best
-                progress.best = nats if is_better else progress.best
-                progress.stale = 0 if is_better else progress.stale + 1
+                    if result.nats_per_token < (math.inf if progress.best is None else progress.best):
+                        progress.best, progress.stale = result.nats_per_token, 0
+                        if config.patience:
+                            best.keep(evaluated, {name for name, p in model.named_parameters() if p.requires_grad})
+                    else:
+                        progress.stale += 1
                 is_over = is_stage_over(progress, stage, config)
             if is_save_due or is_over:
                 with log.pause():
                     save_checkpoint(accelerator, output_dir, progress, description, config.keep_checkpoints)
 
-        # 5. The next stage stands on what was evaluated.
+        # 5. The next stage stands on what was evaluated, the best of it if that was kept.
+        if config.patience:
+            best.restore(evaluated)
         state_dict = (
             accelerator.get_state_dict(wrapped) if accelerator.distributed_type == DistributedType.FSDP else None
         )
@@ -446,6 +531,7 @@ def train(
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)  # it is wrapped anew
         wrapped, optimizer, scheduler = accelerator.free_memory(wrapped, optimizer, scheduler)
     log.close()
+    fault.close()
 
     model.requires_grad_(True)
     if accelerator.is_main_process:
@@ -460,7 +546,11 @@ def is_stage_over(progress: Progress, stage: Stage, config: TrainingConfig) -> b
 
 
 def check_batches(train_data: PackedTokens | StreamingPackedTokens, config: TrainingConfig, accelerator: Accelerator):
-    """Raises ValueError before the first step where a batch can't be made, or sharded weights can't be treated so."""
+    """Raises ValueError before the first step where a batch can't be made, or sharded weights can't be treated so.
+
+    Torch's FSDP2 would freeze sharded weights; but Accelerate shards a model once, together with its optimiser, and
+    each stage has another optimiser. And it can't be tested without GPUs, for on a CPU it takes DDP in FSDP's place.
+    """
     parts = config.gradient_accumulation_steps
     if config.batch_size % (parts * accelerator.num_processes):
         raise ValueError(
@@ -474,32 +564,38 @@ def check_batches(train_data: PackedTokens | StreamingPackedTokens, config: Trai
         raise ValueError(
             f"There are {len(train_data)} sequences to train on, fewer than batch_size {config.batch_size}."
         )
-    if accelerator.distributed_type == DistributedType.FSDP and (config.ema_decay or config.mode != "joint"):
+    is_plain = not config.ema_decay and config.mode == "joint" and not config.patience
+    if accelerator.distributed_type == DistributedType.FSDP and not is_plain:
         raise ValueError(
-            f"With FSDP, ema_decay must be 0 and mode joint, not {config.ema_decay} and {config.mode}: sharded weights "
-            "can't be averaged, nor frozen later on. Use DDP."
+            f"With FSDP, ema_decay must be 0, mode joint and patience 0, not {config.ema_decay}, {config.mode} and "
+            f"{config.patience}: sharded weights can't be averaged, frozen later on, or kept aside. Use DDP."
         )
 
 
-def endless(loader: DataLoader, num_used: int) -> Iterator[dict[str, Tensor]]:
-    """The batches of epoch after epoch, behind the `num_used` first ones.
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where the tokenizer has tokens that the model does not know."""
+    vocab_size = model.config.vocab_size - (not isinstance(model, TarFlowLMModel))  # without the discrete one's start
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size, {vocab_size}.")
+
+
+def endless(loader: DataLoader, num_used: int) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    """The batches of epoch after epoch, behind the `num_used` first ones, each with its epoch and its index there.
 
     A data set skips these without loading them; a stream, which does not know its length, is read again.
     """
-    epoch = 0
-    while isinstance(loader.dataset, IterableDataset):
-        loader.set_epoch(epoch)
-        for batch in loader:
-            if num_used:
-                num_used -= 1
-            else:
-                yield batch
-        epoch += 1
-    epoch, num_used = divmod(num_used, len(loader))
+    epoch, is_stream = 0, isinstance(loader.dataset, IterableDataset)
+    if not is_stream:
+        epoch, num_used = divmod(num_used, len(loader))
     while True:
         loader.set_epoch(epoch)
-        yield from skip_first_batches(loader, num_used) if num_used else loader
-        epoch, num_used = epoch + 1, 0
+        first = 0 if is_stream else num_used
+        for index, batch in enumerate(skip_first_batches(loader, first) if first else loader, first):
+            if num_used and is_stream:
+                num_used -= 1
+            else:
+                yield epoch, index, batch
+        epoch, num_used = epoch + 1, num_used if is_stream else 0
 
 
 class Log:
@@ -548,10 +644,6 @@ class Log:
     def losses(self, step: int, total: float, learning_rate: float) -> None:
         loss = total / (step - self.last_step)
         self.bar.update(step - self.last_step)
-        if not math.isfinite(loss):
-            first = self.last_step + 1
-            steps = f"at step {step}" if first == step else f"between step {first} and step {step}"
-            raise FloatingPointError(f"The loss is {loss} {steps}; checkpoints made before it are intact.")
         self.last_step = step
         tokens_per_second = self.tokens / (self.seconds + time.perf_counter() - self.since)
         self.tokens, self.seconds, self.since = 0, 0.0, time.perf_counter()

@@ -1,0 +1,93 @@
+"""What a checkpoint's samples are like, beside held-out text: generative perplexity, MAUVE, entropy, repetition.
+
+    python examples/evaluate_samples.py runs/mine/model --data held-out.txt --output samples.json
+    python examples/evaluate_samples.py runs/mine/model --data held-out.txt --judge gpt2 --num_samples 500
+    python examples/evaluate_samples.py runs/mine/model --data held-out.txt --judge path/of/a/causal/model --top_p 0.95
+
+The defaults are the paper's: 5,000 samples of the model's length, read by GPT-2 large; MAUVE at scale 5, with as many
+sequences of the text. Samples are kept in --samples, and a run that was stopped goes on with them. Without a network
+the judge is a local folder. Needs `mauve-text`. What the JSON holds: `tarflow_hf.generative_metrics.SampleEvaluation`.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
+from tarflow_hf.data import PackedTokens, read_text
+from tarflow_hf.evaluation import longest_sequence
+from tarflow_hf.generative_metrics import (
+    JUDGE,
+    MAUVE_SCALE,
+    NUM_SAMPLES,
+    evaluate_samples,
+    load_judge,
+    reference_sequences,
+    sample_table,
+    sample_to_file,
+)
+from tarflow_hf.provenance import provenance_of
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
+    parser.add_argument("--data", type=Path, required=True, help="a UTF-8 text file, to compare with")
+    parser.add_argument("--judge", default=JUDGE, help="a causal language model: a folder, or a repository of the Hub")
+    parser.add_argument("--num_samples", type=int, default=NUM_SAMPLES)
+    parser.add_argument("--length", type=int, help="of a sample, in tokens; default: the model's")
+    parser.add_argument("--samples", type=Path, default=Path("samples.jsonl"), help="where samples are kept")
+    parser.add_argument("--output", type=Path, help="write all figures here, as JSON")
+    parser.add_argument("--temperature", type=float, help="standard deviation of the noise; of a discrete model, usual")
+    parser.add_argument("--mixture_temperature", type=float, help="of the weights of Mix-d flows")
+    parser.add_argument("--top_k", type=int, help="as in examples/generate.py")
+    parser.add_argument("--top_p", type=float, help="as in examples/generate.py")
+    parser.add_argument("--mauve_scale", type=float, default=MAUVE_SCALE)
+    parser.add_argument("--batch_size", type=int, default=16, help="of sampling")
+    parser.add_argument("--judge_batch_size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main():
+    # 1. Everything that may be missing is looked for before the long part.
+    arguments = parse_arguments()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device)
+    judge, judge_tokenizer = load_judge(arguments.judge, arguments.device)
+    length = arguments.length or longest_sequence(model)
+    text = PackedTokens([read_text(arguments.data)], tokenizer, length)
+    reference_sequences(text, arguments.num_samples)
+
+    # 2. Samples.
+    names = ("temperature", "mixture_temperature", "top_k", "top_p")
+    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    sizes = {"num_samples": arguments.num_samples, "length": length, "batch_size": arguments.batch_size}
+    samples = sample_to_file(
+        model, tokenizer, arguments.samples, seed=arguments.seed, progress=True, **sizes, **options
+    )
+
+    # 3. What they are like.
+    evaluation = evaluate_samples(
+        samples,
+        text,
+        tokenizer,
+        judge,
+        judge_tokenizer,
+        provenance_of(model, arguments.checkpoint, arguments.data),
+        seed=arguments.seed,
+        generate_options=options,
+        mauve_scale=arguments.mauve_scale,
+        batch_size=arguments.judge_batch_size,
+        progress=True,
+    )
+    print(sample_table(evaluation))
+    if arguments.output is not None:
+        arguments.output.write_text(evaluation.to_json())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Pictures of plain results. Each function returns a matplotlib figure: `figure.savefig("name.svg")`, or .png, .pdf."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .latent_evolution import MEASURES, Evolution
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .flops import FlopCount
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by all eyes (Okabe and Ito)
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches, that belongs to no window.
+
+    Raises:
+        ImportError: There is no matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures need matplotlib: `pip install matplotlib`.") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def plot_flops(counts: "dict[str, dict[int, FlopCount]]") -> "Figure":
+    """The paper's Figure 7: FLOPs of a TarFlowLM over those of the discrete transformer, against the patch size.
+
+    Left by the paper's count, right by the true one; of `flops.figure_7`.
+    """
+    figure = new_figure(9, 4)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, name, title in ((left, "paper_ratio", "by the paper's count"), (right, "ratio", "by the true count")):
+        for index, (size, row) in enumerate(counts.items()):
+            ratios = [getattr(count, name) for count in row.values()]
+            axes.plot(list(row), ratios, label=f"GPT-2 {size}", color=COLORS[index % 6], marker=MARKERS[index % 6])
+        axes.axhline(1, color="#888888", linewidth=1, linestyle="--")
+        axes.set(xscale="log", yscale="log", xlabel="patch size (tokens)", title=title)
+        axes.set_xticks(list(row), [str(patch_size) for patch_size in row], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    low, high = left.get_ylim()
+    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low <= tick <= high]
+    left.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    left.set_ylabel("FLOPs, TarFlowLM / discrete")
+    left.legend(frameon=False)
+    return figure
+
+
+def plot_evolution(evolutions: dict[str, Evolution], directions: Sequence[str] = ()) -> "Figure":
+    """The four measures of every flow's states, mean and standard deviation over the sequences.
+
+    Args:
+        evolutions: By what they are of, such as "text" and "samples".
+        directions: Of each flow, to mark them.
+    """
+    figure = new_figure(10, 6)
+    for axes, (name, title) in zip(figure.subplots(2, 2).flat, MEASURES.items(), strict=True):
+        for index, (label, evolution) in enumerate(evolutions.items()):
+            statistics = getattr(evolution, name)
+            first = evolution.num_states - len(statistics)  # nothing has moved at the latents
+            x, mean = range(first, evolution.num_states), [statistic.mean for statistic in statistics]
+            std = [statistic.std for statistic in statistics]
+            color, marker = COLORS[index % 6], MARKERS[index % 6]
+            axes.errorbar(x, mean, std, label=label, color=color, marker=marker, capsize=3)
+        last = evolution.num_states - 1
+        names = ["latents"] + [f"flow {number}" for number in range(1, last + 1)]
+        for number, direction in enumerate(directions, 1):
+            names[number] += {"left_to_right": "\n→", "right_to_left": "\n←"}.get(direction, "\n⇆")
+        axes.set_xticks(range(last + 1), names)
+        axes.set(title=title, xlim=(-0.3, last + 0.3))
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(frameon=False)
+    return figure

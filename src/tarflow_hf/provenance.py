@@ -1,0 +1,136 @@
+"""Where a result comes from: the command, the versions, and checksums of the weights and the data."""
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from . import __version__
+from .modeling.modeling_tarflowlm import TarFlowLMModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What every result's JSON begins with. Results add their own fields, so that the whole is one flat object.
+
+    Attributes:
+        command: As it was typed, from the repository's root.
+        date: Of the end, in UTC, to the second: "2026-01-31T12:00:00+00:00".
+        versions: Of python, tarflow_hf, torch and transformers.
+        device: What ran the model: "cpu", or a GPU's name.
+        checkpoint: The folder, or the repository of the Hub.
+        revision: Of a repository of the Hub, the commit; None of a folder.
+        weights_sha256: See `weights_checksum`.
+        model_type: "tarflowlm", or the architecture of a discrete model.
+        num_parameters: Of the model.
+        data: The name of the text file.
+        data_sha256: Of its bytes.
+    """
+
+    command: str
+    date: str
+    versions: dict[str, str]
+    device: str
+    checkpoint: str
+    revision: str | None
+    weights_sha256: str
+    model_type: str
+    num_parameters: int
+    data: str | None
+    data_sha256: str | None
+
+    def to_json(self) -> str:
+        """One object, its keys the fields' names in their order. What is not a number is null."""
+        return json.dumps(without_nan(asdict(self)), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str):
+        """Back from `to_json`.
+
+        Raises:
+            ValueError: Fields are missing, or there are others.
+        """
+        values, names = json.loads(text), [field.name for field in fields(cls)]
+        if set(values) != set(names):
+            differing = sorted(set(values) ^ set(names))
+            raise ValueError(f"This is no {cls.__name__}: its fields differ from those expected in {differing}.")
+        return cls(**values)
+
+
+def provenance_of(
+    model: PreTrainedModel, checkpoint: str, data: str | os.PathLike | None, command: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """The fields of `Provenance`.
+
+    Args:
+        model: As loaded from the checkpoint.
+        data: A file, or None.
+        command: Its words; those that this process was started with by default.
+    """
+    words = ["python", *sys.argv] if command is None else command
+    device = model.device
+    return {
+        "command": shlex.join(words),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            "tarflow_hf": __version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "checkpoint": checkpoint,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "weights_sha256": weights_checksum(model),
+        "model_type": "tarflowlm" if isinstance(model, TarFlowLMModel) else model.config.model_type,
+        "num_parameters": model.num_parameters(),
+        "data": None if data is None else Path(data).name,
+        "data_sha256": None if data is None else hashlib.sha256(Path(data).read_bytes()).hexdigest(),
+    }
+
+
+def weights_checksum(model: PreTrainedModel) -> str:
+    """SHA-256 over the names, types, shapes and bytes of all weights, in the order of their names.
+
+    It does not depend on how a checkpoint is cut into files.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(
+        ...     vocab_size=10, hidden_size=8, num_attention_heads=2, intermediate_size=16, num_hidden_layers=1))
+        >>> before = weights_checksum(model)
+        >>> torch.nn.init.zeros_(model.model.norm.weight) is not None and before != weights_checksum(model)
+        True
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def without_nan(value: Any) -> Any:
+    """The same with None for numbers that JSON has not.
+
+    Example:
+        >>> without_nan({"a": float("nan"), "b": [1.0, float("inf")]})
+        {'a': None, 'b': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+        return None
+    return value

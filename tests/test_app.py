@@ -1,0 +1,73 @@
+"""The demo page, without a browser: what its buttons call, and what its Space needs."""
+
+import re
+from pathlib import Path
+from runpy import run_path
+
+import pytest
+from huggingface_hub import metadata_load
+from test_demo import TEXT, separated, written
+from test_modeling import STACKS
+
+from tarflow_hf.data import character_tokenizer
+
+gradio = pytest.importorskip("gradio", minversion="6")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def app():
+    return run_path(str(ROOT / "examples" / "app.py"))
+
+
+def endpoints(blocks):
+    """{name: (function, components of its inputs)} of what can be called."""
+    return {
+        f.api_name: (f.fn, [type(x).__name__ for x in f.inputs])
+        for f in blocks.fns.values()
+        if f.api_visibility == "public"
+    }
+
+
+@pytest.mark.parametrize("stack", ["mix-d, mix-1, mix-1", "affine"])
+def test_the_buttons(app, stack):
+    blocks = app["page"](separated(STACKS[stack]), character_tokenizer(), "a name")
+    calls = endpoints(blocks)
+    assert set(calls) == {"write", "score", "edit"}
+    write, inputs = calls["write"]
+    assert inputs == ["Textbox", "Slider", "Slider", "Number"] + ["Slider"] * 3
+    assert written(write(TEXT, 8, 1, None, 1, 1, 2)).startswith(TEXT)  # None: the box of the seed is empty
+    assert "Likelihood" in calls["score"][0](TEXT)
+    assert "Before" in calls["edit"][0](TEXT, "fox", 4, 1, 0)
+    shown = [x.visible for x in blocks.blocks.values() if "mixture weights" in str(getattr(x, "label", ""))]
+    assert shown == [stack != "affine"] * 2
+
+
+def test_errors_are_messages(app):
+    calls = endpoints(app["page"](separated(STACKS["mix-d"]), character_tokenizer(), "a name"))
+    assert calls["score"][0]("a" * 40) == (
+        '<p class="message" role="alert">The text has 40 tokens, and there is room for 32: make it shorter.</p>'
+    )
+    hostile = app["friendly"](lambda: int("<script>"))()
+    assert "&lt;script&gt;" in hostile and "<script>" not in hostile
+
+
+def test_a_selection_fills_the_part(app):
+    event = lambda value, index: gradio.SelectData(None, {"value": value, "index": index})  # noqa: E731
+    assert app["selected"](event("fox", [4, 7])) == ("fox", 4)
+    assert app["selected"](event("", [4, 4])) == (gradio.skip(), gradio.skip())
+
+
+def test_the_space():
+    space = ROOT / "spaces"
+    metadata = metadata_load(space / "README.md")
+    assert metadata["sdk"] == "gradio" and metadata["sdk_version"].split(".")[0] == gradio.__version__.split(".")[0]
+    colors = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+    assert {metadata["colorFrom"], metadata["colorTo"]} <= colors and len(metadata["short_description"]) <= 60
+    uploads = dict(re.findall(r"^hf upload USER/SPACE (\S+) (\S+)", (space / "README.md").read_text(), re.MULTILINE))
+    assert all((ROOT / source).exists() for source in uploads)
+    assert set(uploads.values()) == {"tarflow_hf", metadata["app_file"], "."}
+    assert {re.split("[>=<]", line)[0] for line in (space / "requirements.txt").read_text().splitlines()[1:]} == {
+        "torch",
+        "transformers",
+    }

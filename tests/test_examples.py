@@ -1,0 +1,144 @@
+"""The short examples run, as from the command line, on a small model, and do what they promise."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
+from local_hub import LocalHub
+from test_hub import MIX_1, MIX_D, make
+from test_publish import clean_room, hub, one_clean_room  # noqa: F401  fixtures
+
+from tarflow_hf import TarFlowLMModel
+from tarflow_hf.data import character_tokenizer
+from tarflow_hf.training import save_model
+
+ROOT = Path(__file__).parents[1]
+TEXT = "the quick brown fox jumps over the lazy dog and then it sleeps in the sun until the evening comes\n" * 12
+FLOWS = [MIX_D, MIX_1]
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """Runs a script in a folder with a checkpoint `model`, `patches`, `conditional` and a text."""
+    monkeypatch.chdir(tmp_path)
+    for name, options in {"model": {}, "patches": {"patch_size": 2}, "conditional": {"conditional": True}}.items():
+        save_model(make(flows=FLOWS, **options), character_tokenizer(), tmp_path / name)
+    Path("text.txt").write_text(TEXT)
+    monkeypatch.setattr("tarflow_hf.training.share_cores", lambda: None)  # which would last beyond these tests
+
+    def run(script: str, *arguments: str) -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        capsys.readouterr()
+        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("script", ["finetune.py", "infill.py", "push.py", "score.py"])
+def test_they_are_short_and_open_with_their_launch_lines(script):
+    lines = (ROOT / "examples" / script).read_text().splitlines()
+    assert len(lines) < 60 and any(f"examples/{script} " in line for line in lines[2:6])
+
+
+def test_score_orders_texts_whatever_shares_their_batch(run):
+    texts = ["a cat", "the dog barks", "to be or not"]
+    lines = run("score.py", "model", *texts, "--num_samples", "2").splitlines()
+    per_token = [float(line.split("nats, ")[1].split()[0]) for line in lines]
+    assert per_token == sorted(per_token) and {line.split(": ")[1] for line in lines} == set(texts)
+
+    model, ids = TarFlowLMModel.from_pretrained("model").eval(), character_tokenizer()("a cat").input_ids
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        bound = model.importance_weighted_bound(torch.tensor([ids]), num_samples=2, generator=generator)
+    alone = run("score.py", "model", "a cat", "--num_samples", "2")
+    assert alone == f"{-bound.item():9.3f} nats, {-bound.item() / 5:.4f} per token: a cat\n"
+    assert ": the dog bark\n" in run("score.py", "patches", "the dog barks")
+
+
+@pytest.mark.parametrize(
+    "name, text", [("model", "the ___ sat"), ("conditional", "__e cat ___"), ("patches", "th__cats__")]
+)
+def test_infill_keeps_what_it_is_given(run, name, text):
+    lines = run("infill.py", name, text, "--num_samples", "3").splitlines()
+    assert len(lines) == 3 and all(len(line) == len(text) for line in lines)
+    assert all(given in ("_", new) for line in lines for given, new in zip(text, line, strict=True))
+    assert any("_" not in line for line in lines)
+
+
+def test_finetune_lowers_the_loss_and_saves_what_loads(run):
+    options = [
+        "--output_dir",
+        "mine",
+        "--max_steps",
+        "60",
+        "--learning_rate",
+        "1e-2",
+        "--report_to",
+        "none",
+        "--use_cpu",
+    ]
+    printed = run(
+        "finetune.py", "model", "text.txt", *options, "--disable_tqdm", "true", "--lr_scheduler_type", "constant"
+    )
+    before, after = printed.split("per token: ")[-1].replace(" before, ", " ").split()[:2]
+    assert float(after) < float(before) - 0.1
+    assert not torch.equal(
+        TarFlowLMModel.from_pretrained("mine").codebook.mean, TarFlowLMModel.from_pretrained("model").codebook.mean
+    )
+    assert run("score.py", "mine", "a cat").endswith("a cat\n")
+
+
+def test_push_prints_and_publishes_the_card(run, hub: LocalHub):  # noqa: F811
+    evaluation = {"command": "python examples/evaluate.py ...", "date": "2026-01-02", "bits_per_character": 2.5}
+    Path("evaluation.json").write_text(json.dumps(evaluation))
+    recipe = str(ROOT / "examples" / "recipes" / "demo.json")
+    arguments = ["push.py", "model", "tester/pushed", "--recipe", recipe, "--evaluation", "evaluation.json"]
+    printed = run(*arguments, "--print_card")
+    assert "inside Python's standard library" in printed and "tester/pushed" not in hub.repositories
+    url = run(*arguments, "--private", "--tag", "v1").splitlines()[-1]
+    repository = hub.repositories["tester/pushed"]
+    assert repository.private and url == f"{hub.endpoint}/tester/pushed/commit/{repository.tags['v1']}"
+    card = hub.files("tester/pushed")["README.md"].decode()
+    assert card.strip() == printed.strip()
+    assert ModelCard(card).data.eval_results[0].metric_value == 2.5
+
+
+TRAIN = ["--dataset", "text.txt", "--config", "config.json", "--num_steps", "2", "--batch_size", "4"]
+TRAIN += ["--test_sequences", "2", "--test_samples", "1", "--output_dir", "run"]
+
+
+@pytest.fixture
+def train(run):
+    fields = {"latent_size": 2, "max_position_embeddings": 16, "hidden_size": 16, "num_attention_heads": 2}
+    Path("config.json").write_text(json.dumps({**fields, "flows": FLOWS}))
+    return lambda *options: run("train.py", *TRAIN, *options)
+
+
+def test_train_publishes_what_it_has_saved(train, hub: LocalHub):  # noqa: F811
+    printed = train("--push_to_hub", "trained", "--private")
+    assert f"{hub.endpoint}/tester/trained/commit/" in printed
+    files = hub.files("tester/trained")
+    assert files["model.safetensors"] == Path("run/model/model.safetensors").read_bytes()
+    card = files["README.md"].decode()
+    assert hub.repositories["tester/trained"].private and "--push_to_hub trained" in card
+    assert "| steps | 2 |" in card and "Data: `text.txt`" in card and 'repo = "tester/trained"' in card
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--push_to_hub", "someone/trained"], "choose tester or lab"),
+        (["--push_to_hub", "trained", "--model", "ar"], "push_to_hub is for a tarflowlm"),
+    ],
+)
+def test_train_refuses_before_it_trains(train, options, message):
+    with pytest.raises(ValueError, match=message):
+        train(*options)
+    assert not Path("run").exists()
