@@ -100,8 +100,8 @@ GROUPS: dict[str, dict[str, Case]] = {
         "patch 4, inner head": Case(alone(patch_head_layers=1), config={"patch_size": 4}),
     },
     "patches at equal FLOPs": {
-        "patch 2, inner head, equal FLOPs": Case(alone(1.5, patch_head_layers=2), equal="FLOPs", config={"patch_size": 2}),
-        "patch 4, inner head, equal FLOPs": Case(alone(2, patch_head_layers=2), equal="FLOPs", config={"patch_size": 4}),
+        "patch 2, inner head, equal FLOPs": Case(alone(1.5, patch_head_layers=2), "joint", "FLOPs", {"patch_size": 2}),
+        "patch 4, inner head, equal FLOPs": Case(alone(2, patch_head_layers=2), "joint", "FLOPs", {"patch_size": 4}),
     },
 }  # fmt: skip
 CASES = {name: case for group in GROUPS.values() for name, case in group.items()}

@@ -11,7 +11,7 @@ the output file and is not repeated, an unfinished one resumes from its newest c
 the width of the feed-forward layers (within 3%, or the run is refused). Every model takes the same number of steps on
 the same sequences in the same order; progressive training gives the first flow three fifths of them and shares the rest
 evenly. Test text is scored as `tarflow_hf.evaluation` says, by the ELBO and the importance-weighted bound, and the
-stack cut after each of its flows; the discrete model's figure is exact. `report.py` makes tables and a plot of the rows.
+stack cut after each of its flows; the discrete model's figure is exact. `report.py` makes tables and a picture.
 """
 
 import argparse
