@@ -890,22 +890,56 @@ def test_memory_of_a_training_step(monkeypatch):
     assert 4 * 4 * 1_213_056 < memory < 2**28
 
 
-def test_the_study_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def study(monkeypatch):
+    """The folder's modules import each other, as scripts do."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "study")
+    yield
+    for name in ("cases", "report"):
+        sys.modules.pop(name, None)
+
+
+def test_the_study_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch, study):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(TEXT * 3)
-    options = ["--dataset", "text.txt", "--num_layers", "6", "--hidden_size", "32", "--num_tokens", "32"]
+    options = ["--dataset", "text.txt", "--hidden_size", "32", "--num_tokens", "32"]
     options += ["--num_steps", "6", "--batch_size", "4", "--test_sequences", "4", "--test_samples", "2"]
-    run = partial(benchmark, "study.py", *options, capsys=capsys, monkeypatch=monkeypatch)
+    run = partial(benchmark, "study/run.py", *options, capsys=capsys, monkeypatch=monkeypatch)
     first = run("--cases", "discrete", "--output", "rows.jsonl")
     assert first.splitlines()[-1].startswith("| discrete |") and ", exact |" in first
-    cases = ["discrete", "affine", "Mix-1, progressive", "Mix-d, deep"]
+    cases = ["discrete", "affine", "Mix-d, deep, progressive", "patch 2, inner head, equal FLOPs"]
     printed = run("--cases", *cases, "--output", "rows.jsonl")
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
     assert [row["case"] for row in rows] == cases and "discrete, seed" not in printed
-    assert first.splitlines()[-1] in printed
-    for row in rows:
-        assert row["parameters"] == pytest.approx(rows[0]["parameters"], rel=0.03)
-        assert f"| {row['case']} | {row['parameters']:,} | 1 | {row['elbo_bits_per_character']:.3f}" in printed
+    assert first.splitlines()[-1].split("|")[5] in printed
+    for row, equal in zip(rows, ["parameters"] * 3 + ["training_flops_per_token"], strict=True):
+        assert row[equal] == pytest.approx(rows[0][equal], rel=0.03)
+        assert (
+            f"| {row['case']} | {row['parameters']:,} |" in printed
+            and f"{row['elbo_bits_per_character']:.3f}" in printed
+        )
+    # The stack of a progressive run, cut after its flows: the whole is the last.
+    assert (
+        len(rows[2]["bits_after_flows"]) == 3 and rows[2]["bits_after_flows"][-1] == rows[2]["elbo_bits_per_character"]
+    )
+
+    pytest.importorskip("matplotlib")
+    Path("page.md").write_text("# What it says\n\nText.\n\n")
+    for _ in range(2):  # made again, it is the same
+        script(
+            "../benchmarks/study/report.py", "rows.jsonl", "--output", "page.md", capsys=capsys, monkeypatch=monkeypatch
+        )
+    page = Path("page.md").read_text()
+    assert page.startswith("# What it says") and page.count("### Models") == 1 and "(page.svg)" in page
+    assert Path("page.svg").read_text().count("<svg ") == 1
+
+
+def test_every_case_of_the_study_is_as_large_as_the_discrete_model(study):
+    from cases import CASES, build
+
+    fields = {"vocab_size": 27, "latent_size": 5, "max_position_embeddings": 64, "hidden_size": 64}
+    for case in CASES:  # a case that can't be brought within 3% raises
+        assert build(case, 6, {**fields, "num_attention_heads": 2}).num_parameters() > 0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate").iterdir()), ids=lambda path: path.stem)

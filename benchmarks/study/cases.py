@@ -1,0 +1,142 @@
+"""What the study compares: stacks of flows, how they are trained, and what is made equal to the discrete model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
+from tarflow_hf.throughput import forward_flops
+from tarflow_hf.training import discrete_baseline
+
+DIRECTIONS = ("left_to_right", "right_to_left")
+TOLERANCE = 0.03  # of what is made equal
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model of the study. The discrete one has no `flows`.
+
+    `equal` is what the width of the feed-forward layers makes equal to the discrete model: "parameters", or "FLOPs" of
+    a sequence.
+    """
+
+    flows: Callable[[int], list[dict[str, Any]]] | None  # of the layers in all
+    mode: str = "joint"
+    equal: str = "parameters"
+    config: dict[str, Any] = field(default_factory=dict)  # other fields of TarFlowLMConfig
+
+
+def alternating(flows: list[tuple[dict[str, Any], int]]) -> list[dict[str, Any]]:
+    """Flows with their depths, in alternating directions."""
+    return [
+        {**flow, "direction": DIRECTIONS[index % 2], "num_hidden_layers": depth}
+        for index, (flow, depth) in enumerate(flows)
+    ]
+
+
+def mix_1(num_components: int) -> dict[str, Any]:
+    return {"coupling": "mixture_cdf", "num_components": num_components, "head_hidden_size": 32}
+
+
+def mix_d(**options: Any) -> dict[str, Any]:
+    return {"coupling": "mixture_rosenblatt", **options}
+
+
+def papers_depths(layers: int) -> list[int]:
+    """2 + 2 + 8 of the paper's 12 layers, from the data side."""
+    return [layers // 6, layers // 6, layers - 2 * (layers // 6)]
+
+
+def papers_affine(layers: int) -> list[dict[str, Any]]:
+    return alternating([({"coupling": "affine"}, layers // 6)] * 6)
+
+
+def papers_mix_1(num_components: int = 27) -> Callable[[int], list[dict[str, Any]]]:
+    return lambda layers: alternating([(mix_1(num_components), depth) for depth in papers_depths(layers)])
+
+
+def papers_mix_d(layers: int) -> list[dict[str, Any]]:
+    first, *others = papers_depths(layers)
+    return alternating([(mix_d(context="latent"), first), *((mix_1(2), depth) for depth in others)])
+
+
+def deep(above: int = 1, **options: Any) -> Callable[[int], list[dict[str, Any]]]:
+    """Most layers in the Mix-d flow next to the data, two Mix-1 flows of `above` layers over it."""
+    return lambda layers: alternating([(mix_d(**options), layers - 2 * above), (mix_1(2), above), (mix_1(2), above)])
+
+
+def alone(more: float = 1, **options: Any) -> Callable[[int], list[dict[str, Any]]]:
+    """One Mix-d flow, with `more` times the layers."""
+    return lambda layers: alternating([(mix_d(**options), round(more * layers))])
+
+
+GROUPS: dict[str, dict[str, Case]] = {
+    "models": {
+        "discrete": Case(None),
+        "affine": Case(papers_affine),
+        "Mix-1": Case(papers_mix_1()),
+        "Mix-d": Case(papers_mix_d),
+        "Mix-d, deep": Case(deep()),
+        "Mix-d, one flow": Case(alone()),
+    },
+    "context": {
+        "Mix-d, deep, latent context": Case(deep(context="latent")),
+        "Mix-d, one flow, latent context": Case(alone(context="latent")),
+    },
+    "stages": {
+        "Mix-1, progressive": Case(papers_mix_1(), "progressive"),
+        "Mix-d, progressive": Case(papers_mix_d, "progressive"),
+        "Mix-d, deep, progressive": Case(deep(), "progressive"),
+    },
+    "components": {f"Mix-1, {k} component{'s' * (k > 1)}": Case(papers_mix_1(k)) for k in (1, 2, 8)},
+    "latents": {f"Mix-d, deep, latent size {d}": Case(deep(), config={"latent_size": d}) for d in (2, 16)},
+    "depth": {"Mix-d, deep, two layers in the flows above": Case(deep(above=2))},
+    "patches": {
+        "patch 2": Case(alone(), config={"patch_size": 2}),
+        "patch 4": Case(alone(), config={"patch_size": 4}),
+        "patch 2, inner head": Case(alone(patch_head_layers=1), config={"patch_size": 2}),
+        "patch 4, inner head": Case(alone(patch_head_layers=1), config={"patch_size": 4}),
+    },
+    "patches at equal FLOPs": {
+        "patch 2, inner head, equal FLOPs": Case(alone(1.5, patch_head_layers=2), "joint", "FLOPs", {"patch_size": 2}),
+        "patch 4, inner head, equal FLOPs": Case(alone(2, patch_head_layers=2), "joint", "FLOPs", {"patch_size": 4}),
+    },
+}  # fmt: skip
+CASES = {name: case for group in GROUPS.values() for name, case in group.items()}
+
+
+def build(name: str, layers: int, config: dict[str, Any]) -> PreTrainedModel:
+    """The model of a case, as large (or as costly) as the discrete one.
+
+    Args:
+        layers: In all, a multiple of 6.
+        config: Fields of `TarFlowLMConfig`, but for the flows.
+
+    Raises:
+        ValueError: It can't be brought within 3%.
+    """
+    case = CASES[name]
+
+    def make(intermediate_size: int | None = None, discrete: bool = False) -> PreTrainedModel:
+        flows = alone()(layers) if discrete else case.flows(layers)
+        fields = config if discrete else {**config, **case.config}
+        made = TarFlowLMConfig(**fields, flows=flows, intermediate_size=intermediate_size)
+        return discrete_baseline(made) if discrete else TarFlowLMModel(made)
+
+    def size(model: PreTrainedModel) -> int:
+        if case.equal == "parameters":
+            return model.num_parameters()
+        return sum(forward_flops(model, config["max_position_embeddings"]))
+
+    discrete = make(discrete=True)
+    if case.flows is None:
+        return discrete
+    # It is linear in the width of the feed-forward layers.
+    width, target = discrete.config.intermediate_size, size(discrete)
+    low, high = size(make(width)), size(make(2 * width))
+    model = make(max(1, round(width + width * (target - low) / (high - low))))
+    if abs(size(model) / target - 1) > TOLERANCE:
+        raise ValueError(f"{name} has {size(model):,} {case.equal}, the discrete model {target:,}.")
+    return model
