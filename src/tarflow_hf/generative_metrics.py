@@ -458,7 +458,7 @@ def warnings_of(
             f"{samples.repetition_4:.1%} of a sample's 4-grams have occurred in it before, {text.repetition_4:.1%} of "
             "the text's: generative perplexity is lowered by that."
         )
-    if perplexity is not None and perplexity < text_perplexity:
+    if perplexity is not None and text_perplexity is not None and perplexity < text_perplexity:
         found.append(
             f"The judge finds the samples, at {perplexity:.1f}, likelier than the text, at {text_perplexity:.1f}: "
             "lower is no longer better."

@@ -144,7 +144,7 @@ def draw_passes(
         states = model.flow(model.encode(ids, generator=generator)).states
     else:
         states = model.generate(ids, generator=generator, output_states=True, **options).states
-    return find_passes(model, states, given_ids=ids[0] if prompt else None)
+    return find_passes(model, states, given_ids=ids[0] if ids is not None and prompt else None)
 
 
 def passes_text(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, color: bool = False) -> str:

@@ -103,7 +103,7 @@ def inline_svg(figure: "Figure", name: str, title: str, description: str) -> str
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
     svg = content.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    width, height = re.search(r'viewBox="0 0 (\S+) (\S+)"', svg).groups()
+    width, height = re.findall(r'viewBox="0 0 (\S+) (\S+)"', svg)[0]
     inside = svg[svg.index(">", svg.index("<svg")) + 1 :]
     inside = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", inside)
     inside = re.sub(r"font-family: [^;\"]*;?", "", inside).replace("#000000", "currentColor")

@@ -108,7 +108,7 @@ def _iterate(
         if 2 * num_moving <= len(z):
             rows = is_moving.nonzero().squeeze(-1)
             rest = (x if len(x) == 1 else x[rows] for x in (z, u, log_weight, loc, log_scale, lowest, highest))
-            return z.index_copy(0, rows, _iterate(*rest, num_rounds - n - 1))
+            return z.index_copy(0, rows, _iterate(*rest, num_rounds=num_rounds - n - 1))
         if latent_size > 1:
             is_stale = has_moved.cumsum(-1) > has_moved
             lower, upper = torch.where(is_stale, lowest, lower), torch.where(is_stale, highest, upper)
