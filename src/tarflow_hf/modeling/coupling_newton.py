@@ -49,7 +49,7 @@ def solve(u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Te
     center = (weight * loc).sum(-1, keepdim=True)
     spread = (weight * ((loc - center).square() + scale.square())).sum(-1).sqrt()
     z = (center.squeeze(-1) + spread * u).clamp(lower, upper).float().double()
-    z = _iterate(z, u, log_weight, loc, log_scale, lower, upper, MAX_ROUNDS)
+    z = _iterate(z, u, log_weight, loc, log_scale, lower, upper, num_rounds=MAX_ROUNDS)
     max_z = scale.amin(-1) / (MIN_SCALE * torch.finfo(torch.float32).eps)
     is_found = ((z.abs() <= max_z) & (u >= -MAX_NOISE)).all(-1)  # False for NaN
     return (sign * z).float(), is_found
@@ -63,6 +63,7 @@ def _iterate(
     log_scale: Tensor,
     lowest: Tensor,
     highest: Tensor,
+    *,
     num_rounds: int,
 ) -> Tensor:
     """Newton's steps from z, each within the bracket of what is known of its dimension, or else to the middle of it.
