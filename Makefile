@@ -8,9 +8,9 @@ BIN := $(VENV)/bin
 train: $(VENV)/.installed
 	$(BIN)/accelerate launch examples/train.py
 
-# Checks, then runs all tests.
+# Checks, then runs all tests, in as many processes as there are cores.
 test: check
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8
 
 # Style and types; .pre-commit-config.yaml has the same for each commit.
 check: $(VENV)/.installed

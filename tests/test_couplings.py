@@ -240,7 +240,7 @@ def test_no_element_keeps_the_others_waiting(monkeypatch):
     monkeypatch.setattr(coupling_reference, "find_root", counting)
     for seed in range(5):
         u, *parameters = draw(CASES["cdf, K=7"], (4000,), torch.float32, seed)
-        coupling.mixture_cdf_inverse(u / 3, *parameters)
+        coupling.mixture_cdf_inverse(u / 3, *parameters, implementation="reference")
     assert max(num_steps) <= 24 and sum(num_steps) / len(num_steps) <= 18
 
 

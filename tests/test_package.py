@@ -40,7 +40,7 @@ def test_the_wheel_holds_all_of_the_code_and_nothing_else(wheel):
     archive = zipfile.ZipFile(wheel)
     information = f"tarflow_hf-{tarflow_hf.__version__}.dist-info"
     others = {f"{information}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "top_level.txt", "licenses/LICENSE")}
-    assert set(archive.namelist()) == code | others
+    assert set(archive.namelist()) == code | others | {"tarflow_hf/model_card.md"}
     metadata = message_from_bytes(archive.read(f"{information}/METADATA"))
     assert (metadata["Name"], metadata["Version"]) == ("tarflow_hf", tarflow_hf.__version__)
     assert {"app", "evaluation", "peft", "test", "triton"} <= set(metadata.get_all("Provides-Extra"))

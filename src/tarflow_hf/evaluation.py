@@ -199,13 +199,7 @@ def score(
     batches = batches_of_equal_length(islice(sequences, max_sequences), batch_size)
     for batch in tqdm(batches, desc="scoring", unit="batch", disable=not progress, leave=False):
         ids = torch.stack([sequence["input_ids"] for sequence in batch]).to(model.device)
-        if isinstance(model, TarFlowLMModel):
-            seeds = [(seed, len(num_tokens) + row) for row in range(len(batch))]
-            noise = latent_noise(model, ids.shape[1], seeds, num_samples)
-            scores = -elbo_samples(model, ids, noise, num_flows=num_flows)
-        else:
-            scores = negative_log_likelihood(model, ids).unsqueeze(0)
-        nats.append(scores.cpu().double())
+        nats.append(score_batch(model, ids, len(num_tokens), num_samples, seed, num_flows).cpu().double())
         num_tokens.extend(int(sequence.get("num_tokens", ids.shape[1])) for sequence in batch)
     if not nats:
         raise ValueError("There is no sequence to score.")
@@ -214,6 +208,22 @@ def score(
         index = int((~nats.isfinite()).any(0).int().argmax())
         raise ValueError(f"The likelihood of sequence {index} is {nats[:, index].tolist()}: are the weights finite?")
     return nats, torch.tensor(num_tokens)
+
+
+def score_batch(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    first: int,
+    num_samples: int = 1,
+    seed: int = 0,
+    num_flows: int | None = None,
+) -> Tensor:
+    """What `score` says of its sequences `first`, `first` + 1, ..., whose ids are (B, T): (S, B)."""
+    if not isinstance(model, TarFlowLMModel):
+        return negative_log_likelihood(model, input_ids).unsqueeze(0)
+    seeds = [(seed, first + row) for row in range(len(input_ids))]
+    noise = latent_noise(model, input_ids.shape[1], seeds, num_samples)
+    return -elbo_samples(model, input_ids, noise, num_flows=num_flows)
 
 
 def latent_noise(model: TarFlowLMModel, length: int, seeds: Sequence[Sequence[int]], num_samples: int = 1) -> Tensor:

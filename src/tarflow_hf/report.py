@@ -23,7 +23,7 @@ from .flops import FlopCount, patch_size_rows
 from .generative_metrics import NOT_MEASURED, Sample, SampleEvaluation, sample_rows
 from .latent_evolution import MEASURES, Evolution
 from .modeling.modeling_tarflowlm import TarFlowLMModel
-from .passes import NOT_PRINTABLE, PASSES_STYLE, Pass, passes_section
+from .passes import NOT_PRINTABLE, PAGE_STYLE, PASSES_STYLE, Pass, passes_section
 from .plots import plot_measure, plot_patch_sizes
 from .provenance import Provenance
 
@@ -407,7 +407,7 @@ def report_page(title: str, summary: str, sections: Sequence[Section]) -> str:
         raise ValueError(f"Two sections have the same name: {names}.")
     return PAGE.substitute(
         title=escape(title),
-        style=PASSES_STYLE + REPORT_STYLE,
+        style=PAGE_STYLE + PASSES_STYLE + REPORT_STYLE,
         summary=escape(summary),
         contents="\n".join(f'<li><a href="#{section.name}">{escape(section.title)}</a></li>' for section in sections),
         sections="\n".join(

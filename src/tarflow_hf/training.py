@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from .checkpointing import BestWeights, Progress, check_output_dir, newest_checkpoint, save_checkpoint, save_model
 from .data import PackedTokens, StreamingPackedTokens
 from .divergence import FirstFault
-from .evaluation import Likelihood, negative_log_likelihood, prepend_start
+from .evaluation import Likelihood, prepend_start, score_batch
 from .modeling.configuration_tarflowlm import TarFlowLMConfig
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 from .throughput import peak_flops, peak_memory, training_flops
@@ -329,10 +329,10 @@ def validate(
     num_flows: int | None = None,
     batch_size: int = 16,
 ) -> Likelihood:
-    """Likelihood of the first sequences, whose batches the processes share: the same result in all of them.
+    """`likelihood` of the first sequences, whose batches the processes share: the same result in all of them.
 
-    Each batch draws noise of its own, so that it does not depend on the number of processes. Every process runs equally
-    many forward passes, which sharded weights need: where batches are left over, some score the last one for nothing.
+    Every process runs equally many forward passes, which sharded weights need: where batches are left over, some score
+    the last one for nothing.
     """
     model.eval()
     num_sequences, length = min(max_sequences, len(data)), data.sequence_length
@@ -341,13 +341,11 @@ def validate(
     for index in range(accelerator.process_index, len(batches) + accelerator.process_index, accelerator.num_processes):
         batch = batches[min(index, len(batches) - 1)]
         input_ids = torch.stack([data[row]["input_ids"] for row in batch]).to(accelerator.device)
-        generator = torch.Generator(accelerator.device).manual_seed(index)
-        scores = negative_log_likelihood(model, input_ids, generator=generator, num_flows=num_flows)
+        scores = score_batch(model, input_ids, batch.start, num_flows=num_flows)
         if index < len(batches):
-            nats[batch.start : batch.stop] = scores.double()
+            nats[batch.start : batch.stop] = scores[0].double()
     nats = accelerator.reduce(nats, "sum").cpu()
-    standard_error = nats.std(correction=0).item() / (math.sqrt(num_sequences) * length)
-    return Likelihood(nats.sum().item(), num_sequences * length, standard_error if num_sequences > 1 else math.nan)
+    return Likelihood.of_sequences(nats, torch.full((num_sequences,), length))
 
 
 def mean_missing_tokens(
