@@ -118,11 +118,10 @@ def _solve_in_parts(
     u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor, otherwise: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """`solve`, of so many rows at once that the memory is bounded, and `otherwise(rows)` where that finds nothing."""
-    z, is_found = torch.empty_like(u), torch.empty(len(u), dtype=torch.bool)
     size = max(1, CHUNK_ELEMENTS // (loc.shape[1] * loc.shape[2]))
-    for start in range(0, len(u), size):
-        rows = slice(start, start + size)
-        z[rows], is_found[rows] = solve(*(x if len(x) == 1 else x[rows] for x in (u, logits, loc, log_scale)))
+    parts = [slice(start, start + size) for start in range(0, len(u), size)] or [slice(0)]
+    found = [solve(*(x if len(x) == 1 else x[rows] for x in (u, logits, loc, log_scale))) for rows in parts]
+    z, is_found = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
     if not bool(is_found.all()):
         z[~is_found] = otherwise(~is_found)
     return z
