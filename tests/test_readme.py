@@ -28,3 +28,13 @@ def test_every_command_names_files_that_exist():
     root = Path(__file__).parents[1]
     named = set(re.findall(r"examples/[\w/]+\.(?:py|json)", README)) | set(re.findall(r"src/[\w/]+\.py", README))
     assert len(named) >= 4 and all((root / name).is_file() for name in named)
+
+
+def test_every_test_that_is_named_exists():
+    """What a docstring or the README promises names the test that shows it."""
+    root = Path(__file__).parents[1]
+    texts = [README, *(path.read_text() for path in (root / "src").rglob("*.py"))]
+    named = {name for text in texts for name in re.findall(r"(tests/\w+\.py)::(\w+)", text)}
+    assert len(named) >= 10
+    for path, test in named:
+        assert re.search(rf"^def {test}\(", (root / path).read_text(), re.MULTILINE), (path, test)
