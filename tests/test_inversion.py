@@ -122,6 +122,30 @@ def test_final_positions_are_not_computed_again(window):
         assert sum(length for _, length in slots) <= 3 * 16
 
 
+@pytest.mark.parametrize("method", ["sequential", "parallel", "captured step"])
+def test_caches_grow_linearly(method):
+    """Keys and values of each position once, with nothing beside them, in the memory that the caches hold at most."""
+    model, options = make([flow("affine")]), METHODS.get(method, {"inverse_method": method})
+    layer, sizes = model.flow.layers[0], {}
+
+    def largest_cache(num_positions):
+        num_bytes = []
+
+        def measure(module, args, kwargs, output):
+            layers = kwargs["past_key_values"].layers
+            num_bytes.append(sum(x.untyped_storage().nbytes() for y in layers for x in (y.keys, y.values)))
+
+        hook = layer.decoder.register_forward_hook(measure, with_kwargs=True)
+        invert(model, torch.randn(3, num_positions, 2, dtype=torch.float64), **options)
+        hook.remove()
+        return max(num_bytes)
+
+    sizes = {n: largest_cache(n) for n in (16, 32, 64)}
+    config = layer.decoder.config
+    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    assert sizes == {n: 2 * 8 * 3 * n * width * config.num_hidden_layers for n in sizes}
+
+
 @pytest.mark.parametrize("options", [{}, *(METHODS[name] for name in METHODS if name != "auto")], ids=str)
 @pytest.mark.parametrize("direction", ["left_to_right", "right_to_left"])
 @pytest.mark.parametrize("coupling", ["affine", "mixture_cdf", "mixture_rosenblatt"])

@@ -52,3 +52,12 @@ def test_every_relative_link_leads_somewhere(page):
         path, _, anchor = link.partition("#")
         assert ((ROOT / page).parent / path).exists(), link
         assert path or anchor in headings, link
+
+
+def test_every_test_that_is_named_exists():
+    """What a docstring or the README promises names the test that shows it."""
+    texts = [README, *(path.read_text() for path in (ROOT / "src").rglob("*.py"))]
+    named = {name for text in texts for name in re.findall(r"(tests/\w+\.py)::(\w+)", text)}
+    assert len(named) >= 10
+    for path, test in named:
+        assert re.search(rf"^def {test}\(", (ROOT / path).read_text(), re.MULTILINE), (path, test)

@@ -90,7 +90,9 @@ def test_a_row_for_each_state_and_marks_where_tokens_differ(model, tokenizer, pr
             marked = [is_marked for text, is_marked, _ in cells for _ in text]
             assert marked == (ids != tokens[max(n - 1, 0)]).tolist()
             assert [is_given for text, _, is_given in cells for _ in text] == [i < num_given for i in range(len(ids))]
-            assert f"{sum(marked)} of {len(ids)} tokens changed" in passes[n].summary()
+            parts = [f"{sum(marked)} of {len(ids)} tokens changed"] if n else []  # of the noise there is nothing to say
+            parts += [f"{num_given} given"] if num_given else []
+            assert passes[n].summary() == ", ".join(parts)
         assert any(passes[-1].is_changed.tolist())
 
 
@@ -111,6 +113,7 @@ def test_the_page_is_whole_and_needs_nothing_else(model, tokenizer):
     assert "url(" not in style and "@import" not in style
     assert "prefers-color-scheme: dark" in style and 'content: " [changed: "' in style
     assert passes_section(passes, tokenizer) in text
+    assert [len(re.findall("tokens changed</p>", item)) for item in text.split("<li>")[1:]] == [0, 1, 1, 1]
 
 
 def hostile_tokenizer():
@@ -142,6 +145,8 @@ def test_in_a_terminal(model, tokenizer):
     passes = find_passes(model, out.states)
     brackets, colored = (passes_text(passes, tokenizer, color).split("\n\n") for color in (False, True))
     assert len(brackets) == len(passes)
+    assert brackets[0].split("\n")[0] == "Noise (before flow 3)"
+    assert all("tokens changed" in block.split("\n")[0] for block in brackets[1:])
     for state, plain, color in zip(passes, brackets, colored, strict=True):
         assert color.replace("\x1b[7m", "[").replace("\x1b[27m", "]") == plain
         text = plain.split("\n", 1)[1]

@@ -31,6 +31,7 @@ class Pass:
     token_ids: Tensor  # (T,)
     is_changed: Tensor  # (T,) where they differ from those of the pass before; nowhere in the first
     is_given: Tensor  # (T,) where they are no state's, but the prompt's
+    is_first: bool = False  # whether there is no pass before
 
     def segments(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool, bool]]:
         """Runs of tokens that are alike in being changed and given: (text, changed, given), printable."""
@@ -42,8 +43,8 @@ class Pass:
         return segments
 
     def summary(self) -> str:
-        """How much of it changed, and how much is given."""
-        parts = [f"{int(self.is_changed.sum())} of {len(self.token_ids)} tokens changed"]
+        """How much of it changed, if there is a pass before, and how much is given, if anything."""
+        parts = [] if self.is_first else [f"{int(self.is_changed.sum())} of {len(self.token_ids)} tokens changed"]
         if bool(self.is_given.any()):
             parts.append(f"{int(self.is_given.sum())} given")
         return ", ".join(parts)
@@ -81,7 +82,7 @@ def find_passes(
         >>> states = [model.codebook().mean[torch.tensor([[1, 2, number]])] for number in (7, 6, 6)]
         >>> passes = find_passes(model, states)
         >>> print(passes_text(passes, character_tokenizer()))
-        Noise (before flow 2): 0 of 3 tokens changed
+        Noise (before flow 2)
         abf
         <BLANKLINE>
         Before flow 1: 0 of 3 tokens changed
@@ -112,7 +113,7 @@ def find_passes(
         if given_ids is not None:
             token_ids[:num_given] = torch.where(is_given[:num_given], given_ids.cpu(), token_ids[:num_given])
         is_changed = token_ids != (passes[-1].token_ids if passes else token_ids)
-        passes.append(Pass(name, token_ids, is_changed, is_given))
+        passes.append(Pass(name, token_ids, is_changed, is_given, is_first=not passes))
     return passes
 
 
@@ -155,7 +156,8 @@ def passes_text(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, colo
         text = "".join(
             before + text + after if is_changed else text for text, is_changed, _ in state.segments(tokenizer)
         )
-        blocks.append(f"{state.name}: {state.summary()}\n{text}")
+        heading = ": ".join(filter(None, (state.name, state.summary())))
+        blocks.append(f"{heading}\n{text}")
     return "\n\n".join(blocks)
 
 
@@ -168,9 +170,10 @@ def passes_section(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, h
             segment = escape(segment)
             segment = f'<span class="given">{segment}</span>' if is_given else segment
             text += f"<mark>{segment}</mark>" if is_changed else segment
+        summary = state.summary()
+        summary = f'<p class="summary">{summary}</p>\n' if summary else ""
         items.append(
-            f'<li>\n<{heading}>{escape(state.name)}</{heading}>\n<p class="summary">{state.summary()}</p>\n'
-            f'<p class="text" dir="auto">{text}</p>\n</li>'
+            f'<li>\n<{heading}>{escape(state.name)}</{heading}>\n{summary}<p class="text" dir="auto">{text}</p>\n</li>'
         )
     return '<ol class="passes">\n' + "\n".join(items) + "\n</ol>"
 

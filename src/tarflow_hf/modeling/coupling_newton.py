@@ -41,18 +41,18 @@ def solve(u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Te
         loc, log_scale: The components, (n or 1, d, K) and (n or 1, K).
     """
     log_weight = torch.log_softmax(logits.double(), -1).unsqueeze(1)
-    sign = torch.where(u > 0, -1.0, 1.0).double()
-    u, loc, log_scale = -u.abs().double(), sign.unsqueeze(-1) * loc, log_scale.double().unsqueeze(1)
+    sign = torch.where(u > 0, -1.0, 1.0)
+    u, loc, log_scale = -u.abs().double(), sign.unsqueeze(-1) * loc.double(), log_scale.double().unsqueeze(1)
     scale = log_scale.exp()
     lower, upper = (loc + scale * u.unsqueeze(-1)).aminmax(dim=-1)  # each component alone would put z there
     weight = log_weight.exp()
     center = (weight * loc).sum(-1, keepdim=True)
     spread = (weight * ((loc - center).square() + scale.square())).sum(-1).sqrt()
-    z = (center.squeeze(-1) + spread * u).clamp(lower, upper).float().double()
+    z = (center.squeeze(-1) + spread * u).clamp(lower, upper).float()
     z = _iterate(z, u, log_weight, loc, log_scale, lower, upper, num_rounds=MAX_ROUNDS)
     max_z = scale.amin(-1) / (MIN_SCALE * torch.finfo(torch.float32).eps)
     is_found = ((z.abs() <= max_z) & (u >= -MAX_NOISE)).all(-1)  # False for NaN
-    return (sign * z).float(), is_found
+    return sign * z, is_found
 
 
 def _iterate(
@@ -72,38 +72,37 @@ def _iterate(
     that move no more are left out when they are half of them; those that move to the end become NaN.
     """
     latent_size = z.shape[1]
-    scale = log_scale.exp()
+    scale, log_density = log_scale.exp(), -log_scale  # of each component at its mean, over phi(0)
     minus_inverse = -math.sqrt(0.5) / scale
     weight = log_weight.exp()
     if latent_size > 1:  # log alpha^(i)_k = log pi_k - sum_{j<i} (log sigma_k + t_jk^2 / 2), not normalised
-        past = torch.full((latent_size, latent_size), -1.0, dtype=z.dtype).tril(-1)
+        past = torch.full((latent_size, latent_size), -1.0, dtype=u.dtype).tril(-1)
         prior = log_weight + past.sum(-1, keepdim=True) * log_scale
         past = past.expand(len(z), -1, -1)
     else:
         small_step = SMALL_STEP * scale.amin(-1)
     lower, upper = lowest, highest
-    is_moving = torch.ones(len(z), dtype=torch.bool)
     for n in range(num_rounds):
         t = (z.unsqueeze(-1) - loc) * minus_inverse  # over sqrt(2)
         square = t.square()
         if latent_size > 1:
             weight = torch.softmax(torch.baddbmm(prior, past, square), -1)
         cdf = (weight * torch.erfc(t)).sum(-1).mul_(0.5).clamp_(max=1.0)
-        density = (weight * square.neg_().exp_() / scale).sum(-1)  # over phi(0)
+        density = (weight * torch.exp(log_density - square)).sum(-1)
         quantile = torch.special.ndtri(cdf)
         residual = quantile - u
         newton = z - residual * quantile.square().mul_(-0.5).exp_() / density
         is_low = residual < 0
         lower, upper = torch.where(is_low, z, lower), torch.where(is_low, upper, z)
-        is_good = (newton >= lower) & (newton <= upper)  # not where a slope of 0 makes it infinite or NaN
+        is_good = newton == newton.clamp(lower, upper)  # not where a slope of 0 makes it infinite or NaN
         if latent_size == 1:
             is_small = (newton - z).abs() <= small_step
             is_good |= is_small
-        new = torch.where(is_good, newton, torch.lerp(lower, upper, 0.5)).float().double()
+        new = torch.where(is_good, newton, torch.lerp(lower, upper, 0.5)).float()
         has_moved = new != z if latent_size > 1 else ~is_small
         z = new
         is_moving = has_moved.any(-1)
-        num_moving = int(is_moving.sum())
+        num_moving = int(is_moving.sum()) if len(z) > 1 else bool(is_moving)
         if num_moving == 0:
             return z
         if 2 * num_moving <= len(z):
@@ -113,18 +112,17 @@ def _iterate(
         if latent_size > 1:
             is_stale = has_moved.cumsum(-1) > has_moved
             lower, upper = torch.where(is_stale, lowest, lower), torch.where(is_stale, highest, upper)
-    return torch.where(is_moving.unsqueeze(-1), math.nan, z)
+    return torch.where(is_moving.unsqueeze(-1), math.nan, z) if num_rounds > 0 else torch.full_like(z, math.nan)
 
 
 def _solve_in_parts(
     u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor, otherwise: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """`solve`, of so many rows at once that the memory is bounded, and `otherwise(rows)` where that finds nothing."""
-    z, is_found = torch.empty_like(u), torch.empty(len(u), dtype=torch.bool)
     size = max(1, CHUNK_ELEMENTS // (loc.shape[1] * loc.shape[2]))
-    for start in range(0, len(u), size):
-        rows = slice(start, start + size)
-        z[rows], is_found[rows] = solve(*(x if len(x) == 1 else x[rows] for x in (u, logits, loc, log_scale)))
+    parts = [slice(start, start + size) for start in range(0, len(u), size)] or [slice(0)]
+    found = [solve(*(x if len(x) == 1 else x[rows] for x in (u, logits, loc, log_scale))) for rows in parts]
+    z, is_found = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
     if not bool(is_found.all()):
         z[~is_found] = otherwise(~is_found)
     return z

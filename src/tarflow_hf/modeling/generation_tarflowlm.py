@@ -77,22 +77,25 @@ class TarFlowLMGenerationMixin(GenerationMixin):
     ) -> Tensor | TarFlowLMGenerateOutput:
         """Samples sequences: draws noise u ~ N(0, I), inverts the flows from the last to the first, decodes.
 
-        With a prompt it continues that; with `infill_mask` it fills gaps in a text. How exact that is (and the test in
-        the repository that shows it):
+        With a prompt it continues that; with `infill_mask` it fills gaps in a text. How exact that is, and the tests in
+        the repository that show it:
 
         - Without a prompt, exact: the tokens follow the model's distribution, where `decode` samples them
-          (`test_sampled_tokens_follow_the_enumerated_distribution`).
+          (`tests/test_modeling.py::test_sampled_tokens_follow_the_enumerated_distribution`).
         - A prompt, or a gap at the end of a text, where no flow runs right to left: the latents of what is known are
           drawn from q(z | x), and the rest follows p(z_new | z_known) exactly
-          (`test_a_continuation_follows_its_enumerated_distribution`).
+          (`tests/test_generation.py::test_a_continuation_follows_its_enumerated_distribution`,
+          `tests/test_generation.py::test_a_prompt_is_exact_where_no_flow_runs_right_to_left`,
+          `tests/test_generation.py::test_a_gap_at_the_end_is_a_prompt`).
         - A prompt, or any gaps, of a conditional model: exact for the distribution p(x_missing | x_observed) that it
           was trained for, and that `model(input_ids, observed_mask=...)` bounds
-          (`test_infilled_tokens_follow_the_enumerated_distribution`).
+          (`tests/test_conditional.py::test_infilled_tokens_follow_the_enumerated_distribution`).
         - Anything else is an approximation, about which one warning is given: what is known is held fixed in the first
           flow only (`test_known_latents_stay_where_they_are`).
 
         Texts of different lengths may share a batch: each is continued or filled as it would be alone
-        (`test_prompts_of_different_lengths_share_a_batch`).
+        (`tests/test_generation.py::test_prompts_of_different_lengths_share_a_batch`,
+        `tests/test_generation.py::test_an_infill_keeps_every_known_token`).
 
         Steering is for taste: what `temperature`, `flow_temperatures`, `mixture_temperature`, `top_k`, `top_p` and
         `num_candidates` leave at their defaults is the model's own distribution, and what they change is not.
@@ -117,8 +120,9 @@ class TarFlowLMGenerationMixin(GenerationMixin):
                 `output_states`, or of `model.flow`), and what is drawn without it is a sample of the stack cut there.
             inverse_method ("auto", "sequential" or "parallel", or a list with one for each flow): How the flows are
                 inverted, position after position or many at once. The result is the same up to rounding
-                (`test_every_method_gives_the_sequential_inverse`, `test_a_hard_flow_still_ends_right`); "auto" takes
-                what is expected to be faster, see `choose_inverse_methods`.
+                (`tests/test_inversion.py::test_every_method_gives_the_sequential_inverse`,
+                `tests/test_inversion.py::test_a_hard_flow_still_ends_right`); "auto" takes what is expected to be
+                faster, see `choose_inverse_methods`.
             inverse_window, inverse_tolerance (*optional*): Of the parallel form, see `invert_in_parallel`.
             capture_step (`bool`): On a GPU, take the sequential form's steps by a CUDA graph. Not run on one yet.
             output_inverse_report (`bool`): Also return each flow's [`InverseReport`].
@@ -173,6 +177,10 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         if attention_mask is not None and (prompt is None or attention_mask.shape != prompt.shape):
             shapes = f"{tuple(attention_mask.shape)}, {None if prompt is None else tuple(prompt.shape)}"
             raise ValueError(f"attention_mask must have the shape of the prompt: {shapes}.")
+        if prompt is not None and (prompt.ndim != 2 or prompt.is_floating_point()):
+            raise ValueError(f"The prompt must be integers of shape (B, n): {prompt.dtype}, {tuple(prompt.shape)}.")
+        if noise is not None and noise.ndim != 3:
+            raise ValueError(f"noise must have shape (B, T, d), not {tuple(noise.shape)}.")
         if unknown := sorted(set(kwargs) - set(OPTIONS)):
             raise ValueError(f"generate has no options {unknown}; its options are {', '.join(OPTIONS)}.")
         for config in (generation_config, self.generation_config):
@@ -194,11 +202,11 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         if decode not in ("argmax", "sample"):
             raise ValueError(f'decode must be "argmax" or "sample", not {decode!r}.')
         temperature = option("temperature", 1.0)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, not {temperature}.")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be positive and finite, not {temperature}.")
         num_return_sequences = option("num_return_sequences", 1)
-        if num_return_sequences < 1:
-            raise ValueError(f"num_return_sequences must be at least 1, not {num_return_sequences}.")
+        if not isinstance(num_return_sequences, int) or num_return_sequences < 1:
+            raise ValueError(f"num_return_sequences must be an integer of at least 1, not {num_return_sequences!r}.")
         num_candidates = option("num_candidates", 1)
         if not isinstance(num_candidates, int) or num_candidates < 1:
             raise ValueError(f"num_candidates must be an integer of at least 1, not {num_candidates!r}.")

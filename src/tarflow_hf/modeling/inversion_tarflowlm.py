@@ -11,6 +11,18 @@ Everything here is in the flow's own, arranged order. Of a `FlowLayer` it asks `
 decoder's inputs of the slots first, ..., last - 1 (slot s predicts position s and reads the state at s - 1),
 `_context(inputs)`, what the decoder makes of them, and `_inverse(u, context, codebook)`, the coupling's inverse there.
 
+What is promised of them, and the tests in the repository that show it:
+
+- all give the same states, up to rounding: `tests/test_inversion.py::test_every_method_gives_the_sequential_inverse`,
+  also where a guess is worth little, `tests/test_inversion.py::test_a_hard_flow_still_ends_right`, or nothing,
+  `tests/test_inversion.py::test_states_that_no_guess_can_reach_are_found_one_by_one`;
+- no final position is computed again: `tests/test_generation.py::test_work_is_linear_in_the_length`,
+  `tests/test_inversion.py::test_final_positions_are_not_computed_again`;
+- the caches take memory in proportion to the positions: `tests/test_inversion.py::test_caches_grow_linearly`;
+- what is known stays, and the rest follows from it:
+  `tests/test_inversion.py::test_known_positions_are_kept_and_the_others_follow_from_them`;
+- gradients: `tests/test_inversion.py::test_gradients_are_those_of_recomputing_every_prefix`.
+
 Shapes: B batch, N positions of size D.
 
 References:
@@ -23,7 +35,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from .codebook import Gaussians
 
@@ -98,6 +111,35 @@ def choose_inverse_methods(
     return [auto if method == "auto" else method for method, auto in zip(methods, automatic, strict=True)]
 
 
+class LayerWithRoom(DynamicLayer):
+    """The keys and values of a decoder layer, in buffers with room for all slots: a step copies its own, not the past.
+
+    The library's layer, which makes both anew at every step, copies N^2 / 2 slots in N steps.
+    """
+
+    def __init__(self, num_slots: int):
+        super().__init__()
+        self.num_slots = num_slots
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = [x.new_empty(*x.shape[:2], self.num_slots, x.shape[3]) for x in (key_states, value_states)]
+        first = self.get_seq_length()
+        last = first + key_states.shape[2]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, first:last] = states
+        self.keys, self.values = (buffer[:, :, :last] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+def _make_cache(config: PreTrainedConfig, num_slots: int) -> DynamicCache:
+    cache = DynamicCache(config=config)
+    if not torch.is_grad_enabled():  # gradients do not pass through what is written in place
+        cache.layers = [LayerWithRoom(num_slots) if type(x) is DynamicLayer else x for x in cache.layers]
+    return cache
+
+
 def invert_sequentially(
     flow: nn.Module,
     u: Tensor,
@@ -124,9 +166,8 @@ def invert_sequentially(
         The states (B, N, D) and the report.
     """
     first = _num_known(known_mask)
-    # A dynamic cache and a list of states, not buffers written in place: gradients pass through these, and on a CPU the
-    # static cache, which attends over all N slots at every step, is the slower one.
-    cache = DynamicCache(config=flow.decoder.config)
+    # Not a static cache, which attends over all N slots at every step. States are a list: gradients pass through it.
+    cache = _make_cache(flow.decoder.config, u.shape[1])
     states = [] if first == 0 else [known[:, :first]]
     num_final = [] if first == 0 else [first]
     inputs, start = flow._inputs(u if known is None else known, codebook, 0, min(first + 1, u.shape[1]), observed), 0
