@@ -85,6 +85,9 @@ GROUPS: dict[str, dict[str, Case]] = {
         "Mix-d, deep, latent context": Case(deep(context="latent")),
         "Mix-d, one flow, latent context": Case(alone(context="latent")),
     },
+    "initial scale of the codebook": {
+        "Mix-d, one flow, log scale -2": Case(alone(), config={"initial_log_scale": -2.0}),
+    },
     "stages": {
         "Mix-1, progressive": Case(papers_mix_1(), "progressive"),
         "Mix-d, progressive": Case(papers_mix_d, "progressive"),

@@ -34,7 +34,7 @@ from tarflow_hf.evaluation import likelihood
 from tarflow_hf.throughput import training_flops
 from tarflow_hf.training import TrainingConfig, train
 
-SETTINGS = ("dataset", "num_layers", "hidden_size", "num_tokens", "latent_size", "initial_log_scale")
+SETTINGS = ("dataset", "num_layers", "hidden_size", "num_tokens", "latent_size")
 SETTINGS += ("num_steps", "batch_size", "learning_rate", "mixed_precision", "test_sequences", "test_samples")
 
 
@@ -48,7 +48,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden_size", type=int, default=64)
     parser.add_argument("--num_tokens", type=int, default=128, help="of a sequence")
     parser.add_argument("--latent_size", type=int, default=5)
-    parser.add_argument("--initial_log_scale", type=float, default=-1.0, help="of the codebook")
     parser.add_argument("--num_steps", type=int, default=1500)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
@@ -83,7 +82,6 @@ def run(case: str, seed: int, arguments: argparse.Namespace, data: dict[str, Pac
     config = {
         "vocab_size": len(tokenizer),
         "latent_size": arguments.latent_size,
-        "initial_log_scale": arguments.initial_log_scale,
         "max_position_embeddings": arguments.num_tokens,
         "hidden_size": arguments.hidden_size,
         "num_attention_heads": max(1, arguments.hidden_size // 32),
