@@ -702,6 +702,22 @@ def test_benchmark_of_training(tmp_path, capsys, monkeypatch):
         run("--quick", "--num_flows", "4")
 
 
+def test_benchmark_of_generation(tmp_path, capsys, monkeypatch):
+    options = ["--num_tokens", "8", "--batch_sizes", "1", "--patch_sizes", "1", "2", "--hidden_size", "32"]
+    options += ["--patch_steps", "2", "--train_steps", "0", "--repeats", "1", "--output", str(tmp_path / "rows.jsonl")]
+    benchmark("generation.py", *options, capsys=capsys, monkeypatch=monkeypatch)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    modes = ["sequential", "parallel", "auto", "cached loop", "without a cache"]
+    whole, patches = rows[:11], rows[11:]
+    assert [(row["mode"], row["patch"]) for row in whole] == [
+        ("transformers, Llama", 1), *((mode, patch) for patch in (1, 2) for mode in modes)
+    ]  # fmt: skip
+    for row in whole:
+        assert row["ratio"] == pytest.approx(whole[0]["seconds"] / row["seconds"])
+    assert [(row["patch"], row["head_layers"]) for row in patches] == [(1, 0), (2, 0), (2, 1)]
+    assert all(3 < row["bits"] < 10 and row["speedup"] > 0 for row in patches)
+
+
 def test_the_study_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(TEXT * 3)
