@@ -21,6 +21,7 @@ repeats in which the modes take turns.
 
 import argparse
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -133,12 +134,17 @@ def mix_1_stack(num_tokens: int) -> TarFlowLMModel:
     return TarFlowLMModel(config)
 
 
+@cache
+def documentation(split: str, num_tokens: int) -> PackedTokens:
+    return PackedTokens(load_splits(PYTHON_DOCS)[split], character_tokenizer(), num_tokens)
+
+
 def train(model: TarFlowLMModel, num_tokens: int, batch_size: int, num_steps: int, **options: float) -> None:
     """Trains on the Python documentation, in batches of sequences of so many characters."""
     set_seed(0)
     training = TrainingConfig(num_steps=num_steps, **options)
     optimizer = make_optimizer(model, training)
-    data = PackedTokens(load_splits(PYTHON_DOCS)["train"], character_tokenizer(), num_tokens)
+    data = documentation("train", num_tokens)
     order = torch.randperm(len(data)).tolist()
     for step in range(num_steps):
         rows = (order[(batch_size * step + i) % len(order)] for i in range(batch_size))
@@ -206,7 +212,7 @@ def whole_stacks(arguments: argparse.Namespace, table: Table) -> None:
 def patches(arguments: argparse.Namespace, table: Table) -> None:
     """Each patch size with and without a decoder over the tokens of a patch: likelihood, and speed beside patch 1."""
     length = min(arguments.num_tokens)
-    data = PackedTokens(load_splits(PYTHON_DOCS)["validation"], character_tokenizer(), length)
+    data = documentation("validation", length)
     models, bits = {}, {}
     for key in ((size, layers) for size in arguments.patch_sizes for layers in ((0, 1) if size > 1 else (0,))):
         patch_size, head_layers = key

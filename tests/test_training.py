@@ -686,6 +686,7 @@ def test_the_command_line_wins_over_the_recipe(tmp_path, monkeypatch):
 
 
 def benchmark(name: str, *arguments: str, capsys, monkeypatch) -> str:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script, which finds its neighbours
     return script(f"../benchmarks/{name}", *arguments, capsys=capsys, monkeypatch=monkeypatch)
 
 
