@@ -1,13 +1,19 @@
 """Tokens per second of `generate`, side by side with the library's own Llama of the same layers, width and vocabulary.
 
     python benchmarks/generation.py --quick                           # minutes on two CPU cores
-    python benchmarks/generation.py --output generation.jsonl         # batch 1 and 16, 256 and 1,024 tokens
+    python benchmarks/generation.py --output generation.jsonl         # the tables of the README, all sizes
     python benchmarks/generation.py --checkpoint runs/demo/model      # a trained stack
     python benchmarks/generation.py --config examples/recipes/openwebtext_deep.json --patch_sizes 1   # on a GPU
 
-Two tables. The first is of whole stacks, with random weights where no checkpoint is given, whose flows are easier to
-invert in parallel than trained ones. The second is therefore of trained flows, one by one: of the checkpoint, or of a
-small Mix-1 stack that is trained first on the Python documentation.
+Three tables.
+
+1. Whole stacks, in every mode: with random weights where no checkpoint is given, whose flows are easier to invert in
+   parallel than trained ones. `--patch_steps 0 --train_steps 0` leaves it at that.
+2. What patches cost in likelihood and gain in speed: the configuration with each patch size, with and without a second
+   decoder over the tokens of a patch (`patch_head_layers`), trained alike for `--patch_steps` on the Python
+   documentation; the ELBO of held-out text in bits per character.
+3. Trained flows, one by one, in parallel and sequentially: of the checkpoint, or of a small Mix-1 stack that is trained
+   first.
 
 A mode whose tokens differ from those of the sequential inverse for the same noise gets no time. Times are medians of
 repeats in which the modes take turns.
@@ -15,6 +21,7 @@ repeats in which the modes take turns.
 
 import argparse
 import json
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,6 +31,7 @@ from transformers import AutoModel, DynamicCache, set_seed
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, character_tokenizer, load_splits
+from tarflow_hf.evaluation import likelihood
 from tarflow_hf.training import TrainingConfig, compute_loss, discrete_baseline, make_optimizer
 
 LIBRARY = "transformers, Llama"
@@ -42,20 +50,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="a trained stack instead, with its own patch size")
     parser.add_argument("--hidden_size", type=int, help="another width than the configuration's")
     parser.add_argument("--vocab_size", type=int, default=27, help="where the configuration names none")
-    parser.add_argument("--patch_sizes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--patch_sizes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--num_tokens", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--recompute_up_to", type=int, default=256, help="tokens of the loop without a cache")
     parser.add_argument("--captured_step", action="store_true", help="also the step that a GPU captures as a graph")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--train_steps", type=int, default=300, help="of the second table's stack; 0: no such table")
+    parser.add_argument("--patch_steps", type=int, default=300, help="of the second table's models; 0: no such table")
+    parser.add_argument("--train_steps", type=int, default=300, help="of the third table's stack; 0: no such table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--quick", action="store_true", help="128 tokens, batch 1 and 4, 60 steps of training")
+    parser.add_argument("--quick", action="store_true", help="128 tokens, batch 1 and 4, little training")
     parser.add_argument("--output", type=Path, help="file to append the rows to, as JSON lines")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.num_tokens, arguments.batch_sizes, arguments.train_steps = [128], [1, 4], 60
+        arguments.num_tokens, arguments.batch_sizes = [128], [1, 4]
+        arguments.patch_steps, arguments.train_steps = min(arguments.patch_steps, 30), min(arguments.train_steps, 60)
         arguments.recompute_up_to = min(arguments.recompute_up_to, 128)
     return arguments
 
@@ -93,22 +103,24 @@ def recomputing_loop(model: TarFlowLMModel, noise: Tensor) -> Tensor:
     return model.decode(model.flow._to_tokens(h)).argmax(-1)
 
 
-def build(arguments: argparse.Namespace, patch_size: int) -> TarFlowLMModel:
-    """A stack with random weights, long enough for what is asked."""
+def build(arguments: argparse.Namespace, patch_size: int, **options: int) -> TarFlowLMModel:
+    """A stack with random weights, long enough for what is asked; with options of its Mix-d flows."""
     fields = json.loads(Path(arguments.config).read_text())
     fields = {"vocab_size": arguments.vocab_size, **fields.get("config", fields)}
     fields["max_position_embeddings"] = max(*arguments.num_tokens, fields.get("max_position_embeddings", 1024))
+    fields["flows"] = [
+        flow | (options if flow["coupling"] == "mixture_rosenblatt" else {}) for flow in fields.get("flows", [])
+    ] or None
     if arguments.hidden_size is not None:
         fields["hidden_size"] = arguments.hidden_size
     return TarFlowLMModel(TarFlowLMConfig(**fields | {"patch_size": patch_size}))
 
 
-def trained_stack(num_tokens: int, num_steps: int, device: str) -> TarFlowLMModel:
-    """Three shallow Mix-1 flows, trained on the Python documentation in batches of two sequences."""
-    tokenizer = character_tokenizer()
+def mix_1_stack(num_tokens: int) -> TarFlowLMModel:
+    """Three shallow Mix-1 flows for the characters of the Python documentation."""
     flow = {"coupling": "mixture_cdf", "num_components": 8, "head_hidden_size": 32}
     config = TarFlowLMConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=len(character_tokenizer()),
         latent_size=8,
         max_position_embeddings=num_tokens,
         hidden_size=128,
@@ -119,15 +131,24 @@ def trained_stack(num_tokens: int, num_steps: int, device: str) -> TarFlowLMMode
             {**flow, "direction": "left_to_right", "num_hidden_layers": 1},
         ],
     )
+    return TarFlowLMModel(config)
+
+
+@cache
+def documentation(split: str, num_tokens: int) -> PackedTokens:
+    return PackedTokens(load_splits(PYTHON_DOCS)[split], character_tokenizer(), num_tokens)
+
+
+def train(model: TarFlowLMModel, num_tokens: int, batch_size: int, num_steps: int, **options: float) -> None:
+    """Trains on the Python documentation, in batches of sequences of so many characters."""
     set_seed(0)
-    model = TarFlowLMModel(config).to(device)
-    training = TrainingConfig(num_steps=num_steps)
+    training = TrainingConfig(num_steps=num_steps, **options)
     optimizer = make_optimizer(model, training)
-    data = PackedTokens(load_splits(PYTHON_DOCS)["train"], tokenizer, num_tokens)
+    data = documentation("train", num_tokens)
     order = torch.randperm(len(data)).tolist()
     for step in range(num_steps):
-        rows = (order[(2 * step + i) % len(order)] for i in range(2))
-        input_ids = torch.stack([torch.as_tensor(data[row]["input_ids"]) for row in rows]).to(device)
+        rows = (order[(batch_size * step + i) % len(order)] for i in range(batch_size))
+        input_ids = torch.stack([torch.as_tensor(data[row]["input_ids"]) for row in rows]).to(model.device)
         loss = compute_loss(model, input_ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
@@ -135,8 +156,7 @@ def trained_stack(num_tokens: int, num_steps: int, device: str) -> TarFlowLMMode
             group["lr"] = training.learning_rate * min(1, (step + 1) / training.warmup_steps)
         optimizer.step()
         optimizer.zero_grad()
-    print(f"Trained {num_steps} steps of {2 * num_tokens:,} characters, last loss {loss.item():.2f} nats/character.")
-    return model
+    model.eval()
 
 
 # ------------------------------------------------------------------------------------------------------- how it is run
@@ -189,6 +209,38 @@ def whole_stacks(arguments: argparse.Namespace, table: Table) -> None:
                 table.row(mode=name, patch=patch_size, batch=batch, tokens=length, **values)
 
 
+def patches(arguments: argparse.Namespace, table: Table) -> None:
+    """Each patch size with and without a decoder over the tokens of a patch: likelihood, and speed beside patch 1."""
+    length = min(arguments.num_tokens)
+    data = documentation("validation", length)
+    models, bits = {}, {}
+    for key in ((size, layers) for size in arguments.patch_sizes for layers in ((0, 1) if size > 1 else (0,))):
+        patch_size, head_layers = key
+        set_seed(0)
+        options = {"patch_head_layers": head_layers} if head_layers else {}
+        models[key] = build(arguments, patch_size, **options).to(arguments.device)
+        train(models[key], length, 8, arguments.patch_steps, learning_rate=2e-3)
+        bits[key] = likelihood(models[key], data, max_sequences=64).bits_per_token
+    table.title(patch=5, head_layers=11, parameters=10, bits=5, batch=5, tokens=6, tokens_per_second=17, speedup=7)
+    for batch in arguments.batch_sizes:
+        noise = torch.randn(batch, length, next(iter(models.values())).config.latent_size, device=arguments.device)
+        runs = {key: lambda model=model, noise=noise: model.generate(noise=noise) for key, model in models.items()}
+        times = median_times(runs, arguments.repeats, arguments.device)
+        for (patch_size, head_layers), seconds in times.items():
+            key = (patch_size, head_layers)
+            table.row(
+                patch=patch_size,
+                head_layers=head_layers,
+                parameters=sum(parameter.numel() for parameter in models[key].parameters()),
+                bits=bits[key],
+                batch=batch,
+                tokens=length,
+                tokens_per_second=batch * length / seconds,
+                speedup=next(iter(times.values())) / seconds,
+                train_steps=arguments.patch_steps,
+            )
+
+
 def trained_flows(model: TarFlowLMModel, arguments: argparse.Namespace, table: Table) -> None:
     """Each flow of a trained stack, from the noise side: the parallel inverse against the sequential one."""
     device, length = arguments.device, min(max(arguments.num_tokens), model.config.max_position_embeddings)
@@ -229,14 +281,17 @@ def main():
     table = Table(arguments.device, arguments.output)
     with torch.no_grad():
         whole_stacks(arguments, table)
+    if arguments.patch_steps and not arguments.checkpoint:
+        patches(arguments, table)
     if arguments.checkpoint:
-        model = AutoModel.from_pretrained(arguments.checkpoint).to(arguments.device)
+        model = AutoModel.from_pretrained(arguments.checkpoint).to(arguments.device).eval()
     elif arguments.train_steps:
-        model = trained_stack(max(arguments.num_tokens), arguments.train_steps, arguments.device)
+        model = mix_1_stack(max(arguments.num_tokens)).to(arguments.device)
+        train(model, max(arguments.num_tokens), 2, arguments.train_steps)
     else:
         return
     with torch.no_grad():
-        trained_flows(model.eval(), arguments, table)
+        trained_flows(model, arguments, table)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ def solve(case: Case, u, logits, loc, log_scale):
     return coupling_newton.solve(u, logits, loc.T.unsqueeze(0), log_scale.unsqueeze(0))
 
 
-@pytest.mark.parametrize("hardness", [0, 0.3])
+@pytest.mark.parametrize("hardness", [0, 0.3, 1])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_rows_are_found_and_no_worse_than_by_the_reference(name, hardness):
     case = MIXTURES[name]
     u, *parameters = draw(case, (500,), torch.float32, seed=1, hardness=hardness)
     u /= 3
     z, is_found = solve(case, u, *parameters)
-    assert is_found.float().mean() > 0.99
+    assert hardness == 1 or is_found.float().mean() > 0.99
     reference = getattr(coupling_reference, case.kind + "_inverse")(u, *parameters)
 
     def error(z):
@@ -36,7 +36,8 @@ def test_rows_are_found_and_no_worse_than_by_the_reference(name, hardness):
         return (transformed - u).abs() / (1 + u.abs())
 
     ours, theirs = error(z)[is_found], error(reference)[is_found]
-    assert ours.mean() <= theirs.mean() and ours.max() <= 1.01 * theirs.max()
+    assert ours.sum() <= theirs.sum()
+    assert hardness == 1 or ours.max() <= 1.01 * theirs.max()
 
 
 @pytest.mark.parametrize("name", MIXTURES)

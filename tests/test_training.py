@@ -862,6 +862,7 @@ def test_a_tokenizer_with_more_tokens_than_the_vocabulary(tmp_path, data, tokeni
 
 
 def benchmark(name: str, *arguments: str, capsys, monkeypatch) -> str:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script, which finds its neighbours
     return script(f"../benchmarks/{name}", *arguments, capsys=capsys, monkeypatch=monkeypatch)
 
 
@@ -887,6 +888,22 @@ def test_memory_of_a_training_step(monkeypatch):
     options = ["--quick", "--memory_of", "Llama", "--batch_size", "1"]
     memory = output_of_own_process(str(ROOT / "benchmarks/training.py"), *options)["bytes"]
     assert 4 * 4 * 1_213_056 < memory < 2**28
+
+
+def test_benchmark_of_generation(tmp_path, capsys, monkeypatch):
+    options = ["--num_tokens", "8", "--batch_sizes", "1", "--patch_sizes", "1", "2", "--hidden_size", "32"]
+    options += ["--patch_steps", "2", "--train_steps", "0", "--repeats", "1", "--output", str(tmp_path / "rows.jsonl")]
+    benchmark("generation.py", *options, capsys=capsys, monkeypatch=monkeypatch)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    modes = ["sequential", "parallel", "auto", "cached loop", "without a cache"]
+    whole, patches = rows[:11], rows[11:]
+    assert [(row["mode"], row["patch"]) for row in whole] == [
+        ("transformers, Llama", 1), *((mode, patch) for patch in (1, 2) for mode in modes)
+    ]  # fmt: skip
+    for row in whole:
+        assert row["ratio"] == pytest.approx(whole[0]["seconds"] / row["seconds"])
+    assert [(row["patch"], row["head_layers"]) for row in patches] == [(1, 0), (2, 0), (2, 1)]
+    assert all(3 < row["bits"] < 10 and row["speedup"] > 0 for row in patches)
 
 
 @pytest.fixture
