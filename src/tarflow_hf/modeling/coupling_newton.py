@@ -65,6 +65,7 @@ def _iterate(
     log_scale: Tensor,
     lowest: Tensor,
     highest: Tensor,
+    *,
     first_round: int = 0,
 ) -> Tensor:
     """Newton's steps from z. What does not rest after some free ones, between the components' own roots, goes on within
@@ -115,7 +116,7 @@ def _iterate(
         if 2 * num_moving <= len(z):
             rows = is_moving.nonzero().squeeze(-1)
             rest = (x if len(x) == 1 else x[rows] for x in (z, u, log_weight, loc, log_scale, lowest, highest))
-            return z.index_copy(0, rows, _iterate(*rest, n + 1))
+            return z.index_copy(0, rows, _iterate(*rest, first_round=n + 1))
         if n >= FREE_ROUNDS and latent_size > 1:
             is_stale = has_moved.cumsum(-1) > has_moved
             lower, upper = torch.where(is_stale, lowest, lower), torch.where(is_stale, highest, upper)
