@@ -37,7 +37,11 @@ def main():
     recipe, evaluation = (
         None if path is None else json.loads(path.read_text()) for path in (arguments.recipe, arguments.evaluation)
     )
-    card = model_card(model.config, recipe and recipe["options"], evaluation, repo_id=arguments.repo_id)
+    training, description = None, ""
+    if recipe is not None:
+        command = f"accelerate launch examples/train.py --recipe {arguments.recipe.stem}"
+        training, description = {**recipe["options"], "command": command}, recipe["description"]
+    card = model_card(model.config, training, evaluation, repo_id=arguments.repo_id, description=description)
     if arguments.print_card:
         print(card)
         return
