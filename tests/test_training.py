@@ -657,7 +657,8 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     results = json.loads(output.splitlines()[-1])
     assert results.keys() == expected.keys()
     for name, losses in results.items():
-        assert losses == pytest.approx(expected[name], abs=2e-5), name
+        # Losses of about 3; "patience" provokes a validation of 25, to which the same 50 roundings of float32 are more.
+        assert losses == pytest.approx(expected[name], rel=6e-6, abs=2e-5), name
         assert len(set(losses)) == len(losses) >= 3
 
 
