@@ -36,12 +36,12 @@ class Gaussians(NamedTuple):
         """log N_k(z) for every k: latents (..., d) to (..., K)."""
         inverse_scale = torch.exp(-self.log_scale)
         if latents[..., 0].numel() * self.mean.numel() <= 2**16:  # a step of generation: as few calls as can be
-            square = ((latents.unsqueeze(-2) - self.mean) * inverse_scale.unsqueeze(-1)).square().sum(-1)
+            square = (latents.unsqueeze(-2) - self.mean).square().sum(-1)
         else:
             square = 0.0
             for i in range(self.mean.shape[1]):  # (..., K) at a time, never (..., K, d)
-                square = square + ((latents[..., i, None] - self.mean[:, i]) * inverse_scale).square()
-        return -0.5 * square - self.mean.shape[1] * (self.log_scale + LOG_SQRT_2PI)
+                square = square + (latents[..., i, None] - self.mean[:, i]).square()
+        return -0.5 * square * inverse_scale * inverse_scale - self.mean.shape[1] * (self.log_scale + LOG_SQRT_2PI)
 
     def log_total(self, latents: Tensor) -> Tensor:
         """log sum_k N_k(z): latents (..., d) to (...), streamed over k."""

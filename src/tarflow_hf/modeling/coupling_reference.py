@@ -38,12 +38,12 @@ def affine_inverse(u: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
 
 
 class _Transformed(NamedTuple):
-    """u(z) with what its gradients are made of. The tail is the smaller of F and 1 - F; `sign` is -1 for that one."""
+    """u(z) with what its derivatives are made of. The tail is the smaller of F and 1 - F; `sign` is -1 for that one."""
 
     u: Tensor  # (...)
     log_det: Tensor  # (...)  log du/dz
     sign: Tensor  # (...)
-    t: Tensor  # (..., K)
+    log_hazard: Tensor  # (...)  log h(-|u|)
     log_tail_weight: Tensor  # (..., K)  log r_k: the share of component k in the tail
     log_slope: Tensor  # (..., K)  log of the share of component k in the derivative of log(tail)
 
@@ -59,18 +59,39 @@ def _transform(z: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) ->
     which, unlike log p(z) - log phi(u), is not the difference of two huge numbers. It is at most max_k exp(-s_k),
     because phi(Phi^-1(q)) is concave in q.
     """
-    t = (z.unsqueeze(-1) - loc) * torch.exp(-log_scale)
-    tails = normal_tails(t)
+    tails = normal_tails((z.unsqueeze(-1) - loc) * torch.exp(-log_scale))
     log_cdf = torch.logsumexp(log_weight + tails.log_cdf, -1)
     log_sf = torch.logsumexp(log_weight + tails.log_sf, -1)
     is_lower = log_cdf <= log_sf
     sign = torch.where(is_lower, 1.0, -1.0).to(z.dtype)
     quantile = ndtri_exp(torch.minimum(log_cdf, log_sf))  # <= 0
+    log_hazard = log_reversed_hazard(quantile)
     in_lower = is_lower.unsqueeze(-1)
     log_tail_weight = torch.log_softmax(log_weight + torch.where(in_lower, tails.log_cdf, tails.log_sf), -1)
     log_slope = log_tail_weight + torch.where(in_lower, tails.log_cdf_hazard, tails.log_sf_hazard) - log_scale
-    log_det = torch.logsumexp(log_slope, -1) - log_reversed_hazard(quantile)
-    return _Transformed(sign * quantile, log_det, sign, t, log_tail_weight, log_slope)
+    log_det = torch.logsumexp(log_slope, -1) - log_hazard
+    return _Transformed(sign * quantile, log_det, sign, log_hazard, log_tail_weight, log_slope)
+
+
+class _Derivatives(NamedTuple):
+    """Of u(z) and its parameters. With rho_k = pi_k N(z; m_k, s_k) / p(z), which sum to 1, and D = du/dz:
+
+        du/dm_k = -rho_k D,   du/ds_k = -rho_k D (z - m_k),   du/dlog pi_k = +-(r_k - pi_k) / h(-|u|)
+
+    the latter before the normalisation of the weights. And log D = log p(z) - log phi(u), so its gradient is that of
+    log p(z) plus u times that of u.
+    """
+
+    u: Tensor  # (...)
+    log_det: Tensor  # (...)  log D
+    rho: Tensor  # (..., K)
+    by_weight: Tensor  # (..., K)  du/dlog pi_k
+
+
+def _differentiate(at: _Transformed, log_weight: Tensor) -> _Derivatives:
+    by_tail = (at.sign * torch.exp(-at.log_hazard)).unsqueeze(-1)
+    by_weight = by_tail * (at.log_tail_weight.exp() - log_weight.exp())
+    return _Derivatives(at.u, at.log_det, torch.softmax(at.log_slope, -1), by_weight)
 
 
 def _invert(u: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
@@ -125,57 +146,29 @@ def _divide_by_slope(grad: Tensor, log_det: Tensor) -> Tensor:
     return (grad * torch.exp(-log_det).clamp(max=limit)).clamp(-limit, limit)
 
 
-class _LocalGradients(NamedTuple):
-    z: Tensor  # (...)
-    log_weight: Tensor  # (..., K), before the normalisation of the weights
-    loc: Tensor  # (..., K)
-    log_scale: Tensor  # (..., K)
-
-
-def _cdf_gradients(
-    at: _Transformed, log_weight: Tensor, log_scale: Tensor, grad_u: Tensor, grad_u_times_slope: Tensor
-) -> _LocalGradients:
-    """Gradients of sum(grad_u * u), for u of `_transform`. With rho_k = pi_k N(z; m_k, s_k) / p(z) and D = du/dz:
-
-        du/dz = D,   du/dm_k = -rho_k D,   du/ds_k = -rho_k D (z - m_k),   du/dlog pi_k = +-(r_k - pi_k) / h(u)
-
-    `grad_u_times_slope` is grad_u D, passed beside grad_u because the inverse knows it without multiplying by D.
-    """
-    rho = torch.softmax(at.log_slope, -1)
-    grad_loc = -rho * grad_u_times_slope.unsqueeze(-1)
-    grad_weight = (at.sign * grad_u * torch.exp(-log_reversed_hazard(-at.u.abs()))).unsqueeze(-1)
-    return _LocalGradients(
-        z=grad_u_times_slope,
-        log_weight=grad_weight * (at.log_tail_weight.exp() - log_weight.exp()),
-        loc=grad_loc,
-        log_scale=grad_loc * at.t * torch.exp(log_scale),
-    )
-
-
 class _MixtureCDF(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, logits, loc, log_scale):
-        ctx.save_for_backward(z, logits, loc, log_scale)
-        at = _transform(z, torch.log_softmax(logits, -1), loc, log_scale)
+        log_weight = torch.log_softmax(logits, -1)
+        at = _transform(z, log_weight, loc, log_scale)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(z, log_weight, loc, log_scale, *_differentiate(at, log_weight))
         return at.u, at.log_det
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_u, grad_log_det):
-        z, logits, loc, log_scale = ctx.saved_tensors
-        log_weight = torch.log_softmax(logits, -1)
-        at = _transform(z, log_weight, loc, log_scale)
-        # log du/dz = log p(z) - log phi(u), so its gradient is that of log p plus u times that of u.
-        grad_u = grad_u + grad_log_det * at.u
-        cdf = _cdf_gradients(at, log_weight, log_scale, grad_u, grad_u * at.log_det.exp())
-        rho = grad_log_det.unsqueeze(-1) * torch.softmax(at.log_slope, -1)
-        rho_t = rho * at.t
-        pull = rho_t * torch.exp(-log_scale)
+        z, log_weight, loc, log_scale, *derivatives = ctx.saved_tensors
+        at = _Derivatives(*derivatives)
+        grad_u = (grad_u + grad_log_det * at.u).unsqueeze(-1)
+        weight = grad_log_det.unsqueeze(-1) * at.rho
+        difference, inverse_scale = z.unsqueeze(-1) - loc, torch.exp(-log_scale)
+        pull = weight * difference * inverse_scale * inverse_scale - at.rho * grad_u * at.log_det.exp().unsqueeze(-1)
         return (
-            cdf.z - pull.sum(-1),
-            cdf.log_weight + rho - grad_log_det.unsqueeze(-1) * log_weight.exp(),
-            cdf.loc + pull,
-            cdf.log_scale + rho_t * at.t - rho,
+            -pull.sum(-1),  # nothing changes where z and all locations move together
+            grad_u * at.by_weight + weight - grad_log_det.unsqueeze(-1) * log_weight.exp(),
+            pull,
+            pull * difference - weight,
         )
 
 
@@ -189,13 +182,13 @@ class _MixtureCDFInverse(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_z):
-        # u(z, theta) = u held fixed: dz = (du - du/dtheta dtheta) / D. The same gradients, at -grad_z / D.
+        # u(z, theta) = u held fixed: dz = (du - du/dtheta dtheta) / D.
         z, logits, loc, log_scale = ctx.saved_tensors
         log_weight = torch.log_softmax(logits, -1)
-        at = _transform(z, log_weight, loc, log_scale)
+        at = _differentiate(_transform(z, log_weight, loc, log_scale), log_weight)
         grad_u = _divide_by_slope(grad_z, at.log_det)
-        cdf = _cdf_gradients(at, log_weight, log_scale, -grad_u, -grad_z)
-        return grad_u, cdf.log_weight, cdf.loc, cdf.log_scale
+        grad_loc = at.rho * grad_z.unsqueeze(-1)
+        return grad_u, -grad_u.unsqueeze(-1) * at.by_weight, grad_loc, grad_loc * (z.unsqueeze(-1) - loc)
 
 
 def mixture_cdf(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,13 +233,16 @@ class AutoregressiveNetwork(NamedTuple):
         return F.gelu(F.linear(inputs, self.features_weight[i], self.features_bias[i]))
 
     def hidden(self, i: int, from_context: Tensor, features: list[Tensor]) -> Tensor:
-        """The hidden units (..., H) of dimension i, from its part of the context (..., H) and the features before."""
-        if i > 0:
-            num_features = self.features_bias.shape[1]
-            start = num_features * (i * (i - 1) // 2)
-            weight = self.from_features[:, start : start + num_features * i]
-            from_context = from_context + F.linear(torch.cat(features[:i], -1), weight)
-        return F.gelu(from_context)
+        """The hidden units (..., H) of dimension i, from its part of the context (..., H) and the features before.
+
+        Without their activation, which is `F.gelu`.
+        """
+        if i == 0:
+            return from_context
+        num_features = self.features_bias.shape[1]
+        start = num_features * (i * (i - 1) // 2)
+        weight = self.from_features[:, start : start + num_features * i]
+        return from_context + F.linear(torch.cat(features[:i], -1), weight)
 
     def output(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The parameters, three of (..., K), from what the last layer says (..., 3 K)."""
@@ -260,7 +256,8 @@ def autoregressive_mixture_parameters(
     """logits, loc and log_scale, each (..., D, K), for z (..., D) and from_context (..., D, H)."""
     features = [network.features(i, x) for i, x in enumerate(z.unbind(-1)[:-1])]
     hidden = torch.stack([network.hidden(i, x, features) for i, x in enumerate(from_context.unbind(-2))], -2)
-    return network.output(torch.einsum("...ih,ikh->...ik", hidden, network.output_weight) + network.output_bias)
+    raw = torch.einsum("...ih,ikh->...ik", F.gelu(hidden), network.output_weight) + network.output_bias
+    return network.output(raw)
 
 
 def autoregressive_mixture_cdf_inverse(
@@ -271,7 +268,7 @@ def autoregressive_mixture_cdf_inverse(
 ) -> Tensor:
     z, features = [], []
     for i, u_i in enumerate(u.unbind(-1)):
-        hidden = network.hidden(i, from_context[..., i, :], features)
+        hidden = F.gelu(network.hidden(i, from_context[..., i, :], features))
         parameters = network.output(F.linear(hidden, network.output_weight[i], network.output_bias[i]))
         z.append(invert(u_i, *parameters))
         if i < u.shape[-1] - 1:
@@ -284,43 +281,51 @@ def autoregressive_mixture_cdf_inverse(
 # alpha^(1) = pi and alpha^(i+1)_k proportional to alpha^(i)_k N(z_i; mu_ki, sigma_k^2)
 # --------------------------------------------------------------------------------------------------------------------
 
-# K times the positions handled at once: what bounds the memory of a vocabulary-sized mixture. 4 MiB a tensor in
-# float32, of which the forward pass holds some twenty and the backward pass d + 1 more; and a CPU's cache holds one.
-_CHUNK_ELEMENTS = 2**20
+# d K times the positions handled at once: what bounds the memory of a vocabulary-sized mixture. Half a MiB a tensor in
+# float32, of which a CPU's cache holds the few that an operation works on.
+_CHUNK_ELEMENTS = 2**17
+# d K up to which the derivatives are kept for the backward pass, instead of computed again: of a position 8 KiB in
+# float32, as much as a decoder layer of width 128 keeps.
+_KEPT_ELEMENTS = 2**10
 
 
-def _chunks(num_positions: int, num_components: int) -> Iterator[slice]:
-    size = max(1, _CHUNK_ELEMENTS // num_components)
+def _chunks(num_positions: int, elements_of_position: int) -> Iterator[slice]:
+    size = max(1, _CHUNK_ELEMENTS // elements_of_position)
     for start in range(0, num_positions, size):
         yield slice(start, start + size)
 
 
-def _first_weight(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits.double(), -1)
+def _log_normal(z: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    """log N(z; m_k, s_k) (..., K) of z (...), in float64 for float32 as well.
 
-
-def _next_weight(log_weight: Tensor, z: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
-    """log alpha^(i+1) (n, K) from log alpha^(i) and z_i (n,), normalised.
-
-    In float64 for float32 as well: 30 scales from every component, log N is -450 and its rounding alone would cost the
-    ratios of the weights 1e-4.
+    30 scales from every component it is -450, and its rounding alone would cost the ratios of the weights 1e-4.
     """
     log_scale = log_scale.double()
-    t = (z.double().unsqueeze(-1) - loc.double()) * torch.exp(-log_scale)
-    return torch.log_softmax(log_weight + normal_log_prob(t) - log_scale, -1)
+    return normal_log_prob((z.double().unsqueeze(-1) - loc.double()) * torch.exp(-log_scale)) - log_scale
 
 
-def _add_mixture_gradients(
-    gradients: "_RosenblattGradients", rows: slice, i: int, z: Tensor, weight: Tensor, mean: Tensor, log_scale: Tensor
-) -> None:
-    """Adds the gradients of sum_nk weight_nk log N(z_ni; mu_ki, sigma_k^2) for dimension i of some positions."""
-    inverse_scale = torch.exp(-log_scale)
-    t = (z[:, i].unsqueeze(-1) - mean[:, i]) * inverse_scale
-    weight_t = weight * t
-    pull = weight_t * inverse_scale
-    gradients.z[rows, i] -= pull.sum(-1)
-    gradients.mean[:, i] += pull.sum(0)
-    gradients.log_scale.add_((weight_t * t - weight).sum(0))
+def _normalized(log_joint: Tensor, dtype: torch.dtype) -> Tensor:
+    """Log-weights (..., K) that are normalised, of float64 ones that are not."""
+    return torch.log_softmax((log_joint - log_joint.amax(-1, keepdim=True)).to(dtype), -1)
+
+
+class _Rosenblatt(NamedTuple):
+    """The derivatives of all dimensions, of positions (n,), with the weights that log p(z) begins and ends with."""
+
+    dimensions: _Derivatives  # (n, d) and (n, d, K)
+    prior: Tensor  # (n, K)  alpha^(1) = pi
+    posterior: Tensor  # (n, K)  alpha^(d+1)
+
+
+def _log_weights(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log alpha^(1), ..., log alpha^(d+1), together (n, d + 1, K)."""
+    log_joint = torch.cat([logits.double().unsqueeze(1), _log_normal(z, mean.T, log_scale)], 1)
+    return _normalized(log_joint.cumsum(1), z.dtype)
+
+
+def _differentiate_rosenblatt(at: _Transformed, log_weights: Tensor) -> _Rosenblatt:
+    dimensions = _differentiate(at, log_weights[:, :-1])
+    return _Rosenblatt(dimensions, log_weights[:, 0].exp(), log_weights[:, -1].exp())
 
 
 class _RosenblattGradients(NamedTuple):
@@ -338,79 +343,82 @@ def rosenblatt_backward(
     grad_u: Tensor | None = None,
     grad_log_det: Tensor | None = None,
     grad_z: Tensor | None = None,
+    kept: list[_Rosenblatt] | None = None,
 ) -> _RosenblattGradients:
     """Gradients of the transform (given grad_u and grad_log_det) or of its inverse (given grad_z), (n, d) positions.
 
     From the last dimension to the first. The weights of dimension i are log pi_k + sum_{j<i} log N(z_j; mu_kj), so
-    what the later dimensions ask of their weights, summed up in `grad_weight`, falls on log N(z_i; mu_ki); dimension i
-    then adds its own demand. Of the log-determinant, log p(z) starts the sum with rho_k = alpha^(d+1)_k.
+    what the later dimensions ask of their weights, summed up in `demand`, falls on log N(z_i; mu_ki); dimension i then
+    adds its own. Of the log-determinant, log p(z) starts the sum with rho_k = alpha^(d+1)_k.
 
     The inverse z(u, theta) has dz = J^-1 (du - du/dtheta dtheta), J = du/dz lower triangular: grad_u = J^-T grad_z,
     one row of back substitution a dimension, and the parameters' gradients are those of the transform at -grad_u.
     """
     gradients = _RosenblattGradients(*(torch.zeros_like(x) for x in (z, logits, mean, log_scale)))
-    num_components, latent_size = mean.shape
-    for rows in _chunks(len(z), num_components):
-        log_weight = _first_weight(logits[rows])
-        log_weights = [log_weight.to(z.dtype)]
-        for i in range(latent_size):
-            log_weight = _next_weight(log_weight, z[rows, i], mean[:, i], log_scale)
-            log_weights.append(log_weight.to(z.dtype))
-        grad_weight = torch.zeros_like(log_weights[0])
+    inverse_scale = torch.exp(-log_scale)
+    for index, rows in enumerate(_chunks(len(z), mean.numel())):
+        if kept is None:
+            log_weights = _log_weights(z[rows], logits[rows], mean, log_scale)
+            at = _transform(z[rows], log_weights[:, :-1], mean.T, log_scale)
+            dimensions, prior, posterior = _differentiate_rosenblatt(at, log_weights)
+        else:
+            dimensions, prior, posterior = kept[index]
+        demand = torch.zeros_like(prior)
         if grad_log_det is not None:
-            grad_weight += grad_log_det[rows].unsqueeze(-1) * log_weights[-1].exp()
-            gradients.logits[rows] -= grad_log_det[rows].unsqueeze(-1) * log_weights[0].exp()
-        for i in reversed(range(latent_size)):
-            _add_mixture_gradients(gradients, rows, i, z[rows], grad_weight, mean, log_scale)
-            at = _transform(z[rows, i], log_weights[i], mean[:, i], log_scale)
+            demand += grad_log_det[rows].unsqueeze(-1) * posterior
+            gradients.logits[rows] -= grad_log_det[rows].unsqueeze(-1) * prior
+        for i in reversed(range(mean.shape[1])):
+            u, log_det, rho, by_weight = (x[:, i] for x in dimensions)
+            difference = z[rows, i].unsqueeze(-1) - mean[:, i]
+            pull = demand * difference * inverse_scale * inverse_scale
             if grad_z is None:
-                grad_ui = grad_u[rows, i] + grad_log_det[rows] * at.u
-                grad_ui_times_slope = grad_ui * at.log_det.exp()
+                grad_ui = grad_u[rows, i] + grad_log_det[rows] * u
+                slope = grad_ui * log_det.exp()
             else:
-                grad_ui_times_slope = -(grad_z[rows, i] + gradients.z[rows, i])
-                grad_ui = _divide_by_slope(grad_ui_times_slope, at.log_det)
-                gradients.z[rows, i] = -grad_ui  # from here on the place of u's gradient: z_i is done with
-            cdf = _cdf_gradients(at, log_weights[i], log_scale, grad_ui, grad_ui_times_slope)
-            if grad_z is None:
-                gradients.z[rows, i] += cdf.z
-            gradients.mean[:, i] += cdf.loc.sum(0)
-            gradients.log_scale.add_(cdf.log_scale.sum(0))
-            grad_weight += cdf.log_weight
-        gradients.logits[rows] += grad_weight
+                slope = pull.sum(-1) - grad_z[rows, i]
+                grad_ui = _divide_by_slope(slope, log_det)
+            pull = pull - rho * slope.unsqueeze(-1)
+            gradients.z[rows, i] = -(pull.sum(-1) if grad_z is None else grad_ui)
+            gradients.mean[:, i] += pull.sum(0)
+            gradients.log_scale.add_((pull * difference - demand).sum(0))
+            demand = demand + grad_ui.unsqueeze(-1) * by_weight
+        gradients.logits[rows] += demand
     return gradients
 
 
 class _MixtureRosenblatt(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, logits, mean, log_scale):
-        ctx.save_for_backward(z, logits, mean, log_scale)
-        u, log_det = torch.empty_like(z), z.new_zeros(len(z))
-        num_components, latent_size = mean.shape
-        for rows in _chunks(len(z), num_components):
-            log_weight = _first_weight(logits[rows])
-            for i in range(latent_size):
-                at = _transform(z[rows, i], log_weight.to(z.dtype), mean[:, i], log_scale)
-                u[rows, i] = at.u
-                log_det[rows] += at.log_det
-                log_weight = _next_weight(log_weight, z[rows, i], mean[:, i], log_scale)
+        u, log_det = torch.empty_like(z), z.new_empty(len(z))
+        keeps = any(ctx.needs_input_grad) and mean.numel() <= _KEPT_ELEMENTS
+        kept = []
+        for rows in _chunks(len(z), mean.numel()):
+            log_weights = _log_weights(z[rows], logits[rows], mean, log_scale)
+            at = _transform(z[rows], log_weights[:, :-1], mean.T, log_scale)
+            u[rows], log_det[rows] = at.u, at.log_det.sum(-1)
+            if keeps:
+                dimensions, *weights = _differentiate_rosenblatt(at, log_weights)
+                kept += [*dimensions, *weights]
+        ctx.save_for_backward(z, logits, mean, log_scale, *kept)
         return u, log_det
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_u, grad_log_det):
-        return tuple(rosenblatt_backward(*ctx.saved_tensors, grad_u=grad_u, grad_log_det=grad_log_det))
+        z, logits, mean, log_scale, *kept = ctx.saved_tensors
+        chunks = [_Rosenblatt(_Derivatives(*x[:4]), *x[4:]) for x in zip(*[iter(kept)] * 6, strict=True)]
+        return tuple(rosenblatt_backward(z, logits, mean, log_scale, grad_u, grad_log_det, kept=chunks or None))
 
 
 class _MixtureRosenblattInverse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u, logits, mean, log_scale):
         z = torch.empty_like(u)
-        num_components, latent_size = mean.shape
-        for rows in _chunks(len(u), num_components):
-            log_weight = _first_weight(logits[rows])
-            for i in range(latent_size):
-                z[rows, i] = _invert(u[rows, i], log_weight.to(u.dtype), mean[:, i], log_scale)
-                log_weight = _next_weight(log_weight, z[rows, i], mean[:, i], log_scale)
+        for rows in _chunks(len(u), len(mean)):
+            log_joint = logits[rows].double()
+            for i in range(mean.shape[1]):
+                z[rows, i] = _invert(u[rows, i], _normalized(log_joint, u.dtype), mean[:, i], log_scale)
+                log_joint = log_joint + _log_normal(z[rows, i], mean[:, i], log_scale)
         ctx.save_for_backward(z, logits, mean, log_scale)
         return z
 
@@ -449,13 +457,18 @@ class _MixtureRosenblattLogProb(torch.autograd.Function):
         gradients = _RosenblattGradients(
             torch.zeros_like(z), grad_logits, torch.zeros_like(mean), torch.zeros_like(log_scale)
         )
+        inverse_scale = torch.exp(-log_scale)
         for rows in _chunks(len(z), len(mean)):
             joint = _log_joint(z[rows], logits[rows], mean, log_scale)
             weight = grad[rows].unsqueeze(-1) * torch.softmax(joint, -1)
             if grad_logits is not None:
                 grad_logits[rows] = weight - grad[rows].unsqueeze(-1) * torch.softmax(logits[rows], -1)
             for i in range(mean.shape[1]):
-                _add_mixture_gradients(gradients, rows, i, z[rows], weight, mean, log_scale)
+                difference = z[rows, i].unsqueeze(-1) - mean[:, i]
+                pull = weight * difference * inverse_scale * inverse_scale
+                gradients.z[rows, i] = -pull.sum(-1)
+                gradients.mean[:, i] += pull.sum(0)
+                gradients.log_scale.add_((pull * difference - weight).sum(0))
         return tuple(gradients)
 
 
