@@ -72,6 +72,11 @@ def alone(more: float = 1, **options: Any) -> Callable[[int], list[dict[str, Any
     return lambda layers: alternating([(mix_d(**options), round(more * layers))])
 
 
+def with_half_in_head(layers: int) -> list[dict[str, Any]]:
+    """One Mix-d flow of all layers, and half as many over the tokens of a patch."""
+    return alternating([(mix_d(patch_head_layers=layers // 2), layers)])
+
+
 GROUPS: dict[str, dict[str, Case]] = {
     "models": {
         "discrete": Case(None),
@@ -104,7 +109,9 @@ GROUPS: dict[str, dict[str, Case]] = {
     },
     "patches at equal FLOPs": {
         "patch 2, inner head, equal FLOPs": Case(alone(1.5, patch_head_layers=2), "joint", "FLOPs", {"patch_size": 2}),
+        "patch 2, deeper inner head, equal FLOPs": Case(with_half_in_head, "joint", "FLOPs", {"patch_size": 2}),
         "patch 4, inner head, equal FLOPs": Case(alone(2, patch_head_layers=2), "joint", "FLOPs", {"patch_size": 4}),
+        "patch 4, deeper inner head, equal FLOPs": Case(with_half_in_head, "joint", "FLOPs", {"patch_size": 4}),
     },
 }  # fmt: skip
 CASES = {name: case for group in GROUPS.values() for name, case in group.items()}

@@ -40,6 +40,14 @@ def tables(rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def by_steps(rows: list[dict]) -> dict[int, list[dict]]:
+    """Runs of one length, the shortest first: what was trained longer is compared with nothing else."""
+    return {
+        steps: [row for row in rows if row["num_steps"] == steps]
+        for steps in sorted({row["num_steps"] for row in rows})
+    }
+
+
 def line(case: str, rows: list[dict], discrete: list[dict] | None) -> str:
     """Of one case: means over its seeds, and their standard deviation where there are several.
 
@@ -117,9 +125,11 @@ def main():
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     before = arguments.output.read_text().partition(MARK)[0] if arguments.output.is_file() else "# The study\n\n"
     image = arguments.output.with_suffix(".svg")
-    picture(rows, image)
-    shown = f"![Bits per character of every run, and the training curves]({image.name})"
-    arguments.output.write_text(f"{before}{MARK}\n\n{shown}\n\n{tables(rows)}\n")
+    lengths = by_steps(rows)
+    picture(next(iter(lengths.values())), image)
+    sections = [f"## {steps:,} steps\n\n{tables(of_length)}" for steps, of_length in lengths.items()]
+    shown = f"![Bits per character of every run of the shortest, and the training curves]({image.name})"
+    arguments.output.write_text("\n\n".join([f"{before}{MARK}", shown, *sections]) + "\n")
 
 
 if __name__ == "__main__":
