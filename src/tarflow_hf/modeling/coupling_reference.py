@@ -317,9 +317,9 @@ class _Rosenblatt(NamedTuple):
     posterior: Tensor  # (n, K)  alpha^(d+1)
 
 
-def _log_weights(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """log alpha^(1), ..., log alpha^(d+1), together (n, d + 1, K)."""
-    log_joint = torch.cat([logits.double().unsqueeze(1), _log_normal(z, mean.T, log_scale)], 1)
+def _log_weights(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    """log alpha^(1), ..., log alpha^(d+1), together (n, d + 1, K); the means as loc (d, K)."""
+    log_joint = torch.cat([logits.double().unsqueeze(1), _log_normal(z, loc, log_scale)], 1)
     return _normalized(log_joint.cumsum(1), z.dtype)
 
 
@@ -355,11 +355,11 @@ def rosenblatt_backward(
     one row of back substitution a dimension, and the parameters' gradients are those of the transform at -grad_u.
     """
     gradients = _RosenblattGradients(*(torch.zeros_like(x) for x in (z, logits, mean, log_scale)))
-    inverse_scale = torch.exp(-log_scale)
+    loc, inverse_scale = mean.T.contiguous(), torch.exp(-log_scale)
     for index, rows in enumerate(_chunks(len(z), mean.numel())):
         if kept is None:
-            log_weights = _log_weights(z[rows], logits[rows], mean, log_scale)
-            at = _transform(z[rows], log_weights[:, :-1], mean.T, log_scale)
+            log_weights = _log_weights(z[rows], logits[rows], loc, log_scale)
+            at = _transform(z[rows], log_weights[:, :-1], loc, log_scale)
             dimensions, prior, posterior = _differentiate_rosenblatt(at, log_weights)
         else:
             dimensions, prior, posterior = kept[index]
@@ -369,7 +369,7 @@ def rosenblatt_backward(
             gradients.logits[rows] -= grad_log_det[rows].unsqueeze(-1) * prior
         for i in reversed(range(mean.shape[1])):
             u, log_det, rho, by_weight = (x[:, i] for x in dimensions)
-            difference = z[rows, i].unsqueeze(-1) - mean[:, i]
+            difference = z[rows, i].unsqueeze(-1) - loc[i]
             pull = demand * difference * inverse_scale * inverse_scale
             if grad_z is None:
                 grad_ui = grad_u[rows, i] + grad_log_det[rows] * u
@@ -390,11 +390,12 @@ class _MixtureRosenblatt(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, logits, mean, log_scale):
         u, log_det = torch.empty_like(z), z.new_empty(len(z))
+        loc = mean.T.contiguous()
         keeps = any(ctx.needs_input_grad) and mean.numel() <= _KEPT_ELEMENTS
         kept = []
         for rows in _chunks(len(z), mean.numel()):
-            log_weights = _log_weights(z[rows], logits[rows], mean, log_scale)
-            at = _transform(z[rows], log_weights[:, :-1], mean.T, log_scale)
+            log_weights = _log_weights(z[rows], logits[rows], loc, log_scale)
+            at = _transform(z[rows], log_weights[:, :-1], loc, log_scale)
             u[rows], log_det[rows] = at.u, at.log_det.sum(-1)
             if keeps:
                 dimensions, *weights = _differentiate_rosenblatt(at, log_weights)
