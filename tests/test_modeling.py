@@ -448,15 +448,16 @@ def test_proposition_4_the_limit_is_the_discrete_model():
 # ---------------------------------------------------------------------------------------------- pieces and precision
 
 
-def test_top_k_posterior_context():
+@pytest.mark.parametrize("patch_size", [1, 3])
+def test_top_k_posterior_context(patch_size):
     model = make([flow("mixture_rosenblatt")], vocab_size=9)
-    z = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
-    table = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    z = torch.randn(2, 5, patch_size, 2, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(patch_size * 9, 4, dtype=torch.float64, requires_grad=True)
     for top_k in (9, 3):
         log_prob = model.codebook().log_prob_all(z)
         kept = log_prob >= log_prob.topk(top_k).values[..., -1:]
         weights = torch.softmax(log_prob.masked_fill(~kept, -math.inf), -1)
-        expected = weights @ table
+        expected = sum(weights[:, :, p] @ table[9 * p : 9 * (p + 1)] for p in range(patch_size))
         actual = model.codebook().posterior_average(z, table, top_k)
         torch.testing.assert_close(actual, expected)
         cotangent = torch.randn_like(expected)

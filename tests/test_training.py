@@ -924,7 +924,7 @@ def test_the_study_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch, study
     run = partial(benchmark, "study/run.py", *options, capsys=capsys, monkeypatch=monkeypatch)
     first = run("--cases", "discrete", "--output", "rows.jsonl")
     assert first.splitlines()[-1].startswith("| discrete |") and ", exact |" in first
-    cases = ["discrete", "affine", "Mix-d, deep, progressive", "patch 2, inner head, equal FLOPs"]
+    cases = ["discrete", "affine", "Mix-d, deep, progressive", "patch 2, equal FLOPs"]
     printed = run("--cases", *cases, "--output", "rows.jsonl")
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
     assert [row["case"] for row in rows] == cases and "discrete, seed" not in printed

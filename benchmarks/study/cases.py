@@ -108,10 +108,9 @@ GROUPS: dict[str, dict[str, Case]] = {
         "patch 4, inner head": Case(alone(patch_head_layers=1), config={"patch_size": 4}),
     },
     "patches at equal FLOPs": {
-        "patch 2, inner head, equal FLOPs": Case(alone(1.5, patch_head_layers=2), "joint", "FLOPs", {"patch_size": 2}),
-        "patch 2, deeper inner head, equal FLOPs": Case(with_half_in_head, "joint", "FLOPs", {"patch_size": 2}),
-        "patch 4, inner head, equal FLOPs": Case(alone(2, patch_head_layers=2), "joint", "FLOPs", {"patch_size": 4}),
-        "patch 4, deeper inner head, equal FLOPs": Case(with_half_in_head, "joint", "FLOPs", {"patch_size": 4}),
+        "patch 2, equal FLOPs": Case(with_half_in_head, "joint", "FLOPs", {"patch_size": 2}),
+        "patch 2, deeper body, equal FLOPs": Case(alone(1.5, patch_head_layers=2), "joint", "FLOPs", {"patch_size": 2}),
+        "patch 4, equal FLOPs": Case(with_half_in_head, "joint", "FLOPs", {"patch_size": 4}),
     },
 }  # fmt: skip
 CASES = {name: case for group in GROUPS.values() for name, case in group.items()}

@@ -50,7 +50,7 @@ def forward_flops(model: PreTrainedModel, num_tokens: int) -> list[int]:
             total += 2 * num_tokens * min(top_k, model.config.vocab_size) * model.config.hidden_size
         inner = getattr(layer.head, "patch_decoder", None)
         if inner is not None:  # it and the logits run for each token of a patch
-            of_tokens = _weights(inner) + _weights(layer.head.projection)
+            of_tokens = _weights(inner) - _weights(inner.context_projection) + _weights(layer.head.projection)
             total += 2 * (num_tokens - positions) * of_tokens + positions * _attention(inner.decoder.config, patch_size)
         flops.append(total)
     return flops

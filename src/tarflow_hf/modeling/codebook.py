@@ -50,21 +50,24 @@ class Gaussians(NamedTuple):
         return mixture_rosenblatt_log_prob(latents, uniform, self.mean, self.log_scale) + math.log(num_components)
 
     def posterior_average(self, latents: Tensor, table: Tensor, top_k: int | None = None) -> Tensor:
-        """sum_k p(k | z) table_k: latents (..., d) and a table (K, w) to (..., w).
+        """sum_p sum_k p(k | z_p) table_(p, k): latents of patches (..., P, d) and tables (P K, w) to (..., w).
 
         With `top_k` the sum runs over the top_k most likely k of each latent, their probabilities renormalised.
         """
-        if top_k is None or top_k >= len(table):
-            return torch.softmax(self.log_prob_all(latents), -1).to(table.dtype) @ table
-        flat = latents.reshape(-1, latents.shape[-1])
+        num_components = len(self.mean)
+        if top_k is None or top_k >= num_components:
+            return torch.softmax(self.log_prob_all(latents), -1).flatten(-2).to(table.dtype) @ table
+        patches = latents.reshape(-1, *latents.shape[-2:])  # (n, P, d)
+        patch_size = patches.shape[1]
         with torch.no_grad():
             rows = max(1, 2**24 // len(table))
             index = torch.cat(
-                [self.log_prob_all(chunk).topk(top_k).indices for chunk in flat.split(rows)]
-            )  # (n, top_k)
-        weights = torch.softmax(self.log_prob(flat.unsqueeze(1), index), -1).to(table.dtype)
-        average = F.embedding_bag(index, table, per_sample_weights=weights, mode="sum")
-        return average.reshape(*latents.shape[:-1], table.shape[-1])
+                [self.log_prob_all(chunk).topk(top_k).indices for chunk in patches.split(rows)]
+            )  # (n, P, top_k)
+        weights = torch.softmax(self.log_prob(patches.unsqueeze(-2), index), -1).to(table.dtype)
+        index = index + num_components * torch.arange(patch_size, device=index.device).unsqueeze(-1)
+        average = F.embedding_bag(index.flatten(1), table, per_sample_weights=weights.flatten(1), mode="sum")
+        return average.reshape(*latents.shape[:-2], table.shape[-1])
 
 
 class Codebook(nn.Module):

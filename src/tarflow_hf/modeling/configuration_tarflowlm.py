@@ -41,7 +41,7 @@ class TarFlowLMConfig(PreTrainedConfig):
               impossible in the others, whose input does not live in the codebook's space;
             - `patch_head_layers` ("mixture_rosenblatt", default 0): depth of a second decoder, over the tokens of each
               patch, by which a token's mixture weights see the latents before it in its patch, too; without it the
-              tokens of a patch are independent given the patches before.
+              tokens of a patch are independent given the patches before. Half of `num_hidden_layers` is a good depth.
         block_config (`PreTrainedConfig` or `dict` with a `model_type`, *optional*): Full configuration of the flows'
             decoder, of any causal architecture of the library. Its depth is set per flow, its vocabulary is not used.
         conditional (`bool`, defaults to False): Whether the model may be told some of the tokens (`observed_mask`),

@@ -151,12 +151,17 @@ def mixture_cdf_head(config: TarFlowLMConfig, flow: dict[str, Any]) -> nn.Module
 class PatchDecoder(nn.Module):
     """A light causal decoder over the P tokens of a patch, on top of the flow's own, which runs once a patch.
 
-    Its output at token p has read the patch's context and the latents of the tokens before p in the patch.
+    Its output at token p has read the patch's context, through a projection for each of the P places, and the latents
+    of the tokens before p in the patch. The projections bring contexts to the size of the embeddings they meet.
+
+    Reference: Yu et al., *MegaByte: Predicting Million-byte Sequences with Multiscale Transformers*, NeurIPS 2023,
+    arXiv:2305.07185, whose local model this is.
     """
 
     def __init__(self, config: TarFlowLMConfig, flow: dict[str, Any]):
         super().__init__()
         self.decoder = make_decoder(config, flow["patch_head_layers"])
+        self.context_projection = nn.Linear(config.hidden_size, config.patch_size * config.hidden_size, bias=False)
         self.start = nn.Parameter(torch.empty(config.hidden_size))
         if flow["context"] == "posterior":
             self.posterior_top_k = config.posterior_top_k
@@ -170,9 +175,11 @@ class PatchDecoder(nn.Module):
         if self.embedding is None:
             tokens = self.projection(tokens.to(self.start.dtype))
         else:
-            tokens = codebook.posterior_average(tokens, self.embedding, self.posterior_top_k)
+            tokens = codebook.posterior_average(tokens.unsqueeze(-2), self.embedding, self.posterior_top_k)
         start = self.start.expand(len(context), 1, -1)
-        inputs = context.unsqueeze(1) + torch.cat([start, tokens.to(start.dtype)], 1)
+        inputs = torch.cat([start, tokens.to(start.dtype)], 1)
+        contexts = self.context_projection(context).unflatten(-1, (-1, context.shape[-1]))  # (B, P, w)
+        inputs = contexts[:, : inputs.shape[1]] + inputs
         return self.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
 
 

@@ -63,18 +63,19 @@ class Observed(NamedTuple):
 
 
 class ObservedEmbedding(nn.Module):
-    """The ids of observed positions (B, N, P) to decoder inputs (B, N, w): their embeddings, and a common marker."""
+    """The ids of observed positions (B, N, P) to decoder inputs (B, N, w): the sum of their embeddings, from a table
+    for each of the P places, and a common marker.
+    """
 
     def __init__(self, config: TarFlowLMConfig):
         super().__init__()
-        width = config.hidden_size
-        self.embedding = nn.Embedding(config.vocab_size, width)
-        self.projection = nn.Linear(config.patch_size * width, width) if config.patch_size > 1 else None
-        self.marker = nn.Parameter(torch.empty(width))
+        self.vocab_size = config.vocab_size
+        self.embedding = nn.Embedding(config.patch_size * config.vocab_size, config.hidden_size)
+        self.marker = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(self, ids: Tensor) -> Tensor:
-        embedded = self.embedding(ids).flatten(-2)
-        return (embedded if self.projection is None else self.projection(embedded)).to(self.marker.dtype) + self.marker
+        place = torch.arange(ids.shape[-1], device=ids.device)
+        return self.embedding(ids + self.vocab_size * place).sum(-2).to(self.marker.dtype) + self.marker
 
 
 class FlowLayer(nn.Module):
@@ -97,12 +98,12 @@ class FlowLayer(nn.Module):
         self.num_shuffles = index if config.patch_size > 1 else 0
         if flow["context"] == "posterior":
             self.posterior_top_k = config.posterior_top_k
-            self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-            input_size = config.patch_size * config.hidden_size if config.patch_size > 1 else None
+            # A table for each token of a patch. A projection of embeddings, two small factors, would learn too slowly.
+            self.embedding = nn.Parameter(torch.empty(config.patch_size * config.vocab_size, config.hidden_size))
+            self.input_projection = None
         else:
             self.embedding = None
-            input_size = config.patch_size * config.latent_size
-        self.input_projection = None if input_size is None else nn.Linear(input_size, config.hidden_size)
+            self.input_projection = nn.Linear(config.patch_size * config.latent_size, config.hidden_size)
         self.start = nn.Parameter(torch.empty(config.hidden_size))
         self.decoder = make_decoder(config, flow["num_hidden_layers"])
         self.observed_embedding = ObservedEmbedding(config) if config.conditional else None
@@ -230,11 +231,10 @@ class FlowLayer(nn.Module):
         return inputs
 
     def _embed(self, h: Tensor, codebook: Gaussians) -> Tensor:
-        if self.embedding is not None:
-            tokens = h.unflatten(-1, (self.patch_size, -1))
-            h = codebook.posterior_average(tokens, self.embedding, self.posterior_top_k).flatten(-2)
-        h = h.to(self.start.dtype)
-        return h if self.input_projection is None else self.input_projection(h).to(self.start.dtype)
+        if self.input_projection is not None:
+            return self.input_projection(h.to(self.start.dtype)).to(self.start.dtype)
+        tokens = h.unflatten(-1, (self.patch_size, -1))
+        return codebook.posterior_average(tokens, self.embedding, self.posterior_top_k).to(self.start.dtype)
 
     def _arrange(self, h: Tensor, order: Tensor | None = None) -> Tensor:
         """Into the flow's own order of positions and channels: positions (B, N, D) to slots."""
@@ -502,7 +502,7 @@ class FlowStack(nn.Module):
         mask = _zero_unless(_is_variable(h, lengths, None), mask.unflatten(1, (-1, self.patch_size)) == 1)  # (B, N, P)
         _require((mask.all(-1) == mask.any(-1)).all(), "observed_mask must cover whole patches.")
         ids = torch.where(mask, ids.unflatten(1, (-1, self.patch_size)), -1)
-        vocab_size = self.layers[0].observed_embedding.embedding.num_embeddings
+        vocab_size = self.layers[0].observed_embedding.vocab_size
         is_token = (ids >= 0) & (ids < vocab_size)
         _require((is_token == mask).all(), f"observed_ids must be in 0, ..., vocab_size - 1 = {vocab_size - 1}.")
         is_left = _is_variable(h, lengths, ids).any(-1).all()
