@@ -12,7 +12,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.modeling import coupling
-from tarflow_hf.modeling.coupling_heads import COUPLING_HEADS, MixtureRosenblattHead
+from tarflow_hf.modeling.coupling_heads import (
+    COUPLING_HEADS,
+    AutoregressiveMixtureCDFHead,
+    MixtureRosenblattHead,
+)
 
 
 def flow(coupling, direction="left_to_right", **options):
@@ -61,6 +65,12 @@ def make(flows, patch_size=1, latent_size=2, vocab_size=5, seed=0, noise=0.1, **
     )
     model = TarFlowLMModel(config).double().eval()
     with torch.no_grad():
+        for module in model.modules():
+            if isinstance(
+                module, AutoregressiveMixtureCDFHead
+            ):  # whose hidden units begin large, for a small last layer
+                for weight in (module.from_context.weight, module.features_weight, module.from_features):
+                    weight.mul_(0.02 / weight.std() if weight.numel() > 1 else 1.0)
         for parameter in model.parameters():
             parameter.add_(noise * torch.randn_like(parameter))
     return model

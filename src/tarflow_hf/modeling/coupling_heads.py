@@ -128,8 +128,12 @@ class AutoregressiveMixtureCDFHead(nn.Module):
         self.output_bias = nn.Parameter(torch.empty(self.size, 3 * self.num_components))
 
     def init_weights(self, std: float) -> None:
-        for weight in (self.features_weight, self.from_features, self.output_weight):
-            init.normal_(weight, std=std)
+        """The last layer begins small, near the identity; those before it at unit gain, for small ones learn slowly."""
+        average_inputs = max(1, self.from_features.shape[1] / self.size)  # of a dimension, from those before
+        init.normal_(self.from_context.weight, std=self.from_context.in_features**-0.5)
+        init.normal_(self.features_weight, std=3**-0.5)
+        init.normal_(self.from_features, std=average_inputs**-0.5)
+        init.normal_(self.output_weight, std=std)
         init.zeros_(self.features_bias)
         init.copy_(self.output_bias, _near_identity(self.num_components).flatten().repeat(self.size, 1))
 
