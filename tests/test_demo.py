@@ -78,7 +78,7 @@ def test_what_follows_the_end_of_a_document_is_shown(model, tokenizer):
     after = [
         "".join(cell[0] for cell in rows_of(demo.edit(m, tokenizer, TEXT + " dog", "is"))[1]) for m in (model, with_end)
     ]
-    assert after[0] == after[1] and after[0].endswith("g")
+    assert after[0] == after[1] and len(after[0]) == len(TEXT + " dog") and "d" in after[0][:-1]
 
 
 @pytest.mark.parametrize("prompt", ["the [...] is [..] red", "the […] is [..] red", "[...]", "fox[.....]"])
