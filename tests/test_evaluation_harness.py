@@ -81,7 +81,7 @@ def test_scores_against_enumeration(is_conditional):
 @pytest.mark.parametrize("is_conditional", [False, True])
 @pytest.mark.parametrize("patch_size", [1, 2])
 def test_neither_batches_nor_order_change_a_score(patch_size, is_conditional):
-    model = make(STACKS["mix-d, mix-1, mix-1"], patch_size, conditional=is_conditional)
+    model = make(STACKS["mix-d, mix-1, mix-1"], patch_size, seed=1, conditional=is_conditional)
     texts = [("abcde" * 5,), ("a",), ("ab",), ("",), ("edcba",), ("aabbccdd",)]
     pairs = [("ab", "cd"), ("ab", "e"), ("", "abc"), ("abcab", "c"), ("abcde" * 6, "abc")]
     alone = evaluator(model, num_samples=2, batch_size=1)

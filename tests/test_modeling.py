@@ -70,7 +70,7 @@ def make(flows, patch_size=1, latent_size=2, vocab_size=5, seed=0, noise=0.1, **
                 module, AutoregressiveMixtureCDFHead
             ):  # whose hidden units begin large, for a small last layer
                 for weight in (module.from_context.weight, module.features_weight, module.from_features):
-                    weight.mul_(0.02 / weight.std() if weight.numel() > 1 else 1.0)
+                    weight.mul_(0.1)
         for parameter in model.parameters():
             parameter.add_(noise * torch.randn_like(parameter))
     return model
