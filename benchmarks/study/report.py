@@ -128,7 +128,8 @@ def main():
     lengths = by_steps(rows)
     picture(next(iter(lengths.values())), image)
     sections = [f"## {steps:,} steps\n\n{tables(of_length)}" for steps, of_length in lengths.items()]
-    shown = f"![Bits per character of every run of the shortest, and the training curves]({image.name})"
+    steps = next(iter(lengths))
+    shown = f"![Bits per character of every run of {steps:,} steps, and the training curves]({image.name})"
     arguments.output.write_text("\n\n".join([f"{before}{MARK}", shown, *sections]) + "\n")
 
 
