@@ -7,8 +7,8 @@
 Random ids, so no corpus is needed. The models take turns; a time is the median of the rounds, and covers forward,
 backward, gradient clipping and AdamW. bfloat16 is autocast, with weights in float32. A model's peak memory on a GPU is
 its weights and optimiser state, and what a step of it allocates at most besides. On a CPU it is what three steps, the
-making of the model included, add to the largest resident size of a process of its own (on Linux): what the allocator
-and the library of the matrix products keep back counts, too. With --quick it is not measured there.
+making of the model included, add to the largest resident size of a process of its own (on Linux), the median of five:
+what the allocator and the library of the matrix products keep back counts, too. With --quick it is not measured there.
 
 With --num_flows L the stack is cut after its first flows, and the Llama has the layers of these: its first stage of
 progressive training. With --stage L the flows before it are frozen, too.
@@ -154,7 +154,8 @@ def main():
     memory = {name: max(step.memory) for name, step in steps.items() if step.memory}
     if not is_gpu and not arguments.quick and sys.platform == "linux":
         for model in MODELS:
-            memory[model] = output_of_own_process(__file__, *sys.argv[1:], "--memory_of", model)["bytes"]
+            command = __file__, *sys.argv[1:], "--memory_of", model
+            memory[model] = statistics.median(output_of_own_process(*command)["bytes"] for _ in range(5))
     rows = []
     for name, step in steps.items():
         seconds = statistics.median(step.seconds)
