@@ -206,7 +206,7 @@ def test_bitsandbytes(bits, tolerance, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_dynamic_quantisation():
-    model = make(flows=FLOWS)
+    model = make(seed=1, flows=FLOWS)
     quantised = copy.deepcopy(model)
     for layer in quantised.flow.layers:
         layer.decoder = torch.ao.quantization.quantize_dynamic(layer.decoder, {torch.nn.Linear}, dtype=torch.qint8)
