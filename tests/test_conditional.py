@@ -70,6 +70,13 @@ def test_reverse_undoes_forward_and_what_is_observed_has_no_state(model):
     assert torch.equal(model.flow(z, **options).noise, forward.noise)
 
 
+def test_observed_patches_have_a_table_for_each_place():
+    embedding = make([flow("affine")], 2, conditional=True).flow.layers[0].observed_embedding
+    table, (first, second) = embedding.embedding.weight, (3, 1)
+    expected = table[first] + table[5 + second] + embedding.marker
+    torch.testing.assert_close(embedding(torch.tensor([[[first, second]]]))[0, 0], expected)
+
+
 @pytest.mark.parametrize("direction", ["left_to_right", "right_to_left"])
 def test_what_a_decoder_reads(direction):
     """One sequence of five real positions and two of padding, of which 1 and 3 are observed, written out by hand."""

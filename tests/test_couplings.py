@@ -467,15 +467,17 @@ def test_autocast_changes_nothing(run, name, suffix):
     torch.testing.assert_close(under_autocast, plain, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("chunk_elements", [1, 7 * 5])
+@pytest.mark.parametrize("kept_elements", [0, 2**10])
+@pytest.mark.parametrize("chunk_elements", [1, 7 * 3 * 5, 2**17])
 @pytest.mark.parametrize("suffix", ["", "_inverse", "_log_prob"])
-def test_chunks_change_nothing(monkeypatch, suffix, chunk_elements):
+def test_chunks_and_what_is_kept_change_nothing(monkeypatch, suffix, chunk_elements, kept_elements):
     def run(op, *tensors):
         return getattr(coupling, op)(*tensors, implementation="reference")
 
     tensors = draw(Case("mixture_rosenblatt", 7, 3), (4, 4), seed=15)
     whole = with_gradients(run, "mixture_rosenblatt" + suffix, tensors)
     monkeypatch.setattr(coupling_reference, "_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(coupling_reference, "_KEPT_ELEMENTS", kept_elements)
     in_chunks = with_gradients(run, "mixture_rosenblatt" + suffix, tensors)
     torch.testing.assert_close(in_chunks, whole, rtol=1e-12, atol=1e-12)
 

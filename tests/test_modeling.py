@@ -66,9 +66,8 @@ def make(flows, patch_size=1, latent_size=2, vocab_size=5, seed=0, noise=0.1, **
     model = TarFlowLMModel(config).double().eval()
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(
-                module, AutoregressiveMixtureCDFHead
-            ):  # whose hidden units begin large, for a small last layer
+            # Its hidden units begin large, for a last layer that begins small.
+            if isinstance(module, AutoregressiveMixtureCDFHead):
                 for weight in (module.from_context.weight, module.features_weight, module.from_features):
                     weight.mul_(0.1)
         for parameter in model.parameters():
