@@ -1,4 +1,5 @@
-"""Tokens per second of `generate`, side by side with the library's own Llama of the same layers, width and vocabulary.
+"""Tokens per second of `generate`, side by side with the library's own Llama of the same layers,
+width and vocabulary.
 
     python benchmarks/generation.py --quick                           # minutes on two CPU cores
     python benchmarks/generation.py --output generation.jsonl         # the tables of the README, all sizes
@@ -7,16 +8,17 @@
 
 Three tables.
 
-1. Whole stacks, in every mode: with random weights where no checkpoint is given, whose flows are easier to invert in
-   parallel than trained ones. `--patch_steps 0 --train_steps 0` leaves it at that.
-2. What patches cost in likelihood and gain in speed: the configuration with each patch size, with and without a second
-   decoder over the tokens of a patch (`patch_head_layers`), trained alike for `--patch_steps` on the Python
-   documentation; the ELBO of held-out text in bits per character.
-3. Trained flows, one by one, in parallel and sequentially: of the checkpoint, or of a small Mix-1 stack that is trained
-   first.
+1. Whole stacks, in every mode: with random weights where no checkpoint is given, whose flows are
+   easier to invert in parallel than trained ones. `--patch_steps 0 --train_steps 0` leaves it at
+   that.
+2. What patches cost in likelihood and gain in speed: the configuration with each patch size, with
+   and without a second decoder over the tokens of a patch (`patch_head_layers`), trained alike for
+   `--patch_steps` on the Python documentation; the ELBO of held-out text in bits per character.
+3. Trained flows, one by one, in parallel and sequentially: of the checkpoint, or of a small Mix-1
+   stack that is trained first.
 
-A mode whose tokens differ from those of the sequential inverse for the same noise gets no time. Times are medians of
-repeats in which the modes take turns.
+A mode whose tokens differ from those of the sequential inverse for the same noise gets no time.
+Times are medians of repeats in which the modes take turns.
 """
 
 import argparse
@@ -44,47 +46,79 @@ METHODS = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     recipes = Path(__file__).parent.parent / "examples" / "recipes"
-    parser.add_argument("--config", default=str(recipes / "demo.json"), help="a recipe, or a TarFlowLMConfig as JSON")
+    parser.add_argument(
+        "--config",
+        default=str(recipes / "demo.json"),
+        help="a recipe, or a TarFlowLMConfig as JSON",
+    )
     parser.add_argument("--checkpoint", help="a trained stack instead, with its own patch size")
     parser.add_argument("--hidden_size", type=int, help="another width than the configuration's")
-    parser.add_argument("--vocab_size", type=int, default=27, help="where the configuration names none")
+    parser.add_argument(
+        "--vocab_size", type=int, default=27, help="where the configuration names none"
+    )
     parser.add_argument("--patch_sizes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--num_tokens", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--recompute_up_to", type=int, default=256, help="tokens of the loop without a cache")
-    parser.add_argument("--captured_step", action="store_true", help="also the step that a GPU captures as a graph")
+    parser.add_argument(
+        "--recompute_up_to", type=int, default=256, help="tokens of the loop without a cache"
+    )
+    parser.add_argument(
+        "--captured_step", action="store_true", help="also the step that a GPU captures as a graph"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--patch_steps", type=int, default=300, help="of the second table's models; 0: no such table")
-    parser.add_argument("--train_steps", type=int, default=300, help="of the third table's stack; 0: no such table")
+    parser.add_argument(
+        "--patch_steps",
+        type=int,
+        default=300,
+        help="of the second table's models; 0: no such table",
+    )
+    parser.add_argument(
+        "--train_steps", type=int, default=300, help="of the third table's stack; 0: no such table"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--quick", action="store_true", help="128 tokens, batch 1 and 4, little training")
+    parser.add_argument(
+        "--quick", action="store_true", help="128 tokens, batch 1 and 4, little training"
+    )
     parser.add_argument("--output", type=Path, help="file to append the rows to, as JSON lines")
+
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.num_tokens, arguments.batch_sizes = [128], [1, 4]
-        arguments.patch_steps, arguments.train_steps = min(arguments.patch_steps, 30), min(arguments.train_steps, 60)
+        arguments.patch_steps, arguments.train_steps = (
+            min(arguments.patch_steps, 30),
+            min(arguments.train_steps, 60),
+        )
         arguments.recompute_up_to = min(arguments.recompute_up_to, 128)
+
     return arguments
 
 
-# --------------------------------------------------------------------------------------------------------- what is run
+# -------------------------------------------------------------------------------------- what is run
 
 
 def cached_loop(model: TarFlowLMModel, noise: Tensor) -> Tensor:
     """The plainest cached inverse of every flow: a list, and a dynamic cache."""
     codebook = model.codebook()
     h = model.flow._to_positions(noise)
+
     for layer in reversed(model.flow.layers):
         u, states, cache = layer._arrange(h), [], DynamicCache(config=layer.decoder.config)
         inputs = layer._inputs(u, codebook, 0, 1)
+
         for n in range(u.shape[1]):
-            context = layer.decoder(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state
+            context = layer.decoder(
+                inputs_embeds=inputs, past_key_values=cache, use_cache=True
+            ).last_hidden_state
             states.append(layer.head(u[:, n : n + 1], context, codebook, task="inverse"))
             inputs = layer._inputs(states[-1], codebook, 1, 2)
+
         h = layer._rearrange(torch.cat(states, 1))
+
     return model.decode(model.flow._to_tokens(h)).argmax(-1)
 
 
@@ -92,14 +126,18 @@ def recomputing_loop(model: TarFlowLMModel, noise: Tensor) -> Tensor:
     """Every prefix is read again for every position: no cache."""
     codebook = model.codebook()
     h = model.flow._to_positions(noise)
+
     for layer in reversed(model.flow.layers):
         u = layer._arrange(h)
         states = torch.zeros_like(u)
+
         for n in range(u.shape[1]):
             inputs = layer._inputs(states, codebook, 0, n + 1)
             context = layer.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1:]
             states[:, n : n + 1] = layer.head(u[:, n : n + 1], context, codebook, task="inverse")
+
         h = layer._rearrange(states)
+
     return model.decode(model.flow._to_tokens(h)).argmax(-1)
 
 
@@ -107,12 +145,16 @@ def build(arguments: argparse.Namespace, patch_size: int, **options: int) -> Tar
     """A stack with random weights, long enough for what is asked; with options of its Mix-d flows."""
     fields = json.loads(Path(arguments.config).read_text())
     fields = {"vocab_size": arguments.vocab_size, **fields.get("config", fields)}
-    fields["max_position_embeddings"] = max(*arguments.num_tokens, fields.get("max_position_embeddings", 1024))
+    fields["max_position_embeddings"] = max(
+        *arguments.num_tokens, fields.get("max_position_embeddings", 1024)
+    )
     fields["flows"] = [
-        flow | (options if flow["coupling"] == "mixture_rosenblatt" else {}) for flow in fields.get("flows", [])
+        flow | (options if flow["coupling"] == "mixture_rosenblatt" else {})
+        for flow in fields.get("flows", [])
     ] or None
     if arguments.hidden_size is not None:
         fields["hidden_size"] = arguments.hidden_size
+
     return TarFlowLMModel(TarFlowLMConfig(**fields | {"patch_size": patch_size}))
 
 
@@ -131,6 +173,7 @@ def mix_1_stack(num_tokens: int) -> TarFlowLMModel:
             {**flow, "direction": "left_to_right", "num_hidden_layers": 1},
         ],
     )
+
     return TarFlowLMModel(config)
 
 
@@ -139,27 +182,34 @@ def documentation(split: str, num_tokens: int) -> PackedTokens:
     return PackedTokens(load_splits(PYTHON_DOCS)[split], character_tokenizer(), num_tokens)
 
 
-def train(model: TarFlowLMModel, num_tokens: int, batch_size: int, num_steps: int, **options: float) -> None:
+def train(
+    model: TarFlowLMModel, num_tokens: int, batch_size: int, num_steps: int, **options: float
+) -> None:
     """Trains on the Python documentation, in batches of sequences of so many characters."""
     set_seed(0)
     training = TrainingConfig(num_steps=num_steps, **options)
     optimizer = make_optimizer(model, training)
     data = documentation("train", num_tokens)
     order = torch.randperm(len(data)).tolist()
+
     for step in range(num_steps):
         rows = (order[(batch_size * step + i) % len(order)] for i in range(batch_size))
-        input_ids = torch.stack([torch.as_tensor(data[row]["input_ids"]) for row in rows]).to(model.device)
+        input_ids = torch.stack([torch.as_tensor(data[row]["input_ids"]) for row in rows]).to(
+            model.device
+        )
         loss = compute_loss(model, input_ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * min(1, (step + 1) / training.warmup_steps)
+
         optimizer.step()
         optimizer.zero_grad()
+
     model.eval()
 
 
-# ------------------------------------------------------------------------------------------------------- how it is run
+# ------------------------------------------------------------------------------------ how it is run
 
 
 def whole_stacks(arguments: argparse.Namespace, table: Table) -> None:
@@ -169,11 +219,17 @@ def whole_stacks(arguments: argparse.Namespace, table: Table) -> None:
         models = [AutoModel.from_pretrained(arguments.checkpoint)]
     else:
         models = [build(arguments, patch_size) for patch_size in arguments.patch_sizes]
+
     models = {model.config.patch_size: model.to(device, dtype).eval() for model in models}
     config = next(iter(models.values())).config
     library = discrete_baseline(config).to(device, dtype).eval()
-    methods = {name: options for name, options in METHODS.items() if arguments.captured_step or "captured" not in name}
+    methods = {
+        name: options
+        for name, options in METHODS.items()
+        if arguments.captured_step or "captured" not in name
+    }
     table.title(mode=27, patch=5, batch=5, tokens=6, seconds=9, tokens_per_second=17, ratio=6)
+
     for batch in arguments.batch_sizes:
         for length in arguments.num_tokens:
             start = torch.full((batch, 1), library.config.bos_token_id, device=device)
@@ -186,45 +242,79 @@ def whole_stacks(arguments: argparse.Namespace, table: Table) -> None:
             for patch_size, model in models.items():
                 noise = torch.randn(batch, length, model.config.latent_size, device=device)
                 candidates = {
-                    name: lambda model=model, noise=noise, options=options: model.generate(noise=noise, **options)
+                    name: lambda model=model, noise=noise, options=options: model.generate(
+                        noise=noise, **options
+                    )
                     for name, options in methods.items()
                 }
-                candidates["cached loop"] = lambda model=model, noise=noise: cached_loop(model, noise)
+                candidates["cached loop"] = lambda model=model, noise=noise: cached_loop(
+                    model, noise
+                )
+
                 if length <= arguments.recompute_up_to and batch == min(arguments.batch_sizes):
-                    candidates["without a cache"] = lambda model=model, noise=noise: recomputing_loop(model, noise)
+                    candidates["without a cache"] = lambda model=model, noise=noise: (
+                        recomputing_loop(model, noise)
+                    )
+
                 expected = candidates["sequential"]()
                 for name, run in candidates.items():
                     if torch.equal(run(), expected):
                         runs[name, patch_size] = run
                     else:
                         differ.append((name, patch_size))
+
             times = median_times(runs, arguments.repeats, device)
             for (name, patch_size), seconds in times.items():
                 ratio = times[LIBRARY, 1] / seconds
                 speed = batch * length / seconds
                 values = {"seconds": seconds, "tokens_per_second": speed, "ratio": ratio}
                 table.row(mode=name, patch=patch_size, batch=batch, tokens=length, **values)
+
             for name, patch_size in differ:
                 values = dict.fromkeys(("seconds", "tokens_per_second", "ratio"), "differs")
                 table.row(mode=name, patch=patch_size, batch=batch, tokens=length, **values)
 
 
 def patches(arguments: argparse.Namespace, table: Table) -> None:
-    """Each patch size with and without a decoder over the tokens of a patch: likelihood, and speed beside patch 1."""
+    """Each patch size with and without a decoder over the tokens of a patch: likelihood, and speed
+    beside patch 1.
+    """
     length = min(arguments.num_tokens)
     data = documentation("validation", length)
     models, bits = {}, {}
-    for key in ((size, layers) for size in arguments.patch_sizes for layers in ((0, 1) if size > 1 else (0,))):
+
+    for key in (
+        (size, layers)
+        for size in arguments.patch_sizes
+        for layers in ((0, 1) if size > 1 else (0,))
+    ):
         patch_size, head_layers = key
         set_seed(0)
         options = {"patch_head_layers": head_layers} if head_layers else {}
         models[key] = build(arguments, patch_size, **options).to(arguments.device)
         train(models[key], length, 8, arguments.patch_steps, learning_rate=2e-3)
         bits[key] = likelihood(models[key], data, max_sequences=64).bits_per_token
-    table.title(patch=5, head_layers=11, parameters=10, bits=5, batch=5, tokens=6, tokens_per_second=17, speedup=7)
+
+    table.title(
+        patch=5,
+        head_layers=11,
+        parameters=10,
+        bits=5,
+        batch=5,
+        tokens=6,
+        tokens_per_second=17,
+        speedup=7,
+    )
+
     for batch in arguments.batch_sizes:
-        noise = torch.randn(batch, length, next(iter(models.values())).config.latent_size, device=arguments.device)
-        runs = {key: lambda model=model, noise=noise: model.generate(noise=noise) for key, model in models.items()}
+        noise = torch.randn(
+            batch, length, next(iter(models.values())).config.latent_size, device=arguments.device
+        )
+        runs = {
+            key: lambda model=model, noise=noise: model.generate(noise=noise)
+            for key, model in models.items()
+        }
+
         times = median_times(runs, arguments.repeats, arguments.device)
         for (patch_size, head_layers), seconds in times.items():
             key = (patch_size, head_layers)
@@ -242,12 +332,29 @@ def patches(arguments: argparse.Namespace, table: Table) -> None:
 
 
 def trained_flows(model: TarFlowLMModel, arguments: argparse.Namespace, table: Table) -> None:
-    """Each flow of a trained stack, from the noise side: the parallel inverse against the sequential one."""
-    device, length = arguments.device, min(max(arguments.num_tokens), model.config.max_position_embeddings)
-    table.title(flow=4, coupling=18, layers=6, batch=5, tokens=6, sequential=10, parallel=9, ratio=6, iterations=10)
+    """Each flow of a trained stack, from the noise side: the parallel inverse against the
+    sequential one.
+    """
+    device, length = (
+        arguments.device,
+        min(max(arguments.num_tokens), model.config.max_position_embeddings),
+    )
+    table.title(
+        flow=4,
+        coupling=18,
+        layers=6,
+        batch=5,
+        tokens=6,
+        sequential=10,
+        parallel=9,
+        ratio=6,
+        iterations=10,
+    )
+
     for batch in arguments.batch_sizes:
         noise = torch.randn(batch, length, model.config.latent_size, device=device)
         u, codebook = model.flow._to_positions(noise), model.codebook()
+
         for index in reversed(range(len(model.flow.layers))):
             layer, facts = model.flow.layers[index], model.config.flows[index]
 
@@ -266,12 +373,17 @@ def trained_flows(model: TarFlowLMModel, arguments: argparse.Namespace, table: T
                 "residual": report.residual,
                 "max_difference": (found - h).abs().max().item(),
             }
+
             if torch.allclose(found, h, rtol=1e-2, atol=1e-2):
-                runs = {method: lambda method=method: invert(method) for method in ("sequential", "parallel")}
+                runs = {
+                    method: lambda method=method: invert(method)
+                    for method in ("sequential", "parallel")
+                }
                 times = median_times(runs, arguments.repeats, device)
                 table.row(**row, **times, ratio=times["sequential"] / times["parallel"])
             else:
                 table.row(**row, **dict.fromkeys(("sequential", "parallel", "ratio"), "differs"))
+
             u = h
 
 
@@ -281,8 +393,10 @@ def main():
     table = Table(arguments.device, arguments.output)
     with torch.no_grad():
         whole_stacks(arguments, table)
+
     if arguments.patch_steps and not arguments.checkpoint:
         patches(arguments, table)
+
     if arguments.checkpoint:
         model = AutoModel.from_pretrained(arguments.checkpoint).to(arguments.device).eval()
     elif arguments.train_steps:
@@ -290,6 +404,7 @@ def main():
         train(model, max(arguments.num_tokens), 2, arguments.train_steps)
     else:
         return
+
     with torch.no_grad():
         trained_flows(model, arguments, table)
 

@@ -1,4 +1,6 @@
-"""What the benchmarks share: timing in turns, memory, where and when it was measured, tables that are kept as rows."""
+"""What the benchmarks share: timing in turns, memory, where and when it was measured, tables that
+are kept as rows.
+"""
 
 import datetime
 import json
@@ -18,14 +20,18 @@ def seconds(run: Callable[[], object], device: str) -> float:
     """Wall-clock time of one run, on a GPU until it has finished."""
     if device != "cpu":
         torch.cuda.synchronize()
+
     start = time.perf_counter()
     run()
     if device != "cpu":
         torch.cuda.synchronize()
+
     return time.perf_counter() - start
 
 
-def median_times(modes: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+def median_times(
+    modes: dict[str, Callable[[], object]], repeats: int, device: str
+) -> dict[str, float]:
     """Seconds of each mode, the modes taking turns."""
     times = {name: [] for name in modes}
     for _ in range(repeats):
@@ -35,7 +41,9 @@ def median_times(modes: dict[str, Callable[[], object]], repeats: int, device: s
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes per second of a copy within the device's memory, reads and writes counted: the ceiling of what streams."""
+    """Bytes per second of a copy within the device's memory, reads and writes counted: the ceiling
+    of what streams.
+    """
     source = torch.zeros(2**28 if device != "cpu" else 2**25, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     run = lambda: target.copy_(source)  # noqa: E731
@@ -44,7 +52,8 @@ def copy_bandwidth(device: str) -> float:
 
 
 def output_of_own_process(script: str, *arguments: str) -> dict:
-    """The JSON that this script prints in the last line, in a process that runs nothing else: whose memory is its own.
+    """The JSON that this script prints in the last line, in a process that runs nothing else: whose
+    memory is its own.
 
     Raises:
         RuntimeError: It fails; with what it wrote.
@@ -56,7 +65,9 @@ def output_of_own_process(script: str, *arguments: str) -> dict:
 
 
 def peak_resident_memory() -> int:
-    """The largest resident size of this process in bytes, on Linux. (`getrusage` begins with its parent's.)"""
+    """The largest resident size of this process in bytes, on Linux. (`getrusage` begins with its
+    parent's.)
+    """
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
@@ -90,12 +101,21 @@ class Table:
         print("\n" + "  ".join(f"{name:>{width}}" for name, width in widths.items()))
 
     def row(self, **values) -> None:
-        """One row: the columns of the title are printed, all of it is kept. None is what was not measured."""
+        """One row: the columns of the title are printed, all of it is kept. None is what was not
+        measured.
+        """
         cells = []
         for name, width in self.widths.items():
             value = values[name]
-            value = "-" if value is None else f"{value:,.2f}" if isinstance(value, float) else str(value)
+            value = (
+                "-"
+                if value is None
+                else f"{value:,.2f}"
+                if isinstance(value, float)
+                else str(value)
+            )
             cells.append(f"{value:>{width}}")
+
         print("  ".join(cells), flush=True)
         if self.output is not None:
             with self.output.open("a") as file:

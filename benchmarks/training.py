@@ -1,17 +1,20 @@
-"""A training step of a TarFlowLM beside one of the library's Llama: same blocks and layers, same batch, in one run.
+"""A training step of a TarFlowLM beside one of the library's Llama: same blocks and layers, same
+batch, in one run.
 
     python benchmarks/training.py --quick                                            # the demo, on CPU: a minute
-    python benchmarks/training.py --recipe openwebtext_deep --vocab_size 50257 --num_flows 1 --dtype bfloat16
-    python benchmarks/training.py --recipe text8_deep --batch_size 64 --output training.jsonl
+    python benchmarks/training.py --recipe openwebtext_deep --vocab_size 50257 --num_flows 1 --dtype
+    bfloat16 python benchmarks/training.py --recipe text8_deep --batch_size 64 --output
+    training.jsonl
 
-Random ids, so no corpus is needed. The models take turns; a time is the median of the rounds, and covers forward,
-backward, gradient clipping and AdamW. bfloat16 is autocast, with weights in float32. A model's peak memory on a GPU is
-its weights and optimiser state, and what a step of it allocates at most besides. On a CPU it is what three steps, the
-making of the model included, add to the largest resident size of a process of its own (on Linux), the median of five:
-what the allocator and the library of the matrix products keep back counts, too. With --quick it is not measured there.
+Random ids, so no corpus is needed. The models take turns; a time is the median of the rounds, and
+covers forward, backward, gradient clipping and AdamW. bfloat16 is autocast, with weights in
+float32. A model's peak memory on a GPU is its weights and optimiser state, and what a step of it
+allocates at most besides. On a CPU it is what three steps, the making of the model included, add to
+the largest resident size of a process of its own (on Linux), the median of five: what the allocator
+and the library of the matrix products keep back counts, too. With --quick it is not measured there.
 
-With --num_flows L the stack is cut after its first flows, and the Llama has the layers of these: its first stage of
-progressive training. With --stage L the flows before it are frozen, too.
+With --num_flows L the stack is cut after its first flows, and the Llama has the layers of these:
+its first stage of progressive training. With --stage L the flows before it are frozen, too.
 """
 
 import argparse
@@ -27,20 +30,35 @@ from transformers import PreTrainedModel, set_seed
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.throughput import peak_flops, training_flops
-from tarflow_hf.training import RowNoise, TrainingConfig, compute_loss, discrete_baseline, make_optimizer, make_stages
+from tarflow_hf.training import (
+    RowNoise,
+    TrainingConfig,
+    compute_loss,
+    discrete_baseline,
+    make_optimizer,
+    make_stages,
+)
 
 MODELS = ("TarFlowLM", "Llama")
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="demo", help="of examples/recipes, whose model is timed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recipe", default="demo", help="of examples/recipes, whose model is timed"
+    )
     parser.add_argument("--num_flows", type=int, help="cut the stack after its first flows")
-    parser.add_argument("--stage", type=int, help="stage of progressive training: flows before it are frozen")
+    parser.add_argument(
+        "--stage", type=int, help="stage of progressive training: flows before it are frozen"
+    )
     parser.add_argument("--vocab_size", type=int, default=27, help="where the recipe names none")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--num_tokens", type=int, help="of a sequence; default: the longest of the model")
+    parser.add_argument(
+        "--num_tokens", type=int, help="of a sequence; default: the longest of the model"
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3, help="steps of each that are not timed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -48,25 +66,33 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile, of both models")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--quick", action="store_true", help="128 tokens, 3 rounds")
-    parser.add_argument("--memory_of", choices=MODELS, help="print the memory of this model's steps alone, on a CPU")
+    parser.add_argument(
+        "--memory_of", choices=MODELS, help="print the memory of this model's steps alone, on a CPU"
+    )
     parser.add_argument("--output", type=Path, help="file to append the rows to, as JSON lines")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.num_tokens, arguments.rounds, arguments.warmup = 128, 3, 1
+
     return arguments
 
 
 class Step:
     """A model with its optimiser, which takes steps on the same ids again and again."""
 
-    def __init__(self, model: PreTrainedModel, arguments: argparse.Namespace, num_flows: int | None, device):
+    def __init__(
+        self, model: PreTrainedModel, arguments: argparse.Namespace, num_flows: int | None, device
+    ):
         self.model, self.num_flows, self.device = model.to(device), num_flows, device
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+
         self.optimizer = make_optimizer(model, TrainingConfig())
         self.call = torch.compile(model) if arguments.compile else model
         self.noise = RowNoise(0, arguments.batch_size, 0, device)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=arguments.dtype == "bfloat16")
+        self.autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=arguments.dtype == "bfloat16"
+        )
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.num_steps, self.seconds, self.memory = 0, [], []
 
@@ -76,19 +102,30 @@ class Step:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
+
         start = time.perf_counter()
         with self.autocast:
-            loss = compute_loss(self.call, input_ids, self.noise.at(self.num_steps, 0), self.num_flows)
+            loss = compute_loss(
+                self.call, input_ids, self.noise.at(self.num_steps, 0), self.num_flows
+            )
+
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if is_gpu:
             torch.cuda.synchronize()
+
         self.seconds.append(time.perf_counter() - start)
         self.num_steps += 1
+
         if is_gpu:
-            state = [x for values in self.optimizer.state.values() for x in values.values() if torch.is_tensor(x)]
+            state = [
+                x
+                for values in self.optimizer.state.values()
+                for x in values.values()
+                if torch.is_tensor(x)
+            ]
             own = sum(x.numel() * x.element_size() for x in [*self.model.parameters(), *state])
             self.memory.append(torch.cuda.max_memory_allocated() - before + own)
 
@@ -96,20 +133,33 @@ class Step:
 def make_models(
     arguments: argparse.Namespace, names: tuple[str, ...] = MODELS
 ) -> tuple[dict[str, PreTrainedModel], TarFlowLMConfig, int | None]:
-    """The flow model and the library's, of equal layers; their configuration, and where the stack is cut."""
+    """The flow model and the library's, of equal layers; their configuration, and where the stack
+    is cut.
+    """
     fields = json.loads((RECIPES / f"{arguments.recipe}.json").read_text())["config"]
     config = TarFlowLMConfig(**{"vocab_size": arguments.vocab_size, **fields})
+
     num_flows = arguments.stage or arguments.num_flows
     if num_flows is not None:
         if not 1 <= num_flows <= len(config.flows):
-            raise ValueError(f"num_flows and stage must be in 1, ..., {len(config.flows)}, not {num_flows}.")
-        config = TarFlowLMConfig(**{"vocab_size": arguments.vocab_size, **fields, "flows": config.flows[:num_flows]})
+            raise ValueError(
+                f"num_flows and stage must be in 1, ..., {len(config.flows)}, not {num_flows}."
+            )
+
+        config = TarFlowLMConfig(
+            **{"vocab_size": arguments.vocab_size, **fields, "flows": config.flows[:num_flows]}
+        )
+
     set_seed(0)
     make = {"TarFlowLM": TarFlowLMModel, "Llama": discrete_baseline}
+
     models = {name: make[name](config) for name in names}
     if arguments.stage and "TarFlowLM" in models:
-        stages = make_stages(models["TarFlowLM"], TrainingConfig(mode="progressive", num_steps=len(config.flows)))
+        stages = make_stages(
+            models["TarFlowLM"], TrainingConfig(mode="progressive", num_steps=len(config.flows))
+        )
         stages[-1].choose_parameters(models["TarFlowLM"])
+
     return models, config, num_flows
 
 
@@ -123,6 +173,7 @@ def make_steps(
         name: Step(model, arguments, num_flows if name == "TarFlowLM" else None, device)
         for name, model in models.items()
     }
+
     return steps, input_ids, config
 
 
@@ -139,9 +190,11 @@ def main():
     if arguments.memory_of:
         print_memory(arguments)
         return
+
     device = torch.device(arguments.device)
     steps, input_ids, config = make_steps(arguments, device)
     num_tokens = input_ids.shape[1]
+
     for round_ in range(arguments.warmup + arguments.rounds):
         for step in steps.values():
             step.take(input_ids)
@@ -152,14 +205,20 @@ def main():
     is_gpu = device.type == "cuda"
     peak = peak_flops(device, {"bfloat16": "bf16"}.get(arguments.dtype))
     memory = {name: max(step.memory) for name, step in steps.items() if step.memory}
+
     if not is_gpu and not arguments.quick and sys.platform == "linux":
         for model in MODELS:
             command = __file__, *sys.argv[1:], "--memory_of", model
-            memory[model] = statistics.median(output_of_own_process(*command)["bytes"] for _ in range(5))
+            memory[model] = statistics.median(
+                output_of_own_process(*command)["bytes"] for _ in range(5)
+            )
+
     rows = []
     for name, step in steps.items():
         seconds = statistics.median(step.seconds)
-        flops = training_flops(step.model, num_tokens, step.num_flows) * arguments.batch_size / seconds
+        flops = (
+            training_flops(step.model, num_tokens, step.num_flows) * arguments.batch_size / seconds
+        )
         rows.append({
             "model": name,
             "recipe": arguments.recipe,
@@ -181,12 +240,16 @@ def main():
             "peak_memory_gib": memory[name] / 2**30 if name in memory else None,
             **facts(arguments.device),
         })  # fmt: skip
+
     print(
         f"{arguments.recipe}, {config.num_hidden_layers} layers of width {config.hidden_size}, V = {config.vocab_size}"
     )
-    print(f"batch {arguments.batch_size} x {num_tokens} tokens, {arguments.dtype}, {device_name(arguments.device)}\n")
+    print(
+        f"batch {arguments.batch_size} x {num_tokens} tokens, {arguments.dtype}, {device_name(arguments.device)}\n"
+    )
     print("| model | parameters | ms/step | tokens/s | FLOP/s | utilisation | peak memory, GiB |")
     print("|---|---|---|---|---|---|---|")
+
     for row in rows:
         used, memory = row["model_flops_utilization"], row["peak_memory_gib"]
         print(
@@ -194,9 +257,18 @@ def main():
             f"| {row['flops_per_second']:.3g} | {'peak unknown' if used is None else f'{used:.1%}'} "
             f"| {'not measured' if memory is None else f'{memory:.2f}'} |"
         )
+
     flow, library = rows
-    print(f"\ntokens/s of TarFlowLM / Llama: {flow['tokens_per_second'] / library['tokens_per_second']:.3f}", end="")
-    print(f"; peak memory: {flow['peak_memory_gib'] / library['peak_memory_gib']:.3f}" if memory else "")
+    print(
+        f"\ntokens/s of TarFlowLM / Llama: {flow['tokens_per_second'] / library['tokens_per_second']:.3f}",
+        end="",
+    )
+    print(
+        f"; peak memory: {flow['peak_memory_gib'] / library['peak_memory_gib']:.3f}"
+        if memory
+        else ""
+    )
+
     if arguments.output:
         with arguments.output.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -1,9 +1,11 @@
-"""A page to try a checkpoint in: write with it, score a text of your own, edit one in the space of the flows.
+"""A page to try a checkpoint in: write with it, score a text of your own, edit one in the space of
+the flows.
 
     pip install -e ".[app]"
     python examples/app.py runs/demo/model         # a folder, or a repository of the Hub; no GPU needed
 
-`spaces/README.md` says how to make a Space of it. `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT` say where it listens.
+`spaces/README.md` says how to make a Space of it. `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT` say
+where it listens.
 """
 
 import argparse
@@ -25,7 +27,9 @@ STYLE = demo.DEMO_STYLE + """\
 .dark button[role=tab][aria-selected=true] { color: var(--primary-300); }
 .result .message { border-left: 4px solid #c2410c; padding: .5rem .75rem; }
 """  # fmt: skip
-THEME = gr.themes.Default(primary_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace"]).set(
+THEME = gr.themes.Default(
+    primary_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace"]
+).set(
     body_text_color_subdued="*neutral_600",  # what the theme has is too pale to read
     body_text_color_subdued_dark="*neutral_300",
     block_label_text_color="*neutral_700",
@@ -56,7 +60,9 @@ def page(model, tokenizer, name: str) -> gr.Blocks:
     has_weights = any(flow["coupling"] == "mixture_rosenblatt" for flow in config.flows)
 
     def write(prompt, length, temperature, seed, top_p, mixture_temperature, num_candidates):
-        steering = {"top_p": top_p, "mixture_temperature": mixture_temperature} if has_weights else {}
+        steering = (
+            {"top_p": top_p, "mixture_temperature": mixture_temperature} if has_weights else {}
+        )
         options = {"num_candidates": num_candidates, **steering}
         return demo.write(model, tokenizer, prompt, length, temperature, seed or 0, **options)
 
@@ -68,7 +74,10 @@ def page(model, tokenizer, name: str) -> gr.Blocks:
 
     def act(answer, inputs, text_box):
         """A button, and the place for the answer to the inputs."""
-        button, result = gr.Button(answer.__name__.title(), variant="primary"), gr.HTML(elem_classes="result")
+        button, result = (
+            gr.Button(answer.__name__.title(), variant="primary"),
+            gr.HTML(elem_classes="result"),
+        )
         gr.on([button.click, text_box.submit], friendly(answer), inputs, result)
 
     def seed_box():
@@ -76,7 +85,16 @@ def page(model, tokenizer, name: str) -> gr.Blocks:
 
     def slider(label, minimum, maximum, value=1, step=0.05, **options):
         precision = 0 if step == int(step) else None
-        return gr.Slider(minimum, maximum, value, step=step, precision=precision, label=label, min_width=250, **options)
+        return gr.Slider(
+            minimum,
+            maximum,
+            value,
+            step=step,
+            precision=precision,
+            label=label,
+            min_width=250,
+            **options,
+        )
 
     def text_box(label, **options):
         return gr.Textbox(label=label, lines=3, max_length=20_000, **options)
@@ -87,46 +105,68 @@ def page(model, tokenizer, name: str) -> gr.Blocks:
             f"flow ([paper](https://arxiv.org/abs/2507.00425)). {model.num_parameters():,} parameters, "
             f"{config.vocab_size:,} tokens in the vocabulary, texts of up to {config.max_position_embeddings} tokens."
         )
+
         with gr.Tab("Write"):
             hint = "May be empty. Or a text with gaps to fill, a dot for each token: the function [........] a list"
             prompt = text_box("Beginning", info=hint)
+
             with gr.Row():
                 step, most = config.patch_size, config.max_position_embeddings
                 default = min(128, most) // step * step
                 length = slider("New tokens", step, most, default, step)
                 temperature = slider("Temperature of the noise", 0.1, 1.5)
                 seed = seed_box()
+
             with gr.Accordion("Advanced", open=False), gr.Row():
                 top_p = slider("Top-p of the mixture weights", 0.05, 1, visible=has_weights)
-                mixture = slider("Temperature of the mixture weights", 0.1, 1.5, visible=has_weights)
+                mixture = slider(
+                    "Temperature of the mixture weights", 0.1, 1.5, visible=has_weights
+                )
                 candidates = slider("Candidates: the likeliest is kept", 1, 8, step=1)
+
             act(write, [prompt, length, temperature, seed, top_p, mixture, candidates], prompt)
+
         with gr.Tab("Score"):
             text = text_box("Your text")
             act(score, text, text)
+
         with gr.Tab("Edit"):
             text = text_box("Your text", info="Select the part to redraw.")
             part, start = gr.Textbox(label="Part to redraw"), gr.State(0)
+
             # Each selection counts, in order, though they come faster than they are handled.
             hidden = {"show_progress": "hidden", "api_visibility": "private"}
             text.select(selected, None, [part, start], trigger_mode="multiple", **hidden)
+
             with gr.Row():
-                levels = [(f"state after flow {n}", n) for n in range(1, num_flows)] + [("noise", num_flows)]
+                levels = [(f"state after flow {n}", n) for n in range(1, num_flows)] + [
+                    ("noise", num_flows)
+                ]
                 level = gr.Radio(levels, value=num_flows, label="Redraw its")
                 seed = seed_box()
+
             act(edit, [text, part, start, level, seed], part)
+
     return blocks
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default = os.environ.get("CHECKPOINT", "runs/demo/model")
-    parser.add_argument("checkpoint", nargs="?", default=default, help="default: $CHECKPOINT, or else runs/demo/model")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        default=default,
+        help="default: $CHECKPOINT, or else runs/demo/model",
+    )
     checkpoint = parser.parse_args().checkpoint
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     if torch.cuda.is_available():
         model.cuda()
+
     footer = ["api", "gradio", "settings"]
     page(model, tokenizer, checkpoint).launch(theme=THEME, css=STYLE, footer_links=footer)
 

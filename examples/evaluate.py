@@ -4,11 +4,12 @@
     python examples/evaluate.py runs/demo/model --data my.txt --output evaluation.json   # all of it, with its origin
     python examples/evaluate.py runs/ar/model --data python-docs        # the test split of train.py's --dataset
 
-The text is cut into sequences of the model's length, each scored on its own from its first token on; no window slides.
-For a TarFlowLM the figures are upper bounds: from the ELBO (1 sample), and from the tighter importance-weighted bound
-with more samples. `+-` is the standard error of nats per token over the sequences, which holds for text like this one.
-Words are what stands between spaces. With --num_flows the stack is cut after its first flows, a model of its own. What
-the JSON holds is said in `tarflow_hf.evaluation.Evaluation`. What a model generates: examples/evaluate_samples.py.
+The text is cut into sequences of the model's length, each scored on its own from its first token
+on; no window slides. For a TarFlowLM the figures are upper bounds: from the ELBO (1 sample), and
+from the tighter importance-weighted bound with more samples. `+-` is the standard error of nats per
+token over the sequences, which holds for text like this one. Words are what stands between spaces.
+With --num_flows the stack is cut after its first flows, a model of its own. What the JSON holds is
+said in `tarflow_hf.evaluation.Evaluation`. What a model generates: examples/evaluate_samples.py.
 """
 
 import argparse
@@ -24,16 +25,25 @@ from tarflow_hf.provenance import provenance_of
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
-    parser.add_argument("--data", required=True, help="a UTF-8 text file, or python-docs or a dataset: its test split")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="a UTF-8 text file, or python-docs or a dataset: its test split",
+    )
     parser.add_argument("--output", type=Path, help="write all figures here, as JSON")
-    parser.add_argument("--num_samples", type=int, default=16, help="of the importance-weighted bound")
+    parser.add_argument(
+        "--num_samples", type=int, default=16, help="of the importance-weighted bound"
+    )
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_sequences", type=int, help="score only the first ones")
     parser.add_argument("--num_flows", type=int, help="score the stack cut after its first flows")
     parser.add_argument("--seed", type=int, default=0, help="of the latents")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
     return parser.parse_args()
 
 

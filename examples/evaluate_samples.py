@@ -1,14 +1,17 @@
-"""What a checkpoint's samples are like, beside held-out text: generative perplexity, MAUVE, entropy, repetition.
+"""What a checkpoint's samples are like, beside held-out text: generative perplexity, MAUVE,
+entropy, repetition.
 
     python examples/evaluate_samples.py runs/mine/model --data held-out.txt --output samples.json
-    python examples/evaluate_samples.py runs/mine/model --data held-out.txt --judge gpt2 --num_samples 500
-    python examples/evaluate_samples.py runs/mine/model --data held-out.txt --judge path/of/a/causal/model --top_p 0.95
-    python examples/evaluate_samples.py runs/mine/model --data python-docs --no_judge --num_samples 200
+    python examples/evaluate_samples.py runs/mine/model --data held-out.txt --judge gpt2
+    --num_samples 500 python examples/evaluate_samples.py runs/mine/model --data held-out.txt
+    --judge path/of/a/causal/model --top_p 0.95 python examples/evaluate_samples.py runs/mine/model
+    --data python-docs --no_judge --num_samples 200
 
-The defaults are the paper's: 5,000 samples of the model's length, read by GPT-2 large; MAUVE at scale 5, with as many
-sequences of the text. Samples are kept in --samples, and a run that was stopped goes on with them. Without a network
-the judge is a local folder. A judge needs `mauve-text`; without one, what it would say is not measured. What the JSON
-holds: `tarflow_hf.generative_metrics.SampleEvaluation`.
+The defaults are the paper's: 5,000 samples of the model's length, read by GPT-2 large; MAUVE at
+scale 5, with as many sequences of the text. Samples are kept in --samples, and a run that was
+stopped goes on with them. Without a network the judge is a local folder. A judge needs
+`mauve-text`; without one, what it would say is not measured. What the JSON holds:
+`tarflow_hf.generative_metrics.SampleEvaluation`.
 """
 
 import argparse
@@ -34,17 +37,33 @@ from tarflow_hf.provenance import provenance_of
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
-    parser.add_argument("--data", required=True, help="to compare with: a UTF-8 text file, or python-docs or a dataset")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="to compare with: a UTF-8 text file, or python-docs or a dataset",
+    )
     judge = parser.add_mutually_exclusive_group()
-    judge.add_argument("--judge", default=JUDGE, help="a causal language model: a folder, or a repository of the Hub")
+    judge.add_argument(
+        "--judge",
+        default=JUDGE,
+        help="a causal language model: a folder, or a repository of the Hub",
+    )
     judge.add_argument("--no_judge", action="store_true", help="measure only what needs none")
     parser.add_argument("--num_samples", type=int, default=NUM_SAMPLES)
     parser.add_argument("--length", type=int, help="of a sample, in tokens; default: the model's")
-    parser.add_argument("--samples", type=Path, default=Path("samples.jsonl"), help="where samples are kept")
+    parser.add_argument(
+        "--samples", type=Path, default=Path("samples.jsonl"), help="where samples are kept"
+    )
     parser.add_argument("--output", type=Path, help="write all figures here, as JSON")
-    parser.add_argument("--temperature", type=float, help="standard deviation of the noise; of a discrete model, usual")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="standard deviation of the noise; of a discrete model, usual",
+    )
     parser.add_argument("--mixture_temperature", type=float, help="of the weights of Mix-d flows")
     parser.add_argument("--top_k", type=int, help="as in examples/generate.py")
     parser.add_argument("--top_p", type=float, help="as in examples/generate.py")
@@ -53,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--judge_batch_size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
     return parser.parse_args()
 
 
@@ -70,7 +90,11 @@ def main():
     # 2. Samples.
     names = ("temperature", "mixture_temperature", "top_k", "top_p")
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    sizes = {"num_samples": arguments.num_samples, "length": length, "batch_size": arguments.batch_size}
+    sizes = {
+        "num_samples": arguments.num_samples,
+        "length": length,
+        "batch_size": arguments.batch_size,
+    }
     samples = sample_to_file(
         model, tokenizer, arguments.samples, seed=arguments.seed, progress=True, **sizes, **options
     )

@@ -1,16 +1,24 @@
 """Fine-tune a checkpoint on a text file of your own, by the library's Trainer.
 
-    python examples/finetune.py runs/demo/model my.txt --output_dir runs/mine --max_steps 200 --learning_rate 1e-4
-    accelerate launch examples/finetune.py USER/NAME my.txt --output_dir runs/mine --num_train_epochs 1 --bf16
-    python examples/finetune.py USER/NAME my.txt --output_dir runs/mine --push_to_hub --hub_model_id USER/MINE
+    python examples/finetune.py runs/demo/model my.txt --output_dir runs/mine --max_steps 200
+    --learning_rate 1e-4 accelerate launch examples/finetune.py USER/NAME my.txt --output_dir
+    runs/mine --num_train_epochs 1 --bf16 python examples/finetune.py USER/NAME my.txt --output_dir
+    runs/mine --push_to_hub --hub_model_id USER/MINE
 
-All options of `TrainingArguments` are taken. Loss and evaluation are nats per token: minus the ELBO.
+All options of `TrainingArguments` are taken. Loss and evaluation are nats per token: minus the
+ELBO.
 """
 
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+)
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.data import PackedTokens, load_splits
@@ -30,7 +38,9 @@ def main():
 
     splits = load_splits(path)
     length = model.config.max_position_embeddings
-    train, validation = (PackedTokens(splits[name], tokenizer, length) for name in ("train", "validation"))
+    train, validation = (
+        PackedTokens(splits[name], tokenizer, length) for name in ("train", "validation")
+    )
     trainer = Trainer(
         model,
         training,
@@ -41,7 +51,9 @@ def main():
     )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    print(f"Validation, nats per token: {before:.4f} before, {trainer.evaluate()['eval_loss']:.4f} after")
+    print(
+        f"Validation, nats per token: {before:.4f} before, {trainer.evaluate()['eval_loss']:.4f} after"
+    )
     trainer.save_model()  # with the tokenizer and the code; with --push_to_hub it is pushed, too
 
 

@@ -29,15 +29,22 @@ from tarflow_hf.plots import plot_flops, plot_patch_sizes
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     one = parser.add_mutually_exclusive_group()
-    one.add_argument("--checkpoint", help="count this model alone: a folder, or a repository of the Hub")
+    one.add_argument(
+        "--checkpoint", help="count this model alone: a folder, or a repository of the Hub"
+    )
     one.add_argument("--recipe", type=Path, help="count this recipe's model alone")
     parser.add_argument("--sizes", nargs="+", choices=list(GPT2_SIZES), default=list(GPT2_SIZES))
     parser.add_argument("--patch_sizes", type=int, nargs="+", default=list(PATCH_SIZES))
-    parser.add_argument("--coupling", default="mixture_cdf", choices=["mixture_cdf", "mixture_rosenblatt", "affine"])
+    parser.add_argument(
+        "--coupling", default="mixture_cdf", choices=["mixture_cdf", "mixture_rosenblatt", "affine"]
+    )
     parser.add_argument("--num_tokens", type=int, default=1024, help="of a sequence")
     parser.add_argument("--figure", type=Path, help="draw the ratios here: .svg, .png or .pdf")
+
     return parser.parse_args()
 
 
@@ -48,16 +55,23 @@ def main():
             config = TarFlowLMConfig(**json.loads(arguments.recipe.read_text())["config"])
         else:
             config = AutoConfig.from_pretrained(arguments.checkpoint)
+
         count = count_flops(config)
-        print(f"FLOPs of a forward pass over {count.num_tokens:,} tokens, patch size {config.patch_size}")
+        print(
+            f"FLOPs of a forward pass over {count.num_tokens:,} tokens, patch size {config.patch_size}"
+        )
         print(f"TarFlowLM:            {count.flow:.4g}, {count.flow_per_token:.4g} a token")
         print(f"discrete transformer: {count.discrete:.4g}, {count.discrete_per_token:.4g} a token")
-        print(f"ratio:                {count.ratio:.3f}; by the paper's count {count.paper_ratio:.3f}")
+        print(
+            f"ratio:                {count.ratio:.3f}; by the paper's count {count.paper_ratio:.3f}"
+        )
         counts = count_by_patch_size(config, arguments.patch_sizes)
         print(f"\n{patch_size_table(counts)}")
         if arguments.figure is not None:
             plot_patch_sizes(counts).savefig(arguments.figure)
+
         return
+
     counts = figure_7(
         arguments.sizes,
         arguments.patch_sizes,

@@ -1,9 +1,9 @@
 """Sample text from a checkpoint: a folder, or a repository of the Hub.
 
-python examples/generate.py runs/demo/model
-python examples/generate.py runs/demo/model --num_samples 4 --max_new_tokens 128 --temperature 0.9 --seed 1
-python examples/generate.py runs/demo/model --prompt "the function returns"
-python examples/generate.py runs/demo/model --top_p 0.9 --flow_temperatures 1 1 0.9 --num_candidates 8
+python examples/generate.py runs/demo/model python examples/generate.py runs/demo/model
+--num_samples 4 --max_new_tokens 128 --temperature 0.9 --seed 1 python examples/generate.py
+runs/demo/model --prompt "the function returns" python examples/generate.py runs/demo/model --top_p
+0.9 --flow_temperatures 1 1 0.9 --num_candidates 8
 python examples/generate.py runs/demo/model --show_states          # the text that every flow's state decodes to
 """
 
@@ -15,20 +15,42 @@ import tarflow_hf  # noqa: F401  registers the model, so that no remote code is 
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--num_samples", type=int, default=1)
-    parser.add_argument("--max_new_tokens", type=int, help="default: as long as the model was made for")
-    parser.add_argument("--temperature", type=float, default=1.0, help="standard deviation of the noise")
-    parser.add_argument("--flow_temperatures", type=float, nargs="+", help="of each flow's state, from the data side")
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="default: as long as the model was made for"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="standard deviation of the noise"
+    )
+    parser.add_argument(
+        "--flow_temperatures",
+        type=float,
+        nargs="+",
+        help="of each flow's state, from the data side",
+    )
     parser.add_argument("--mixture_temperature", type=float, help="of the weights of Mix-d flows")
-    parser.add_argument("--top_k", type=int, help="components that Mix-d flows keep: the k of the largest weights")
-    parser.add_argument("--top_p", type=float, help="components that Mix-d flows keep: the fewest of weight p")
-    parser.add_argument("--num_candidates", type=int, help="samples to choose each from, by the likelihood bound")
-    parser.add_argument("--decode", choices=["argmax", "sample"], default="argmax", help="from latents to tokens")
-    parser.add_argument("--show_states", action="store_true", help="decode every flow's state, from noise to text")
+    parser.add_argument(
+        "--top_k", type=int, help="components that Mix-d flows keep: the k of the largest weights"
+    )
+    parser.add_argument(
+        "--top_p", type=float, help="components that Mix-d flows keep: the fewest of weight p"
+    )
+    parser.add_argument(
+        "--num_candidates", type=int, help="samples to choose each from, by the likelihood bound"
+    )
+    parser.add_argument(
+        "--decode", choices=["argmax", "sample"], default="argmax", help="from latents to tokens"
+    )
+    parser.add_argument(
+        "--show_states", action="store_true", help="decode every flow's state, from noise to text"
+    )
     parser.add_argument("--seed", type=int, default=0)
+
     return parser.parse_args()
 
 
@@ -38,7 +60,9 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
 
-    prompt = tokenizer(arguments.prompt, return_tensors="pt").input_ids if arguments.prompt else None
+    prompt = (
+        tokenizer(arguments.prompt, return_tensors="pt").input_ids if arguments.prompt else None
+    )
     out = model.generate(
         prompt,
         max_new_tokens=arguments.max_new_tokens,
@@ -52,6 +76,7 @@ def main():
         decode=arguments.decode,
         output_states=True,
     )
+
     for sample in range(arguments.num_samples):
         if arguments.show_states:
             for flow in range(len(out.states) - 1, 0, -1):

@@ -3,8 +3,9 @@
     python examples/infill.py runs/demo/model "the function ________ a list of strings"
     python examples/infill.py USER/NAME "it ____ a ____ of strings" --num_samples 4 --seed 1
 
-Exact with a model that was trained with `conditional: true`; with others an approximation, about which `generate`
-warns. Each piece between gaps is tokenized on its own; where a model takes several tokens a patch, gaps are whole ones.
+Exact with a model that was trained with `conditional: true`; with others an approximation, about
+which `generate` warns. Each piece between gaps is tokenized on its own; where a model takes several
+tokens a patch, gaps are whole ones.
 """
 
 import argparse
@@ -17,11 +18,14 @@ import tarflow_hf  # noqa: F401  registers the model, so that no remote code is 
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
     parser.add_argument("text", help="with gaps: ____")
     parser.add_argument("--num_samples", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+
     return parser.parse_args()
 
 
@@ -36,8 +40,11 @@ def main():
         piece_ids = [0] * len(piece) if piece[0] == "_" else tokenizer(piece).input_ids
         ids += piece_ids
         is_gap += [piece[0] == "_"] * len(piece_ids)
+
     filled = model.generate(
-        torch.tensor([ids]), infill_mask=torch.tensor([is_gap]), num_return_sequences=arguments.num_samples
+        torch.tensor([ids]),
+        infill_mask=torch.tensor([is_gap]),
+        num_return_sequences=arguments.num_samples,
     )
     print("\n".join(tokenizer.batch_decode(filled)))
 

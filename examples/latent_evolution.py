@@ -1,10 +1,12 @@
 """How the states of a sequence change from flow to flow, on a text and on samples.
 
-    python examples/latent_evolution.py runs/demo/model --data my.txt
-    python examples/latent_evolution.py runs/demo/model --data my.txt --figure evolution.svg --output evolution.json
+    python examples/latent_evolution.py runs/demo/model --data my.txt python
+    examples/latent_evolution.py runs/demo/model --data my.txt --figure evolution.svg --output
+    evolution.json
 
-For each state: the mean norm, the mean cosine of two tokens, the participation ratio (in how many directions they vary)
-and how far the flow has moved their centre; mean and standard deviation over the sequences.
+For each state: the mean norm, the mean cosine of two tokens, the participation ratio (in how many
+directions they vary) and how far the flow has moved their centre; mean and standard deviation over
+the sequences.
 """
 
 import argparse
@@ -24,9 +26,15 @@ from tarflow_hf.provenance import provenance_of
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
-    parser.add_argument("--data", required=True, help="a UTF-8 text file, or python-docs or a dataset: its test split")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="a UTF-8 text file, or python-docs or a dataset: its test split",
+    )
     parser.add_argument("--num_sequences", type=int, default=64, help="of the text, and samples")
     parser.add_argument("--length", type=int, help="of a sequence, in tokens; default: the model's")
     parser.add_argument("--batch_size", type=int, default=16)
@@ -34,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--figure", type=Path, help="draw them here: .svg, .png or .pdf")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
     return parser.parse_args()
 
 
@@ -43,6 +52,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     if not isinstance(model, TarFlowLMModel):
         raise ValueError(f"{arguments.checkpoint} has no flows: it is a {type(model).__name__}.")
+
     length = arguments.length or model.config.max_position_embeddings
     documents = held_out_documents(arguments.data)
     tokens = PackedTokens(documents, tokenizer, length).tokens
@@ -50,15 +60,21 @@ def main():
 
     options = {"batch_size": arguments.batch_size, "seed": arguments.seed, "progress": True}
     evolutions = {
-        "text": evolution_of_text(model, sequences, max_sequences=arguments.num_sequences, **options),
+        "text": evolution_of_text(
+            model, sequences, max_sequences=arguments.num_sequences, **options
+        ),
         "samples": evolution_of_samples(model, arguments.num_sequences, length, **options),
     }
     for name, evolution in evolutions.items():
-        print(f"{name}: {evolution.num_sequences} sequences of {length} tokens\n{evolution_table(evolution)}\n")
+        print(
+            f"{name}: {evolution.num_sequences} sequences of {length} tokens\n{evolution_table(evolution)}\n"
+        )
+
     if arguments.output is not None:
         origin = provenance_of(model, arguments.checkpoint, arguments.data, documents)
         measures = {name: asdict(evolution) for name, evolution in evolutions.items()}
         arguments.output.write_text(json.dumps(origin | measures, indent=2) + "\n")
+
     if arguments.figure is not None:
         directions = [flow["direction"] for flow in model.config.flows]
         plot_evolution(evolutions, directions).savefig(arguments.figure)

@@ -5,7 +5,8 @@
     python examples/push.py runs/demo/model USER/NAME --evaluation evaluation.json --tag v1.0
     python examples/push.py runs/demo/model USER/NAME --print_card         # only shows the card
 
-An evaluation is what `examples/evaluate.py --output evaluation.json` has written: its figures go onto the card.
+An evaluation is what `examples/evaluate.py --output evaluation.json` has written: its figures go
+onto the card.
 """
 
 import argparse
@@ -19,15 +20,22 @@ from tarflow_hf.hub import model_card, publish
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", help="a folder")
     parser.add_argument("repo_id", help="USER/NAME or ORGANIZATION/NAME")
     parser.add_argument("--recipe", type=Path, help="the recipe it was trained by, for the card")
     parser.add_argument("--evaluation", type=Path, help="results, for the card")
-    parser.add_argument("--private", action="store_true", help="make the repository private, where it is new")
+    parser.add_argument(
+        "--private", action="store_true", help="make the repository private, where it is new"
+    )
     parser.add_argument("--branch", default="main")
     parser.add_argument("--tag", help="a name for this version")
-    parser.add_argument("--print_card", action="store_true", help="show the card, and publish nothing")
+    parser.add_argument(
+        "--print_card", action="store_true", help="show the card, and publish nothing"
+    )
+
     return parser.parse_args()
 
 
@@ -35,18 +43,28 @@ def main():
     arguments = parse_arguments()
     model = TarFlowLMModel.from_pretrained(arguments.checkpoint)
     recipe, evaluation = (
-        None if path is None else json.loads(path.read_text()) for path in (arguments.recipe, arguments.evaluation)
+        None if path is None else json.loads(path.read_text())
+        for path in (arguments.recipe, arguments.evaluation)
     )
     training, description = None, ""
+
     if recipe is not None:
         command = f"accelerate launch examples/train.py --recipe {arguments.recipe.stem}"
         training, description = {**recipe["options"], "command": command}, recipe["description"]
-    card = model_card(model.config, training, evaluation, repo_id=arguments.repo_id, description=description)
+
+    card = model_card(
+        model.config, training, evaluation, repo_id=arguments.repo_id, description=description
+    )
     if arguments.print_card:
         print(card)
         return
+
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    options = {"private": arguments.private or None, "branch": arguments.branch, "tag": arguments.tag}
+    options = {
+        "private": arguments.private or None,
+        "branch": arguments.branch,
+        "tag": arguments.tag,
+    }
     print(publish(model, tokenizer, arguments.repo_id, card=card, **options).commit_url)
 
 

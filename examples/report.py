@@ -1,12 +1,13 @@
-"""A checkpoint as one HTML page: tables, pictures, samples, and beside each the command that reproduces it.
+"""A checkpoint as one HTML page: tables, pictures, samples, and beside each the command that
+reproduces it.
 
     python examples/report.py runs/demo/model --data my.txt --output report.html
     python examples/report.py runs/demo/model --data python-docs --judge path/of/a/causal/model
     python examples/report.py runs/ar/model --data my.txt          # a discrete baseline: without what flows have
 
-The page needs nothing else: no network, no script. The defaults are modest, for a demo in a minute on a laptop; for
-figures to publish give more sequences, and thousands of samples with a judge. Needs `matplotlib`, and with a judge
-`mauve-text`.
+The page needs nothing else: no network, no script. The defaults are modest, for a demo in a minute
+on a laptop; for figures to publish give more sequences, and thousands of samples with a judge.
+Needs `matplotlib`, and with a judge `mauve-text`.
 """
 
 import argparse
@@ -21,7 +22,12 @@ from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import PackedTokens, held_out_documents
 from tarflow_hf.evaluation import cut_text, evaluate_text, longest_sequence
 from tarflow_hf.flops import count_by_patch_size
-from tarflow_hf.generative_metrics import evaluate_samples, load_judge, reference_sequences, sample_to_file
+from tarflow_hf.generative_metrics import (
+    evaluate_samples,
+    load_judge,
+    reference_sequences,
+    sample_to_file,
+)
 from tarflow_hf.latent_evolution import evolution_of_samples, evolution_of_text
 from tarflow_hf.passes import draw_passes
 from tarflow_hf.plots import new_figure
@@ -40,22 +46,40 @@ from tarflow_hf.report import (
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
-    parser.add_argument("--data", required=True, help="a UTF-8 text file, or python-docs or a dataset: its test split")
-    parser.add_argument("--output", type=Path, default=Path("report.html"))
-    parser.add_argument("--judge", help="a causal language model, for generative perplexity and MAUVE")
-    parser.add_argument("--max_sequences", type=int, default=32, help="of the text, to score")
-    parser.add_argument("--bound_samples", type=int, default=16, help="of the importance-weighted bound")
     parser.add_argument(
-        "--num_samples", type=int, default=16, help="to draw and measure; as many sequences of the text"
+        "--data",
+        required=True,
+        help="a UTF-8 text file, or python-docs or a dataset: its test split",
+    )
+    parser.add_argument("--output", type=Path, default=Path("report.html"))
+    parser.add_argument(
+        "--judge", help="a causal language model, for generative perplexity and MAUVE"
+    )
+    parser.add_argument("--max_sequences", type=int, default=32, help="of the text, to score")
+    parser.add_argument(
+        "--bound_samples", type=int, default=16, help="of the importance-weighted bound"
+    )
+    parser.add_argument(
+        "--num_samples",
+        type=int,
+        default=16,
+        help="to draw and measure; as many sequences of the text",
     )
     parser.add_argument("--length", type=int, help="of a sample, in tokens; default: the model's")
-    parser.add_argument("--show_samples", type=int, default=3, help="how many of them the page shows")
-    parser.add_argument("--show_passes", type=int, default=2, help="samples whose way from noise to text it shows")
+    parser.add_argument(
+        "--show_samples", type=int, default=3, help="how many of them the page shows"
+    )
+    parser.add_argument(
+        "--show_passes", type=int, default=2, help="samples whose way from noise to text it shows"
+    )
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
     return parser.parse_args()
 
 
@@ -63,8 +87,12 @@ def main():
     # 1. Everything that may be missing is looked for before the long part.
     arguments = parse_arguments()
     new_figure(1, 1)
+
     if not arguments.output.parent.is_dir():
-        raise ValueError(f"There is no folder {arguments.output.parent} to write {arguments.output.name} in.")
+        raise ValueError(
+            f"There is no folder {arguments.output.parent} to write {arguments.output.name} in."
+        )
+
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     judges = load_judge(arguments.judge, arguments.device) if arguments.judge else (None, None)
@@ -79,14 +107,20 @@ def main():
     sections = [model_section(model, evaluation), likelihood_section(evaluation, rows, command)]
     if isinstance(model, TarFlowLMModel):
         sections.append(codebook_section(evaluation, command))
+
     sections.append(describe_samples(arguments, model, tokenizer, text, judges, origin))
     if isinstance(model, TarFlowLMModel):
         sections.append(show_passes(arguments, model, tokenizer, text))
         sections.append(show_evolution(arguments, model, text))
         counts = count_by_patch_size(model.config)
         sections.append(
-            flops_section(counts, model.config.patch_size, command_line("flops.py", checkpoint=arguments.checkpoint))
+            flops_section(
+                counts,
+                model.config.patch_size,
+                command_line("flops.py", checkpoint=arguments.checkpoint),
+            )
         )
+
     sections.append(origin_section(evaluation))
 
     # 3. The page.
@@ -95,7 +129,9 @@ def main():
         f"{bound}{evaluation.bits_per_character:.4f} bits per character on {evaluation.num_tokens:,} tokens of "
         f"{evaluation.data}, by a model of {evaluation.num_parameters:,} parameters."
     )
-    page = report_page(f"Report on {arguments.checkpoint}", summary[0].upper() + summary[1:], sections)
+    page = report_page(
+        f"Report on {arguments.checkpoint}", summary[0].upper() + summary[1:], sections
+    )
     arguments.output.write_text(page, encoding="utf-8")
     print(f"Written to {arguments.output}: {len(page.encode()):,} bytes.")
 
@@ -106,20 +142,35 @@ def command_line(script: str, *words: str, **options) -> str:
         if value is True:
             words += (f"--{name}",)
         elif value is not None:  # what begins with a hyphen would be read as an option
-            words += (f"--{name}={value}",) if str(value).startswith("-") else (f"--{name}", str(value))
+            words += (
+                (f"--{name}={value}",) if str(value).startswith("-") else (f"--{name}", str(value))
+            )
+
     return shlex.join(["python", f"examples/{script}", *words])
 
 
 def score(arguments, model, text, origin):
     """The evaluation of the text, its likelihoods, and the command that prints them."""
-    sizes = {"max_sequences": arguments.max_sequences, "batch_size": arguments.batch_size, "seed": arguments.seed}
-    evaluation, rows = evaluate_text(model, text, origin, num_samples=arguments.bound_samples, progress=True, **sizes)
+    sizes = {
+        "max_sequences": arguments.max_sequences,
+        "batch_size": arguments.batch_size,
+        "seed": arguments.seed,
+    }
+    evaluation, rows = evaluate_text(
+        model, text, origin, num_samples=arguments.bound_samples, progress=True, **sizes
+    )
     samples = {"num_samples": arguments.bound_samples} if evaluation.is_upper_bound else {}
+
     return (
         evaluation,
         rows,
         command_line(
-            "evaluate.py", arguments.checkpoint, data=arguments.data, **samples, **sizes, device=arguments.device
+            "evaluate.py",
+            arguments.checkpoint,
+            data=arguments.data,
+            **samples,
+            **sizes,
+            device=arguments.device,
         ),
     )
 
@@ -127,12 +178,25 @@ def score(arguments, model, text, origin):
 def describe_samples(arguments, model, tokenizer, text, judges, origin):
     sizes = {"num_samples": arguments.num_samples, "length": text.sequence_length}
     sizes |= {"batch_size": arguments.batch_size, "seed": arguments.seed}
+
     with TemporaryDirectory() as folder:
-        samples = sample_to_file(model, tokenizer, Path(folder, "samples.jsonl"), progress=True, **sizes)
-    evaluation = evaluate_samples(samples, text, tokenizer, *judges, origin, seed=arguments.seed, progress=True)
+        samples = sample_to_file(
+            model, tokenizer, Path(folder, "samples.jsonl"), progress=True, **sizes
+        )
+
+    evaluation = evaluate_samples(
+        samples, text, tokenizer, *judges, origin, seed=arguments.seed, progress=True
+    )
     judge = {"judge": arguments.judge} if arguments.judge else {"no_judge": True}
-    options = {"data": arguments.data, **judge, **sizes, "samples": "report-samples.jsonl", "device": arguments.device}
+    options = {
+        "data": arguments.data,
+        **judge,
+        **sizes,
+        "samples": "report-samples.jsonl",
+        "device": arguments.device,
+    }
     command = command_line("evaluate_samples.py", arguments.checkpoint, **options)
+
     return samples_section(evaluation, samples[: arguments.show_samples], command)
 
 
@@ -141,30 +205,59 @@ def show_passes(arguments, model, tokenizer, text):
     size = min(128, text.sequence_length)
     size -= size % model.config.patch_size
     views = []
+
     for seed in range(arguments.seed, arguments.seed + arguments.show_passes):
         options = {"max_new_tokens": size, "seed": seed}
-        command = command_line("show_passes.py", arguments.checkpoint, **options, device=arguments.device)
-        views.append((f"Sample with seed {seed}", draw_passes(model, tokenizer, **options), command))
+        command = command_line(
+            "show_passes.py", arguments.checkpoint, **options, device=arguments.device
+        )
+        views.append(
+            (f"Sample with seed {seed}", draw_passes(model, tokenizer, **options), command)
+        )
+
     given = tokenizer.decode(text[0]["input_ids"][:size], clean_up_tokenization_spaces=False)
     if len(tokenizer(given).input_ids) % model.config.patch_size == 0:
         options = {"text": given, "seed": arguments.seed}
-        command = command_line("show_passes.py", arguments.checkpoint, **options, device=arguments.device)
-        views.append(
-            ("The beginning of the text, from its own noise", draw_passes(model, tokenizer, **options), command)
+        command = command_line(
+            "show_passes.py", arguments.checkpoint, **options, device=arguments.device
         )
+        views.append(
+            (
+                "The beginning of the text, from its own noise",
+                draw_passes(model, tokenizer, **options),
+                command,
+            )
+        )
+
     return passes_of_texts_section(views, tokenizer)
 
 
 def show_evolution(arguments, model, text):
-    length, options = text.sequence_length, {"batch_size": arguments.batch_size, "seed": arguments.seed}
+    length, options = (
+        text.sequence_length,
+        {"batch_size": arguments.batch_size, "seed": arguments.seed},
+    )
     sequences = cut_text(text.tokens[: len(text) * length], length)
     evolutions = {
-        "text": evolution_of_text(model, sequences, max_sequences=arguments.num_samples, progress=True, **options),
-        "samples": evolution_of_samples(model, arguments.num_samples, length, progress=True, **options),
+        "text": evolution_of_text(
+            model, sequences, max_sequences=arguments.num_samples, progress=True, **options
+        ),
+        "samples": evolution_of_samples(
+            model, arguments.num_samples, length, progress=True, **options
+        ),
     }
-    options |= {"num_sequences": arguments.num_samples, "length": length, "device": arguments.device}
-    command = command_line("latent_evolution.py", arguments.checkpoint, data=arguments.data, **options)
-    return evolution_section(evolutions, [flow["direction"] for flow in model.config.flows], command)
+    options |= {
+        "num_sequences": arguments.num_samples,
+        "length": length,
+        "device": arguments.device,
+    }
+    command = command_line(
+        "latent_evolution.py", arguments.checkpoint, data=arguments.data, **options
+    )
+
+    return evolution_section(
+        evolutions, [flow["direction"] for flow in model.config.flows], command
+    )
 
 
 if __name__ == "__main__":

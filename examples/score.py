@@ -1,10 +1,11 @@
 """Score texts, the most likely one first.
 
-    python examples/score.py runs/demo/model "the function returns a list" "the list returns a function"
+    python examples/score.py runs/demo/model "the function returns a list" "the list returns a
+    function"
     python examples/score.py USER/NAME "a text" --num_samples 64           # a tighter bound
 
-Nats of a TarFlowLM are upper bounds, of the whole text; texts of different lengths compare by nats per token. All texts
-share a batch: shorter ones are padded on the right, and masked.
+Nats of a TarFlowLM are upper bounds, of the whole text; texts of different lengths compare by nats
+per token. All texts share a batch: shorter ones are padded on the right, and masked.
 """
 
 import argparse
@@ -16,11 +17,16 @@ import tarflow_hf  # noqa: F401  registers the model, so that no remote code is 
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
     parser.add_argument("texts", nargs="+")
-    parser.add_argument("--num_samples", type=int, default=16, help="of the importance-weighted bound")
+    parser.add_argument(
+        "--num_samples", type=int, default=16, help="of the importance-weighted bound"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the latents")
+
     return parser.parse_args()
 
 
@@ -38,7 +44,9 @@ def main():
     attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
 
     generator = torch.Generator().manual_seed(arguments.seed)
-    bound = model.importance_weighted_bound(input_ids, attention_mask, arguments.num_samples, generator)
+    bound = model.importance_weighted_bound(
+        input_ids, attention_mask, arguments.num_samples, generator
+    )
     for row in (-bound / lengths).argsort().tolist():
         nats, text = -bound[row].item(), tokenizer.decode(texts[row])
         print(f"{nats:9.3f} nats, {nats / lengths[row].item():.4f} per token: {text}")

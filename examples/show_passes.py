@@ -1,8 +1,9 @@
-"""The text that every flow's state decodes to, from noise to final text, with what each flow changes marked.
+"""The text that every flow's state decodes to, from noise to final text, with what each flow
+changes marked.
 
-    python examples/show_passes.py runs/demo/model
-    python examples/show_passes.py runs/demo/model --prompt "the function returns" --html passes.html
-    python examples/show_passes.py runs/demo/model --text "a text of your own, and the noise it goes to"
+    python examples/show_passes.py runs/demo/model python examples/show_passes.py runs/demo/model
+    --prompt "the function returns" --html passes.html python examples/show_passes.py
+    runs/demo/model --text "a text of your own, and the noise it goes to"
 
 In a terminal changes are in reverse video; where the output goes elsewhere, in brackets.
 """
@@ -18,16 +19,27 @@ from tarflow_hf.passes import draw_passes, passes_page, passes_text
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--prompt", default="", help="text to continue")
-    start.add_argument("--text", default="", help="show how this text comes from its own noise, instead of a sample")
-    parser.add_argument("--max_new_tokens", type=int, help="default: as long as the model was made for")
-    parser.add_argument("--temperature", type=float, default=1.0, help="standard deviation of the noise")
+    start.add_argument(
+        "--text",
+        default="",
+        help="show how this text comes from its own noise, instead of a sample",
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="default: as long as the model was made for"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="standard deviation of the noise"
+    )
     parser.add_argument("--html", type=Path, help="write a page here, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
     return parser.parse_args()
 
 
@@ -37,11 +49,15 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
 
     options = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
-    passes = draw_passes(model, tokenizer, arguments.text, arguments.prompt, arguments.seed, **options)
+    passes = draw_passes(
+        model, tokenizer, arguments.text, arguments.prompt, arguments.seed, **options
+    )
 
     print(passes_text(passes, tokenizer, color=sys.stdout.isatty()))
     if arguments.html is not None:
-        arguments.html.write_text(passes_page(passes, tokenizer, f"From noise to text: {arguments.checkpoint}"))
+        arguments.html.write_text(
+            passes_page(passes, tokenizer, f"From noise to text: {arguments.checkpoint}")
+        )
 
 
 if __name__ == "__main__":

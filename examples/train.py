@@ -2,14 +2,15 @@
 
     accelerate launch examples/train.py                                    # the demo: five minutes on two CPU cores
     accelerate launch examples/train.py --recipe demo_ar                   # the discrete baseline, same data
-    accelerate launch examples/train.py --recipe text8_mixd --stage_steps 8000 1000 1000
-    accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py --recipe openwebtext_deep
-    accelerate launch examples/train.py --dataset my.txt --mode progressive --patience 3 --eval_every 100
+    accelerate launch examples/train.py --recipe text8_mixd --stage_steps 8000 1000 1000 accelerate
+    launch --config_file examples/accelerate/ddp.yaml examples/train.py --recipe openwebtext_deep
+    accelerate launch examples/train.py --dataset my.txt --mode progressive --patience 3
+    --eval_every 100
     accelerate launch examples/train.py --resume                           # go on where a run stopped
     accelerate launch examples/train.py --push_to_hub USER/NAME            # publish it at the end
 
-A recipe is a file of examples/recipes/, by its name, or any JSON file like these: a model's configuration, and options.
-Options of the command line win over those of the recipe.
+A recipe is a file of examples/recipes/, by its name, or any JSON file like these: a model's
+configuration, and options. Options of the command line win over those of the recipe.
 """
 
 import inspect
@@ -25,10 +26,22 @@ import torch
 from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
-from tarflow_hf.data import PYTHON_DOCS, PackedTokens, StreamingPackedTokens, character_tokenizer, load_splits
+from tarflow_hf.data import (
+    PYTHON_DOCS,
+    PackedTokens,
+    StreamingPackedTokens,
+    character_tokenizer,
+    load_splits,
+)
 from tarflow_hf.evaluation import WHAT_IS_SCORED, likelihoods, report_table
 from tarflow_hf.hub import check_access, model_card, publish
-from tarflow_hf.training import TrainingConfig, discrete_baseline, make_accelerator, share_cores, train
+from tarflow_hf.training import (
+    TrainingConfig,
+    discrete_baseline,
+    make_accelerator,
+    share_cores,
+    train,
+)
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -37,29 +50,56 @@ RECIPES = Path(__file__).parent / "recipes"
 class RunConfig:
     """What to train, on what."""
 
-    recipe: str = field(default="demo", metadata={"help": f"{', '.join(sorted(p.stem for p in RECIPES.iterdir()))}"})
+    recipe: str = field(
+        default="demo", metadata={"help": f"{', '.join(sorted(p.stem for p in RECIPES.iterdir()))}"}
+    )
     model: str = field(
         default="tarflowlm",
-        metadata={"help": "tarflowlm, or ar: the discrete baseline", "choices": ["tarflowlm", "ar"]},
+        metadata={
+            "help": "tarflowlm, or ar: the discrete baseline",
+            "choices": ["tarflowlm", "ar"],
+        },
     )
-    config: str | None = field(default=None, metadata={"help": "TarFlowLMConfig as JSON, in place of the recipe's"})
-    dataset: str = field(default=PYTHON_DOCS, metadata={"help": f"{PYTHON_DOCS}, a text file, or a Hub dataset"})
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
+    config: str | None = field(
+        default=None, metadata={"help": "TarFlowLMConfig as JSON, in place of the recipe's"}
+    )
+    dataset: str = field(
+        default=PYTHON_DOCS, metadata={"help": f"{PYTHON_DOCS}, a text file, or a Hub dataset"}
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "configuration of a Hub dataset"}
+    )
     text_column: str = field(default="text", metadata={"help": "column of a Hub dataset"})
-    streaming: bool = field(default=False, metadata={"help": "read a Hub dataset while it downloads"})
-    tokenizer: str = field(default="text8", metadata={"help": "text8 (27 characters), or any AutoTokenizer"})
+    streaming: bool = field(
+        default=False, metadata={"help": "read a Hub dataset while it downloads"}
+    )
+    tokenizer: str = field(
+        default="text8", metadata={"help": "text8 (27 characters), or any AutoTokenizer"}
+    )
     test_sequences: int = field(default=64, metadata={"help": "sequences of the closing table"})
-    test_samples: int = field(default=16, metadata={"help": "samples of the importance-weighted bound in it"})
-    push_to_hub: str | None = field(default=None, metadata={"help": "publish there at the end: USER/NAME"})
-    private: bool = field(default=False, metadata={"help": "make that repository private, where it is new"})
+    test_samples: int = field(
+        default=16, metadata={"help": "samples of the importance-weighted bound in it"}
+    )
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "publish there at the end: USER/NAME"}
+    )
+    private: bool = field(
+        default=False, metadata={"help": "make that repository private, where it is new"}
+    )
 
 
 def check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Raises ValueError for the first of the names that is not known, and says what may have been meant."""
+    """Raises ValueError for the first of the names that is not known, and says what may have been
+    meant.
+    """
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}."
+            hint = (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else f"there are {', '.join(sorted(known))}."
+            )
             raise ValueError(f"There is no {what} {name!r}: {hint}")
 
 
@@ -72,13 +112,16 @@ def read_recipe(name: str) -> dict:
     path = Path(name) if name.endswith(".json") else RECIPES / f"{name}.json"
     if not path.is_file():
         check_names("recipe", [name], [path.stem for path in RECIPES.iterdir()])
+
     recipe = json.loads(path.read_text())
     check_names(f"key in the recipe {name}", recipe, ["description", "config", "options"])
     return recipe
 
 
 def parse_arguments() -> tuple[RunConfig, TrainingConfig, dict]:
-    """What the command line says, else the recipe, else the defaults; and the model's configuration."""
+    """What the command line says, else the recipe, else the defaults; and the model's
+    configuration.
+    """
     parser = HfArgumentParser((RunConfig, TrainingConfig))
     name = parser.parse_known_args()[0].recipe
     recipe = read_recipe(name)
@@ -87,29 +130,48 @@ def parse_arguments() -> tuple[RunConfig, TrainingConfig, dict]:
     check_names(f"option of train.py, as in the recipe {name},", options, known)
     parser.set_defaults(**options)
     run, training, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    check_names("option", [argument for argument in unknown if argument.startswith("-")], [f"--{n}" for n in known])
+    check_names(
+        "option",
+        [argument for argument in unknown if argument.startswith("-")],
+        [f"--{n}" for n in known],
+    )
     if unknown:
         raise ValueError(f"There is no option before {unknown[0]!r}.")
+
     fields = json.loads(Path(run.config).read_text()) if run.config else recipe.get("config", {})
-    known = {*inspect.signature(TarFlowLMConfig).parameters, *TarFlowLMConfig().to_dict()}  # a saved one has all these
+    known = {
+        *inspect.signature(TarFlowLMConfig).parameters,
+        *TarFlowLMConfig().to_dict(),
+    }  # a saved one has all these
     check_names("field of TarFlowLMConfig", fields, known)
+
     return run, training, fields
 
 
 def data(run: RunConfig, sequence_length: int, tokenizer, seed: int):
     """The three splits, tokenized and packed into blocks."""
     splits = load_splits(
-        run.dataset, text_column=run.text_column, dataset_config=run.dataset_config, streaming=run.streaming
+        run.dataset,
+        text_column=run.text_column,
+        dataset_config=run.dataset_config,
+        streaming=run.streaming,
     )
     packed = []
+
     for name, documents in splits.items():
         if run.streaming and name == "train":
-            packed.append(StreamingPackedTokens(documents, tokenizer, sequence_length, shuffle_buffer=1024, seed=seed))
+            packed.append(
+                StreamingPackedTokens(
+                    documents, tokenizer, sequence_length, shuffle_buffer=1024, seed=seed
+                )
+            )
             continue
+
         try:
             packed.append(PackedTokens(documents, tokenizer, sequence_length))
         except ValueError as error:
             raise ValueError(f"The {name} split of {run.dataset} is too short: {error}") from None
+
     return packed
 
 
@@ -117,7 +179,10 @@ def build(run: RunConfig, fields: dict, tokenizer):
     """The model, from the fields of its configuration and the tokenizer's vocabulary."""
     config = TarFlowLMConfig(**{"vocab_size": len(tokenizer), **fields})
     if config.vocab_size < len(tokenizer):
-        raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, the configuration only {config.vocab_size}.")
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, the configuration only {config.vocab_size}."
+        )
+
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     return config, discrete_baseline(config) if run.model == "ar" else TarFlowLMModel(config)
 
@@ -127,17 +192,33 @@ def main():
     accelerator = make_accelerator(training)
     if accelerator.device.type == "cpu":
         share_cores()
+
     set_seed(training.seed)
     if run.push_to_hub and run.model == "ar":
-        raise ValueError("push_to_hub is for a tarflowlm: the discrete baseline is pushed by its own push_to_hub.")
-    if run.push_to_hub and accelerator.is_main_process:
-        run.push_to_hub = check_access(run.push_to_hub, private=run.private or None)  # before it is trained
+        raise ValueError(
+            "push_to_hub is for a tarflowlm: the discrete baseline is pushed by its own push_to_hub."
+        )
 
-    tokenizer = character_tokenizer() if run.tokenizer == "text8" else AutoTokenizer.from_pretrained(run.tokenizer)
+    if run.push_to_hub and accelerator.is_main_process:
+        run.push_to_hub = check_access(
+            run.push_to_hub, private=run.private or None
+        )  # before it is trained
+
+    tokenizer = (
+        character_tokenizer()
+        if run.tokenizer == "text8"
+        else AutoTokenizer.from_pretrained(run.tokenizer)
+    )
     config, model = build(run, fields, tokenizer)
+
     with accelerator.main_process_first():
-        train_data, validation_data, test_data = data(run, config.max_position_embeddings, tokenizer, training.seed)
-    accelerator.print(f"{run.model}: {model.num_parameters():,} parameters; {run.dataset}: {describe(train_data)}")
+        train_data, validation_data, test_data = data(
+            run, config.max_position_embeddings, tokenizer, training.seed
+        )
+
+    accelerator.print(
+        f"{run.model}: {model.num_parameters():,} parameters; {run.dataset}: {describe(train_data)}"
+    )
 
     model = train(model, train_data, validation_data, tokenizer, training, accelerator)
     if accelerator.is_main_process:
@@ -149,7 +230,9 @@ def main():
 
 def describe(train_data) -> str:
     return (
-        "a stream" if isinstance(train_data, StreamingPackedTokens) else f"{len(train_data.tokens):,} training tokens"
+        "a stream"
+        if isinstance(train_data, StreamingPackedTokens)
+        else f"{len(train_data.tokens):,} training tokens"
     )
 
 
@@ -158,10 +241,15 @@ def report(model, tokenizer, test_data, run: RunConfig) -> None:
     torch.manual_seed(0)
     if run.model == "ar":
         start = torch.full((1, 1), model.config.bos_token_id, device=model.device)
-        tokens = model.generate(start, do_sample=True, top_k=0, max_new_tokens=256, pad_token_id=0)[:, 1:]
+        tokens = model.generate(start, do_sample=True, top_k=0, max_new_tokens=256, pad_token_id=0)[
+            :, 1:
+        ]
     else:
         tokens = model.generate()
-    rows = likelihoods(model, test_data, run.test_samples, max_sequences=run.test_sequences, progress=True)
+
+    rows = likelihoods(
+        model, test_data, run.test_samples, max_sequences=run.test_sequences, progress=True
+    )
     print(f"\nA sample:\n{tokenizer.decode(tokens[0], skip_special_tokens=True)}\n")
     table = report_table(rows, test_data.characters_per_token, test_data.tokens_per_word)
     print(f"Test text:\n{table}\n{WHAT_IS_SCORED}")
@@ -171,8 +259,16 @@ def push(run: RunConfig, training: TrainingConfig, tokenizer) -> None:
     """Publishes what was saved, with a card that says how it was trained."""
     model = TarFlowLMModel.from_pretrained(f"{training.output_dir}/model")
     command = shlex.join(["accelerate", "launch", *sys.argv])
-    card = model_card(model.config, {**asdict(run), **asdict(training), "command": command}, repo_id=run.push_to_hub)
-    print(publish(model, tokenizer, run.push_to_hub, card=card, private=run.private or None).commit_url)
+    card = model_card(
+        model.config,
+        {**asdict(run), **asdict(training), "command": command},
+        repo_id=run.push_to_hub,
+    )
+    print(
+        publish(
+            model, tokenizer, run.push_to_hub, card=card, private=run.private or None
+        ).commit_url
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Writes the model card of every recipe of a TarFlowLM, from the recipe and, where there is one, its evaluation.
+"""Writes the model card of every recipe of a TarFlowLM, from the recipe and, where there is one,
+its evaluation.
 
     PYTHONPATH=src python model_cards/make_cards.py
 
-A recipe that was run to its end has `results/RECIPE.json`, as `examples/evaluate.py --output` writes it. Without that a
-card says that there are no weights, and gives no results. The text of all cards is `src/tarflow_hf/model_card.md`.
+A recipe that was run to its end has `results/RECIPE.json`, as `examples/evaluate.py --output`
+writes it. Without that a card says that there are no weights, and gives no results. The text of all
+cards is `src/tarflow_hf/model_card.md`.
 """
 
 import json
@@ -25,6 +27,7 @@ def recipe_card(name: str) -> ModelCard | None:
     options = recipe["options"]
     if options.get("model") == "ar":
         return None
+
     results = FOLDER / "results" / f"{name}.json"
     evaluation = json.loads(results.read_text()) if results.exists() else None
     return model_card(

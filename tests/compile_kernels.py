@@ -1,6 +1,8 @@
-"""Compiles every kernel for a GPU's architecture, which takes no GPU: `python tests/compile_kernels.py 90`.
+"""Compiles every kernel for a GPU's architecture, which takes no GPU: `python
+tests/compile_kernels.py 90`.
 
-In a process of its own, because the tests around it run the kernels in Triton's interpreter. Prints a line for each.
+In a process of its own, because the tests around it run the kernels in Triton's interpreter. Prints
+a line for each.
 """
 
 import sys
@@ -16,15 +18,24 @@ HEAD = {"D": 3, "E": 2, "H": 5, "K": 3, "BLOCK_D": 4, "BLOCK_E": 2, "BLOCK_H": 8
 VOCABULARY = {"D": 3, "BLOCK": 8, "BLOCK_K": 64}
 KERNELS = [  # kernel, its constants, the types of its arguments that are not *fp32 (pointers) or i32 (numbers)
     (coupling_triton._forward_kernel, MIXTURE, {"logits_ptr": "*bf16"}),
-    *((coupling_triton._backward_kernel, MIXTURE | {"INVERSE": inverse}, {}) for inverse in (False, True)),
+    *(
+        (coupling_triton._backward_kernel, MIXTURE | {"INVERSE": inverse}, {})
+        for inverse in (False, True)
+    ),
     (coupling_triton._log_prob_kernel, MIXTURE, {"logits_ptr": "*fp16"}),
     (coupling_triton._log_prob_backward_kernel, MIXTURE, {}),
     (coupling_triton._inverse_kernel, MIXTURE, {}),
     (coupling_triton._autoregressive_inverse_kernel, HEAD, {"max_log_scale": "fp32"}),
-    (rosenblatt_triton._inverse_kernel, {"D": 3, "BLOCK_K": 64}, {"weight_ptr": "*fp64", "index_ptr": "*i32"}),
+    (
+        rosenblatt_triton._inverse_kernel,
+        {"D": 3, "BLOCK_K": 64},
+        {"weight_ptr": "*fp64", "index_ptr": "*i32"},
+    ),
 ]
 for transform in (False, True):
-    wide = dict.fromkeys(("inverse_scale_ptr", "weight_ptr", "cdf_ptr", "sf_ptr"), "*fp64" if transform else "*fp32")
+    wide = dict.fromkeys(
+        ("inverse_scale_ptr", "weight_ptr", "cdf_ptr", "sf_ptr"), "*fp64" if transform else "*fp32"
+    )
     constants = VOCABULARY | {"COLUMNS": 4, "TRANSFORM": transform}
     KERNELS.append((rosenblatt_triton._sums_kernel, constants, wide))
     constants = VOCABULARY | {"GRAD_LOGITS": transform, "TRANSFORM": transform}
@@ -38,6 +49,7 @@ def main(architecture: int) -> None:
         for name in kernel.arg_names:
             default = "*fp32" if name.endswith("_ptr") else "i32"
             signature[name] = "constexpr" if name in constants else types.get(name, default)
+
         compiled = triton.compile(ASTSource(kernel, signature, constants), target=target)
         print(kernel.__name__, constants, f"{len(compiled.asm['cubin'])} bytes")
 

@@ -1,4 +1,6 @@
-"""Without a GPU, Triton's kernels run in its interpreter, which must be said before they are defined."""
+"""Without a GPU, Triton's kernels run in its interpreter, which must be said before they are
+defined.
+"""
 
 import os
 

@@ -1,4 +1,5 @@
-"""A Hub on loopback: what the real `huggingface_hub` client needs to push and load models, kept in memory.
+"""A Hub on loopback: what the real `huggingface_hub` client needs to push and load models, kept in
+memory.
 
     with LocalHub() as hub:
         subprocess.run([sys.executable, "-c", "..."], env={**os.environ, **hub.environment(home)})
@@ -6,9 +7,9 @@
 
 The client reads its environment when it is imported, hence the subprocess.
 
-Tokens are those of TOKENS. Everyone reads public repositories; their owner writes, with a token that may write; a
-private one exists for its owner alone. With `hub.breaks_at = "/commit/"` the connection is lost where a request's path
-contains that.
+Tokens are those of TOKENS. Everyone reads public repositories; their owner writes, with a token
+that may write; a private one exists for its owner alone. With `hub.breaks_at = "/commit/"` the
+connection is lost where a request's path contains that.
 
 Endpoints, for models in flat repositories; `{r}` is a branch, a tag or a commit:
 
@@ -41,7 +42,11 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 TOKENS = {
-    "hf_local": {"name": "tester", "orgs": [{"name": "lab"}], "auth": {"accessToken": {"role": "write"}}},
+    "hf_local": {
+        "name": "tester",
+        "orgs": [{"name": "lab"}],
+        "auth": {"accessToken": {"role": "write"}},
+    },
     "hf_read": {"name": "tester", "orgs": [], "auth": {"accessToken": {"role": "read"}}},
     "hf_other": {"name": "other", "orgs": [], "auth": {"accessToken": {"role": "write"}}},
 }
@@ -50,7 +55,9 @@ PIPELINE_TAGS = {"text-generation", "fill-mask", "feature-extraction"}
 
 
 class HubError(Exception):
-    """An answer other than 200. The client tells errors apart by `code`, in the header X-Error-Code."""
+    """An answer other than 200. The client tells errors apart by `code`, in the header
+    X-Error-Code.
+    """
 
     def __init__(self, status: HTTPStatus, code: str = "", content: bytes = b"", **headers: str):
         self.status = status
@@ -121,19 +128,33 @@ class LocalHub:
         return self.repositories[repo_id]
 
     def check_access(self, endpoint, user: dict | None, repo_id: str | None) -> None:
-        """Who may do what. As on the Hub, a private repository does not exist for those who may not read it."""
+        """Who may do what. As on the Hub, a private repository does not exist for those who may not
+        read it.
+        """
         is_writing = endpoint in WRITING
         if user is None and (is_writing or endpoint is LocalHub.whoami):
             raise HubError(HTTPStatus.UNAUTHORIZED)
-        owned = [] if user is None else [user["name"], *(organization["name"] for organization in user["orgs"])]
+
+        owned = (
+            []
+            if user is None
+            else [user["name"], *(organization["name"] for organization in user["orgs"])]
+        )
+
         is_owner = repo_id is not None and repo_id.split("/")[0] in owned
         if repo_id in self.repositories and self.repositories[repo_id].private and not is_owner:
-            raise HubError(HTTPStatus.NOT_FOUND if user else HTTPStatus.UNAUTHORIZED, "RepoNotFound" if user else "")
-        if is_writing and (user["auth"]["accessToken"]["role"] != "write" or (repo_id is not None and not is_owner)):
+            raise HubError(
+                HTTPStatus.NOT_FOUND if user else HTTPStatus.UNAUTHORIZED,
+                "RepoNotFound" if user else "",
+            )
+
+        if is_writing and (
+            user["auth"]["accessToken"]["role"] != "write" or (repo_id is not None and not is_owner)
+        ):
             raise HubError(HTTPStatus.FORBIDDEN)
 
-    # One method per endpoint. Each takes the body, the user and the fields of the address; it returns what becomes
-    # JSON, or a content with its headers.
+    # One method per endpoint. Each takes the body, the user and the fields of the address; it
+    # returns what becomes JSON, or a content with its headers.
 
     def whoami(self, body: bytes, user: dict):
         return user
@@ -143,9 +164,11 @@ class LocalHub:
         organization = fields.get("organization") or user["name"]
         repo_id = f"{organization}/{fields['name']}"
         self.check_access(LocalHub.create_repository, user, repo_id)
+
         if repo_id in self.repositories:
             content = json.dumps({"url": f"{self.endpoint}/{repo_id}"}).encode()
             raise HubError(HTTPStatus.CONFLICT, content=content)
+
         private = fields.get("private") or fields.get("visibility") == "private"
         self.repositories[repo_id] = Repository(bool(private))
         return {"url": f"{self.endpoint}/{repo_id}"}
@@ -159,13 +182,20 @@ class LocalHub:
 
     def model_info(self, body: bytes, user: dict | None, repo_id: str, revision: str | None):
         repository = self.repository(repo_id)
-        return {"id": repo_id, "sha": repository.resolve(revision or "main"), "private": repository.private}
+        return {
+            "id": repo_id,
+            "sha": repository.resolve(revision or "main"),
+            "private": repository.private,
+        }
 
     def refs(self, body: bytes, user: dict | None, repo_id: str):
         repository = self.repository(repo_id)
 
         def rows(kind: str, refs: dict[str, str]):
-            return [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": refs[name]} for name in refs]
+            return [
+                {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": refs[name]}
+                for name in refs
+            ]
 
         return {
             "branches": rows("heads", repository.branches),
@@ -176,14 +206,21 @@ class LocalHub:
     def tree(self, body: bytes, user: dict | None, repo_id: str, revision: str, folder: str | None):
         if folder is not None:
             raise HubError(HTTPStatus.NOT_FOUND, "EntryNotFound")
+
         files = self.files(repo_id, revision)
-        return [{"type": "file", "path": path, "size": len(files[path]), "oid": _etag(files[path])} for path in files]
+        return [
+            {"type": "file", "path": path, "size": len(files[path]), "oid": _etag(files[path])}
+            for path in files
+        ]
 
     def create_branch(self, body: bytes, user: dict, repo_id: str, branch: str):
         repository = self.repository(repo_id)
         if branch in repository.branches:
             raise HubError(HTTPStatus.CONFLICT)
-        repository.branches[branch] = repository.resolve(json.loads(body).get("startingPoint", "main"))
+
+        repository.branches[branch] = repository.resolve(
+            json.loads(body).get("startingPoint", "main")
+        )
         return {}
 
     def create_tag(self, body: bytes, user: dict, repo_id: str, revision: str):
@@ -223,10 +260,12 @@ class LocalHub:
         repository = self.repository(repo_id)
         if branch not in repository.branches:
             raise HubError(HTTPStatus.NOT_FOUND, "RevisionNotFound")
+
         files = dict(self.files(repo_id, branch))
         for line in body.splitlines():
             operation = json.loads(line)
             value = operation["value"]
+
             if operation["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
@@ -235,8 +274,12 @@ class LocalHub:
                 del files[value["path"]]
             elif operation["key"] != "header":
                 raise HubError(HTTPStatus.NOT_IMPLEMENTED)
-            elif value.get("parentCommit", repository.branches[branch]) != repository.branches[branch]:
+            elif (
+                value.get("parentCommit", repository.branches[branch])
+                != repository.branches[branch]
+            ):
                 raise HubError(HTTPStatus.PRECONDITION_FAILED)
+
         oid = repository.commit(branch, files)
         return {"commitOid": oid, "commitUrl": f"{self.endpoint}/{repo_id}/commit/{oid}"}
 
@@ -253,24 +296,34 @@ def _etag(content: bytes) -> str:
 
 
 def card_errors(content: str) -> Iterator[str]:
-    """What the Hub would say of a card's metadata: its rules for the fields that cards of ours have."""
+    """What the Hub would say of a card's metadata: its rules for the fields that cards of ours
+    have.
+    """
     match = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
     metadata = yaml.safe_load(match[1]) if match else {}
     if metadata.get("license", "mit") not in LICENSES:
         yield f'"license" must be one of {sorted(LICENSES)}'
+
     if metadata.get("pipeline_tag", "fill-mask") not in PIPELINE_TAGS:
         yield f'"pipeline_tag" must be one of {sorted(PIPELINE_TAGS)}'
+
     for name in ("tags", "datasets", "language"):
         values = metadata.get(name, [])
-        if not all(isinstance(value, str) for value in ([values] if isinstance(values, str) else values)):
+        if not all(
+            isinstance(value, str) for value in ([values] if isinstance(values, str) else values)
+        ):
             yield f'"{name}" must be strings'
+
     for model in metadata.get("model-index", []):
         for result in model["results"]:
             for part, fields in (("task", ["type"]), ("dataset", ["type", "name"])):
                 if not all(isinstance(result[part].get(field), str) for field in fields):
                     yield f'"model-index[0].results.{part}" needs {fields}'
+
             for metric in result["metrics"]:
-                if not isinstance(metric.get("type"), str) or not isinstance(metric.get("value"), (int, float)):
+                if not isinstance(metric.get("type"), str) or not isinstance(
+                    metric.get("value"), (int, float)
+                ):
                     yield '"model-index[0].results.metrics" needs a type and a value'
 
 
@@ -311,15 +364,20 @@ class Handler(BaseHTTPRequestHandler):
         if self.hub.breaks_at is not None and self.hub.breaks_at in self.path:
             self.close_connection = True  # without a word
             return
+
         status, headers, content = HTTPStatus.OK, {}, b""
         try:
             result = self.endpoint_result(body)
-            content, headers = result if isinstance(result, tuple) else (json.dumps(result).encode(), {})
+            content, headers = (
+                result if isinstance(result, tuple) else (json.dumps(result).encode(), {})
+            )
         except HubError as error:
             status, headers, content = error.status, error.headers, error.content
+
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
+
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
@@ -329,21 +387,25 @@ class Handler(BaseHTTPRequestHandler):
     def endpoint_result(self, body: bytes):
         path = unquote(urlsplit(self.path).path)
         user = TOKENS.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+
         for methods, pattern, endpoint in ENDPOINTS:
             match = re.fullmatch(pattern, path)
             if match and self.command in methods.split():
                 fields = match.groupdict()
                 self.hub.check_access(endpoint, user, fields.get("repo_id"))
                 return endpoint(self.hub, body, user, **fields)
+
         raise HubError(HTTPStatus.NOT_FOUND)
 
     def read_body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
         chunks = []
         while size := int(self.rfile.readline(), 16):
             chunks.append(self.rfile.read(size))
             self.rfile.readline()
+
         self.rfile.readline()
         return b"".join(chunks)
 

@@ -1,8 +1,10 @@
-"""Makes tests/fixtures/VERSION: a tiny checkpoint as this version saves it, and what it must give in all later ones.
+"""Makes tests/fixtures/VERSION: a tiny checkpoint as this version saves it, and what it must give
+in all later ones.
 
     PYTHONPATH=src python tests/make_fixture.py
 
-Once per release, and never again for that release: `test_checkpoints_of_earlier_releases` loads all of them.
+Once per release, and never again for that release: `test_checkpoints_of_earlier_releases` loads all
+of them.
 """
 
 import shutil
@@ -61,9 +63,11 @@ def make_model() -> TarFlowLMModel:
     )
     torch.manual_seed(0)
     model = TarFlowLMModel(config).eval()
+
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
+
     return model
 
 
@@ -80,6 +84,7 @@ def main():
     tokenizer.save_pretrained(folder)
     for code in folder.glob("*.py"):
         code.unlink()  # the version under test brings its own
+
     expected = {
         "input_ids": ids,
         "noise": noise,

@@ -36,10 +36,16 @@ def test_the_buttons(app, stack):
     assert set(calls) == {"write", "score", "edit"}
     write, inputs = calls["write"]
     assert inputs == ["Textbox", "Slider", "Slider", "Number"] + ["Slider"] * 3
-    assert written(write(TEXT, 8, 1, None, 1, 1, 2)).startswith(TEXT)  # None: the box of the seed is empty
+    assert written(write(TEXT, 8, 1, None, 1, 1, 2)).startswith(
+        TEXT
+    )  # None: the box of the seed is empty
     assert "Likelihood" in calls["score"][0](TEXT)
     assert "Before" in calls["edit"][0](TEXT, "fox", 4, 1, 0)
-    shown = [x.visible for x in blocks.blocks.values() if "mixture weights" in str(getattr(x, "label", ""))]
+    shown = [
+        x.visible
+        for x in blocks.blocks.values()
+        if "mixture weights" in str(getattr(x, "label", ""))
+    ]
     assert shown == [stack != "affine"] * 2
 
 
@@ -61,13 +67,25 @@ def test_a_selection_fills_the_part(app):
 def test_the_space():
     space = ROOT / "spaces"
     metadata = metadata_load(space / "README.md")
-    assert metadata["sdk"] == "gradio" and metadata["sdk_version"].split(".")[0] == gradio.__version__.split(".")[0]
+    assert (
+        metadata["sdk"] == "gradio"
+        and metadata["sdk_version"].split(".")[0] == gradio.__version__.split(".")[0]
+    )
     colors = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
-    assert {metadata["colorFrom"], metadata["colorTo"]} <= colors and len(metadata["short_description"]) <= 60
-    uploads = dict(re.findall(r"^hf upload USER/SPACE (\S+) (\S+)", (space / "README.md").read_text(), re.MULTILINE))
+    assert {metadata["colorFrom"], metadata["colorTo"]} <= colors and len(
+        metadata["short_description"]
+    ) <= 60
+    uploads = dict(
+        re.findall(
+            r"^hf upload USER/SPACE (\S+) (\S+)", (space / "README.md").read_text(), re.MULTILINE
+        )
+    )
     assert all((ROOT / source).exists() for source in uploads)
     assert set(uploads.values()) == {"tarflow_hf", metadata["app_file"], "."}
-    assert {re.split("[>=<]", line)[0] for line in (space / "requirements.txt").read_text().splitlines()[1:]} == {
+    assert {
+        re.split("[>=<]", line)[0]
+        for line in (space / "requirements.txt").read_text().splitlines()[1:]
+    } == {
         "torch",
         "transformers",
     }

@@ -1,4 +1,6 @@
-"""Model cards: the metadata, the code on them, the committed ones, and that no number comes from nowhere."""
+"""Model cards: the metadata, the code on them, the committed ones, and that no number comes from
+nowhere.
+"""
 
 import json
 import re
@@ -17,7 +19,10 @@ from tarflow_hf.hub import model_card
 from tarflow_hf.training import save_model
 
 ROOT = Path(__file__).parents[1]
-RECIPES = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "examples" / "recipes").glob("*.json"))}
+RECIPES = {
+    path.stem: json.loads(path.read_text())
+    for path in sorted((ROOT / "examples" / "recipes").glob("*.json"))
+}
 CARDS = {path.stem: path for path in (ROOT / "model_cards").glob("*.md")}
 EVALUATION = {
     "command": "python examples/evaluate.py runs/demo/model --data held-out.txt --output evaluation.json",
@@ -46,8 +51,13 @@ def test_the_evaluation_becomes_the_table_and_the_model_index(model):
         "elbo_nats_per_token": 1.40625,
         "bits_per_character": 2.0288,
     }
-    assert (again.model_name, again.library_name, again.pipeline_tag) == ("mine", "transformers", "text-generation")
+    assert (again.model_name, again.library_name, again.pipeline_tag) == (
+        "mine",
+        "transformers",
+        "text-generation",
+    )
     assert again.datasets == ["afmck/text8"] and again.license == "apache-2.0"
+
     for part in [
         "1.406 ± 0.023",
         "| 16,384 |",
@@ -57,6 +67,7 @@ def test_the_evaluation_becomes_the_table_and_the_model_index(model):
         "torch 2.13.0, transformers 5.23.0",
     ]:
         assert part in card.text
+
     assert "77" not in card.text
 
 
@@ -65,7 +76,10 @@ def test_the_evaluation_becomes_the_table_and_the_model_index(model):
     [
         ({"command": None}, "needs its command"),
         ({"date": ""}, "needs its date"),
-        ({"bits_per_character": float("nan")}, "bits_per_character must be a finite number, not nan"),
+        (
+            {"bits_per_character": float("nan")},
+            "bits_per_character must be a finite number, not nan",
+        ),
         ({"bits_per_character": "low"}, "must be a finite number, not 'low'"),
     ],
 )
@@ -85,10 +99,18 @@ def test_results_need_figures_and_a_model(model):
     "training, expected, absent",
     [
         ({}, "was not recorded", "Data:"),
-        ({"dataset": "python-docs", "tokenizer": "text8"}, "inside Python's standard library", "datasets:"),
+        (
+            {"dataset": "python-docs", "tokenizer": "text8"},
+            "inside Python's standard library",
+            "datasets:",
+        ),
         ({"dataset": "texts/my.txt"}, "Data: `my.txt`", "texts/"),
         ({"num_steps": 7, "stage_steps": [5, 2]}, "| steps of each stage | [5, 2] |", "| steps |"),
-        ({"num_steps": 7, "ema_decay": None, "command": "make train"}, "```bash\nmake train\n```", "decay of averaged"),
+        (
+            {"num_steps": 7, "ema_decay": None, "command": "make train"},
+            "```bash\nmake train\n```",
+            "decay of averaged",
+        ),
     ],
 )
 def test_training_is_told_as_it_was(model, training, expected, absent, tmp_path, monkeypatch):
@@ -128,6 +150,7 @@ def test_committed_cards_are_those_of_the_recipes(recipe):
     if RECIPES[recipe]["options"].get("model") == "ar":
         assert card is None and recipe not in CARDS
         return
+
     assert CARDS[recipe].read_text() == str(card)
     assert list(card_errors(str(card))) == []
     has_results = (ROOT / "model_cards" / "results" / f"{recipe}.json").exists()
@@ -146,4 +169,6 @@ def test_the_citation_is_of_this_version_and_of_the_paper():
     paper = citation["preferred-citation"]
     card = (ROOT / "src" / "tarflow_hf" / "model_card.md").read_text()
     assert paper["title"] in card
-    assert all(f"{author['family-names']}, {author['given-names']}" in card for author in paper["authors"])
+    assert all(
+        f"{author['family-names']}, {author['given-names']}" in card for author in paper["authors"]
+    )

@@ -1,5 +1,6 @@
-"""The inverse of all dimensions at once: `test_couplings.py` and `test_couplings_exact.py` hold "auto" to everything
-that they hold the reference to; here, that it is this inverse which answers, and what it leaves to the reference.
+"""The inverse of all dimensions at once: `test_couplings.py` and `test_couplings_exact.py` hold
+"auto" to everything that they hold the reference to; here, that it is this inverse which answers,
+and what it leaves to the reference.
 """
 
 import pytest
@@ -10,7 +11,11 @@ from tarflow_hf.modeling import coupling, coupling_newton, coupling_reference
 
 __all__ = ["one_thread"]  # the fixture
 
-MIXTURES = {**CASES, "cdf, K=65": Case("mixture_cdf", 65), "rosenblatt, K=27, d=8": Case("mixture_rosenblatt", 27, 8)}
+MIXTURES = {
+    **CASES,
+    "cdf, K=65": Case("mixture_cdf", 65),
+    "rosenblatt, K=27, d=8": Case("mixture_rosenblatt", 27, 8),
+}
 MIXTURES = {name: case for name, case in MIXTURES.items() if case.kind != "affine"}
 
 
@@ -46,6 +51,7 @@ def test_a_row_alone_and_in_a_batch(name):
     case = MIXTURES[name]
     u, *parameters = draw(case, (64,), torch.float32, seed=2, hardness=0.3)
     z, is_found = solve(case, u, *parameters)
+
     for n in range(64):
         shared = 1 if case.kind == "mixture_rosenblatt" else 3
         row = [x[n : n + 1] if i <= shared else x for i, x in enumerate([u, *parameters])]
@@ -73,7 +79,9 @@ def test_parts_change_nothing(monkeypatch):
     u, *parameters = draw(MIXTURES["rosenblatt, K=27, d=8"], (30,), torch.float32, seed=3)
     whole = coupling.mixture_rosenblatt_inverse(u, *parameters)
     monkeypatch.setattr(coupling_newton, "CHUNK_ELEMENTS", 7 * 27 * 8)
-    torch.testing.assert_close(coupling.mixture_rosenblatt_inverse(u, *parameters), whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        coupling.mixture_rosenblatt_inverse(u, *parameters), whole, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_few_rounds(monkeypatch):
@@ -83,4 +91,5 @@ def test_few_rounds(monkeypatch):
     u, *parameters = draw(MIXTURES["rosenblatt, K=27, d=8"], (50,), torch.float32, seed=4)
     for n in range(50):
         coupling.mixture_rosenblatt_inverse(u[n : n + 1], parameters[0][n : n + 1], *parameters[1:])
+
     assert sum(num_rounds) / 50 <= 9

@@ -1,7 +1,8 @@
-"""The Triton kernels against the reference: they may err as much against float64 as the reference does, plus a little.
+"""The Triton kernels against the reference: they may err as much against float64 as the reference
+does, plus a little.
 
-On a GPU if there is one, else in Triton's interpreter (see conftest.py). The kernels pass the tests of
-`test_couplings.py`, too.
+On a GPU if there is one, else in Triton's interpreter (see conftest.py). The kernels pass the tests
+of `test_couplings.py`, too.
 """
 
 import os
@@ -13,7 +14,10 @@ import pytest
 import torch
 
 from tarflow_hf.modeling import coupling, coupling_triton, rosenblatt_triton
-from tarflow_hf.modeling.coupling_reference import AutoregressiveNetwork, autoregressive_mixture_parameters
+from tarflow_hf.modeling.coupling_reference import (
+    AutoregressiveNetwork,
+    autoregressive_mixture_parameters,
+)
 
 pytest.importorskip("triton")
 
@@ -31,10 +35,20 @@ def draw(kind, num_rows, num_components, latent_size=2, seed=0, dtype=torch.floa
 
     if kind == "mixture_cdf":
         shape = (num_rows, num_components)
-        tensors = [3 * normal(num_rows), 2 * normal(*shape), 2 * normal(*shape), 0.6 * normal(*shape)]
+        tensors = [
+            3 * normal(num_rows),
+            2 * normal(*shape),
+            2 * normal(*shape),
+            0.6 * normal(*shape),
+        ]
     else:
         codebook = [2 * normal(num_components, latent_size), 0.6 * normal(num_components)]
-        tensors = [2 * normal(num_rows, latent_size), 2 * normal(num_rows, num_components), *codebook]
+        tensors = [
+            2 * normal(num_rows, latent_size),
+            2 * normal(num_rows, num_components),
+            *codebook,
+        ]
+
     return [x.to(DEVICE, dtype) for x in tensors]
 
 
@@ -45,12 +59,19 @@ def run(op, tensors, implementation, wanted=(0, 1, 2, 3)):
     out = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(x.shape, generator=generator).to(x) for x in out]
-    gradients = torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], cotangents)
+    gradients = torch.autograd.grad(
+        out, [leaf for leaf in leaves if leaf.requires_grad], cotangents
+    )
+
     return [x.detach() for x in out] + list(gradients)
 
 
 def error(actual, expected):
-    return ((actual.double() - expected).abs() / (1 + expected.abs())).max().item() if expected.numel() else 0.0
+    return (
+        ((actual.double() - expected).abs() / (1 + expected.abs())).max().item()
+        if expected.numel()
+        else 0.0
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +89,14 @@ def poison(monkeypatch):
 
 
 SHAPES = [  # kind, N, K, d
-    *[("mixture_cdf", n, k, 1) for n, k in [(1, 1), (1, 256), (127, 1), (127, 3), (127, 65), (1025, 1), (1025, 5)]],
-    *[("mixture_rosenblatt", n, k, d) for n, k, d in [(1, 1, 1), (1, 3, 5), (127, 3, 2), (33, 65, 3), (17, 200, 2)]],
+    *[
+        ("mixture_cdf", n, k, 1)
+        for n, k in [(1, 1), (1, 256), (127, 1), (127, 3), (127, 65), (1025, 1), (1025, 5)]
+    ],
+    *[
+        ("mixture_rosenblatt", n, k, d)
+        for n, k, d in [(1, 1, 1), (1, 3, 5), (127, 3, 2), (33, 65, 3), (17, 200, 2)]
+    ],
     ("mixture_rosenblatt", 1025, 3, 1),
 ]
 
@@ -79,10 +106,14 @@ SHAPES = [  # kind, N, K, d
 def test_as_exact_as_the_reference(kind, suffix, num_rows, num_components, latent_size):
     if suffix == "_inverse" and kind == "mixture_rosenblatt" and DEVICE == "cpu":
         num_rows = min(num_rows, 17)  # a program for each row: slow in the interpreter
+
     tensors = draw(kind, num_rows, num_components, latent_size, seed=num_rows + num_components)
     exact = run(kind + suffix, [x.double() for x in tensors], "reference")
-    # In log_det's gradient terms as large as u^2 cancel: as many last places are lost, in either implementation.
+
+    # In log_det's gradient terms as large as u^2 cancel: as many last places are lost, in either
+    # implementation.
     size = 1 + max(x.square().max() for x in (exact[0], tensors[0])).item() if suffix == "" else 1
+
     reference, actual = (run(kind + suffix, tensors, name) for name in ("reference", "triton"))
     for expected, r, a in zip(exact, reference, actual, strict=True):
         assert a.shape == expected.shape and a.isfinite().all()
@@ -90,13 +121,17 @@ def test_as_exact_as_the_reference(kind, suffix, num_rows, num_components, laten
 
 
 def test_normal_functions_within_four_units_in_the_last_place():
-    """One component of mean 0 and scale 1 is the identity; its tails are those of the normal, on [-30, 30]."""
+    """One component of mean 0 and scale 1 is the identity; its tails are those of the normal, on
+    [-30, 30].
+    """
     z = torch.linspace(-30, 30, 1201, device=DEVICE)
     zero = torch.zeros(1201, 1, device=DEVICE)
     u, log_det = coupling.mixture_cdf(z, zero, zero, zero, implementation="triton")
     torch.testing.assert_close(u, z, rtol=4 * EPS, atol=4 * EPS)
     assert log_det.abs().max() <= 4 * EPS
-    u, log_det = coupling.mixture_rosenblatt(z[:, None], zero, zero[:1], zero[0, :1], implementation="triton")
+    u, log_det = coupling.mixture_rosenblatt(
+        z[:, None], zero, zero[:1], zero[0, :1], implementation="triton"
+    )
     torch.testing.assert_close(u[:, 0], z, rtol=4 * EPS, atol=4 * EPS)
     assert log_det.abs().max() <= 4 * EPS * 30
 
@@ -125,8 +160,13 @@ def test_non_contiguous_broadcast_and_empty():
     expected = coupling.mixture_cdf(z, logits, loc, log_scale, implementation="triton")
     for a, e in zip(coupling.mixture_cdf(*strided, implementation="triton"), expected, strict=True):
         assert torch.equal(a, e)
-    shared = coupling.mixture_cdf(z.reshape(3, 4), logits[0], loc[0], log_scale[0], implementation="triton")[0]
-    torch.testing.assert_close(shared, coupling.mixture_cdf(z.reshape(3, 4), logits[0], loc[0], log_scale[0])[0])
+
+    shared = coupling.mixture_cdf(
+        z.reshape(3, 4), logits[0], loc[0], log_scale[0], implementation="triton"
+    )[0]
+    torch.testing.assert_close(
+        shared, coupling.mixture_cdf(z.reshape(3, 4), logits[0], loc[0], log_scale[0])[0]
+    )
     empty = coupling.mixture_cdf(z[:0], logits[:0], loc[:0], log_scale[:0], implementation="triton")
     assert empty[0].shape == (0,)
 
@@ -142,6 +182,7 @@ def test_logits_of_any_stride(suffix):
         tensors[1] = strided.contiguous()
         expected = op(*tensors, implementation="triton")
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
     empty = getattr(coupling, "mixture_rosenblatt" + suffix)(
         z[:0], logits[:0], mean, log_scale, implementation="triton"
     )
@@ -152,17 +193,25 @@ def test_a_backward_pass_in_parts(monkeypatch):
     tensors = draw("mixture_rosenblatt", 50, 70)
     whole = run("mixture_rosenblatt", tensors, "triton")
     monkeypatch.setattr(rosenblatt_triton, "MAX_PARTIAL_SUMS", 1)
-    torch.testing.assert_close(run("mixture_rosenblatt", tensors, "triton"), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        run("mixture_rosenblatt", tensors, "triton"), whole, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_the_inverse_drops_what_cannot_matter():
-    """Weights from 1 to e^-300: those out of reach are dropped, and z is that of the whole mixture in float64."""
+    """Weights from 1 to e^-300: those out of reach are dropped, and z is that of the whole mixture
+    in float64.
+    """
     u, logits, mean, log_scale = draw("mixture_rosenblatt", 12, 130, latent_size=3)
     logits = -300 * torch.rand(logits.shape, generator=torch.Generator().manual_seed(2)).to(logits)
     u = torch.cat([u[:6], 10 * u[6:]])
-    actual = coupling.mixture_rosenblatt_inverse(u, logits, mean, log_scale, implementation="triton")
+    actual = coupling.mixture_rosenblatt_inverse(
+        u, logits, mean, log_scale, implementation="triton"
+    )
     exact = coupling.mixture_rosenblatt_inverse(*(x.double() for x in (u, logits, mean, log_scale)))
-    reference = coupling.mixture_rosenblatt_inverse(u, logits, mean, log_scale, implementation="reference")
+    reference = coupling.mixture_rosenblatt_inverse(
+        u, logits, mean, log_scale, implementation="reference"
+    )
     assert error(actual, exact) <= 3 * error(reference, exact) + 16 * EPS
 
 
@@ -186,10 +235,13 @@ def draw_network(size, num_features, hidden, num_components, num_rows=3):
     shapes += [(size, 3 * num_components, hidden), (size, 3 * num_components)]
     u, context, *weights = (torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
     weights[2], weights[3] = weights[2] / hidden**0.5, weights[3] / hidden**0.5
+
     return u, context, weights
 
 
-@pytest.mark.parametrize("size, num_features, hidden, num_components", [(1, 3, 4, 1), (3, 5, 6, 3), (4, 1, 16, 65)])
+@pytest.mark.parametrize(
+    "size, num_features, hidden, num_components", [(1, 3, 4, 1), (3, 5, 6, 3), (4, 1, 16, 65)]
+)
 def test_the_autoregressive_inverse_in_one_launch(size, num_features, hidden, num_components):
     u, context, weights = draw_network(size, num_features, hidden, num_components)
 
@@ -202,10 +254,13 @@ def test_the_autoregressive_inverse_in_one_launch(size, num_features, hidden, nu
     exact, reference = (invert("reference", dtype) for dtype in (torch.float64, torch.float32))
     actual = invert("triton", torch.float32)
     assert error(actual, exact) <= 3 * error(reference, exact) + 32 * EPS
+
     # Dimension by dimension as the parameters of all say at once.
     network = AutoregressiveNetwork(*(x.double() for x in weights), 10.0)
     parameters = autoregressive_mixture_parameters(exact, context.double(), network)
-    torch.testing.assert_close(coupling.mixture_cdf(exact, *parameters)[0], u.double(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        coupling.mixture_cdf(exact, *parameters)[0], u.double(), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_the_autoregressive_inverse_refuses():
@@ -213,13 +268,20 @@ def test_the_autoregressive_inverse_refuses():
     for i, name in enumerate(AutoregressiveNetwork._fields[:-1]):
         bad = list(weights)
         bad[i] = bad[i][..., :-1]
+
         with pytest.raises(ValueError, match=name):
-            coupling.autoregressive_mixture_cdf_inverse(u, context, AutoregressiveNetwork(*bad, 10.0))
+            coupling.autoregressive_mixture_cdf_inverse(
+                u, context, AutoregressiveNetwork(*bad, 10.0)
+            )
+
     network = AutoregressiveNetwork(*weights, 10.0)
     with pytest.raises(ValueError, match="u, from_context"):
         coupling.autoregressive_mixture_cdf_inverse(u[:, :2], context, network)
+
     with pytest.raises(ValueError, match="no gradients"):
-        coupling.autoregressive_mixture_cdf_inverse(u.requires_grad_(), context, network, implementation="triton")
+        coupling.autoregressive_mixture_cdf_inverse(
+            u.requires_grad_(), context, network, implementation="triton"
+        )
 
 
 def test_what_auto_takes(monkeypatch):
@@ -239,13 +301,17 @@ def test_where_the_kernels_cannot_run(monkeypatch):
     tensors = draw("mixture_cdf", 2, 3)
     with pytest.raises(ValueError, match="float64"):
         coupling.mixture_cdf(*(x.double() for x in tensors), implementation="triton")
+
     with pytest.raises(ValueError, match="at most 256 components, not 257"):
         coupling.mixture_cdf(*draw("mixture_cdf", 2, 257), implementation="triton")
+
     with pytest.raises(ValueError, match="affine coupling has no kernels"):
         coupling.affine(tensors[0], tensors[0], tensors[0], implementation="triton")
+
     monkeypatch.setattr(coupling, "IS_INTERPRETED", False)
     with pytest.raises(ValueError, match="needs tensors on a GPU, not on cpu"):
         coupling.mixture_cdf(*(x.cpu() for x in tensors), implementation="triton")
+
     monkeypatch.setattr(coupling, "triton", None)
     with pytest.raises(ValueError, match="triton is not installed"):
         coupling.mixture_rosenblatt(*draw("mixture_rosenblatt", 2, 3), implementation="triton")
@@ -254,7 +320,11 @@ def test_where_the_kernels_cannot_run(monkeypatch):
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_the_kernels_compile_for_a_gpu(architecture, tmp_path):
     """The interpreter is more lenient than the compiler, which needs no GPU."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py"), architecture]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -262,7 +332,7 @@ def test_the_kernels_compile_for_a_gpu(architecture, tmp_path):
     assert len(result.stdout.splitlines()) == 12
 
 
-# ------------------------------------------------------------------------------------------------------ on a GPU alone
+# ----------------------------------------------------------------------------------- on a GPU alone
 
 on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 
@@ -271,14 +341,21 @@ on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 def test_more_than_2_to_the_31_parameters():
     """Offsets are 64 bits wide: the last rows are computed as they are alone."""
     n, k = 2**25 + 5, 64
-    tensors = [torch.zeros(n, device=DEVICE), *(torch.zeros(n, k, dtype=torch.bfloat16, device=DEVICE) for _ in "123")]
+    tensors = [
+        torch.zeros(n, device=DEVICE),
+        *(torch.zeros(n, k, dtype=torch.bfloat16, device=DEVICE) for _ in "123"),
+    ]
     tail = draw("mixture_cdf", 9, k)
     for x, y in zip(tensors, tail, strict=True):
         x[-9:] = y
+
     tail = [x[-9:].clone() for x in tensors]
     for op in ("mixture_cdf_log_prob", "mixture_cdf_inverse"):
-        actual, expected = (getattr(coupling, op)(*x, implementation="triton") for x in (tensors, tail))
+        actual, expected = (
+            getattr(coupling, op)(*x, implementation="triton") for x in (tensors, tail)
+        )
         torch.testing.assert_close(actual[-9:], expected, rtol=0, atol=0)
+
     del tensors
     n, k = 2**31 // 50_257 + 20, 50_257
     z, logits, mean, log_scale = draw("mixture_rosenblatt", 9, k, latent_size=3)
@@ -300,9 +377,11 @@ def test_auto_takes_the_kernels_also_when_compiled(kind, suffix):
     expected = run(kind + suffix, tensors, "triton")
     for a, e in zip(run(kind + suffix, tensors, "auto"), expected, strict=True):
         assert torch.equal(a, e)
+
     op = getattr(coupling, kind + suffix)
     with torch.autocast("cuda", torch.bfloat16):
         actual = torch.compile(lambda *x: op(*x))(*tensors)
+
     actual = actual if isinstance(actual, tuple) else (actual,)
     for a, e in zip(actual, expected, strict=False):
         torch.testing.assert_close(a, e, rtol=0, atol=0)

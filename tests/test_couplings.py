@@ -1,4 +1,6 @@
-"""The couplings against plain autograd and themselves. A new coupling or size is one line of `CASES`."""
+"""The couplings against plain autograd and themselves. A new coupling or size is one line of
+`CASES`.
+"""
 
 import itertools
 import math
@@ -17,13 +19,23 @@ from tarflow_hf.modeling.normal import normal_log_prob
 
 # Every implementation is held to every test of a dtype that it computes in. name: where it runs
 # "auto" on a CPU: in float32 the inverses of `coupling_newton.py`, the reference otherwise.
-IMPLEMENTATIONS = {"reference": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu", "auto": "cpu"}
-DTYPES = {"reference": [torch.float32, torch.float64], "triton": [torch.float32], "auto": [torch.float32]}
+IMPLEMENTATIONS = {
+    "reference": "cpu",
+    "triton": "cuda" if torch.cuda.is_available() else "cpu",
+    "auto": "cpu",
+}
+DTYPES = {
+    "reference": [torch.float32, torch.float64],
+    "triton": [torch.float32],
+    "auto": [torch.float32],
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A coupling and its size: `components` K of the mixture; `latent_size` d of a coupling of whole vectors."""
+    """A coupling and its size: `components` K of the mixture; `latent_size` d of a coupling of
+    whole vectors.
+    """
 
     kind: str
     components: int = 1
@@ -71,7 +83,9 @@ ODD_OPS = [(name, suffix) for name, case in ODD_CASES.items() for suffix in case
 
 # For tests of several dtypes; a test that says nothing is one of the reference, in float64.
 every_implementation = pytest.mark.parametrize(
-    ("run", "dtype"), [(name, dtype) for name, dtypes in DTYPES.items() for dtype in dtypes], indirect=["run"]
+    ("run", "dtype"),
+    [(name, dtype) for name, dtypes in DTYPES.items() for dtype in dtypes],
+    indirect=["run"],
 )
 
 
@@ -86,7 +100,9 @@ def one_thread():
 
 @pytest.fixture
 def run(request):
-    """Calls an op of `coupling` by name on the implementation's device; arguments and results are on the CPU."""
+    """Calls an op of `coupling` by name on the implementation's device; arguments and results are
+    on the CPU.
+    """
     implementation = getattr(request, "param", "reference")
     device = IMPLEMENTATIONS[implementation]
     if implementation == "triton":
@@ -103,7 +119,7 @@ def run(request):
     return run
 
 
-# -------------------------------------------------------------------------------------------------------------- inputs
+# ------------------------------------------------------------------------------------------- inputs
 
 
 def generator(seed: int) -> torch.Generator:
@@ -111,17 +127,23 @@ def generator(seed: int) -> torch.Generator:
 
 
 def draw(case: Case, leading=(4,), dtype=torch.float64, seed=0, hardness=0.0) -> list[Tensor]:
-    """z and parameters. `hardness` 0 is a mixture whose parts overlap, 1 one of far, thin and unlikely parts."""
+    """z and parameters. `hardness` 0 is a mixture whose parts overlap, 1 one of far, thin and
+    unlikely parts.
+    """
     random = generator(seed)
     scales = {"logits": 10.0, "loc": 30.0, "mean": 30.0, "log_scale": 4.0}
     out = [3 * torch.randn(case.shapes(leading)[0], generator=random, dtype=torch.float64)]
+
     for name, shape in zip(case.parameters, case.shapes(leading)[1:], strict=True):
         spread = scales[name] ** hardness * (0.5 if name == "log_scale" else 1)
         out.append(spread * torch.randn(shape, generator=random, dtype=torch.float64))
+
     return [x.to(dtype) for x in out]
 
 
-def wild(shape: tuple[int, ...], limit: float, dtype: torch.dtype, random: torch.Generator) -> Tensor:
+def wild(
+    shape: tuple[int, ...], limit: float, dtype: torch.dtype, random: torch.Generator
+) -> Tensor:
     """Magnitudes log-uniform from 1e-8 to `limit`, of both signs; a third are exactly 0 or +-limit."""
     uniform = torch.rand(shape, generator=random, dtype=torch.float64)
     magnitude = 10 ** (-8 + (8 + math.log10(limit)) * uniform)
@@ -131,20 +153,26 @@ def wild(shape: tuple[int, ...], limit: float, dtype: torch.dtype, random: torch
 
 
 def draw_wild(case: Case, count: int, dtype: torch.dtype, seed: int, limit=1e4) -> list[Tensor]:
-    """The whole domain: |z|, |logits|, |loc| up to 1e4 and log_scale in [-10, 10], often at the corners."""
+    """The whole domain: |z|, |logits|, |loc| up to 1e4 and log_scale in [-10, 10], often at the
+    corners.
+    """
     random = generator(seed)
     limits = {"logits": 1e4, "loc": 1e4, "mean": 1e4, "log_scale": 10.0}
     shapes = case.shapes((count,))
     out = [wild(shapes[0], limit, dtype, random)]
     for name, shape in zip(case.parameters, shapes[1:], strict=True):
         out.append(wild(shape, limits[name], dtype, random))
+
     if seed % 3 == 0:  # ties: all components of one scale, of one weight
         out[-1] = out[-1][..., :1].expand_as(out[-1]).clone() if case.components > 1 else out[-1]
         out[1] = out[1][..., :1].expand_as(out[1]).clone() if case.components > 1 else out[1]
+
     return out
 
 
-def with_gradients(run, op: str, tensors: list[Tensor], seed=0, cotangents=None) -> tuple[list[Tensor], list[Tensor]]:
+def with_gradients(
+    run, op: str, tensors: list[Tensor], seed=0, cotangents=None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs, and the gradients of all arguments for random cotangents."""
     tensors = [x.detach().requires_grad_() for x in tensors]
     outputs = run(op, *tensors)
@@ -152,10 +180,11 @@ def with_gradients(run, op: str, tensors: list[Tensor], seed=0, cotangents=None)
     random = generator(seed)
     cotangents = [torch.randn(x.shape, generator=random, dtype=x.dtype) for x in outputs]
     gradients = torch.autograd.grad(outputs, tensors, cotangents)
+
     return [x.detach() for x in outputs], list(gradients)
 
 
-# ---------------------------------------------------------------------------- the same mathematics by plain autograd
+# ----------------------------------------------------------- the same mathematics by plain autograd
 
 
 def naive(case: Case, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,8 +192,10 @@ def naive(case: Case, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
     if case.kind == "affine":
         loc, log_scale = parameters
         return (z - loc) / log_scale.exp(), -log_scale
+
     logits, loc, log_scale = parameters
     weight, us, log_det = logits.softmax(-1), [], 0
+
     vector = case.kind == "mixture_rosenblatt"
     for i in range(z.shape[-1] if vector else 1):
         z_i, loc_i = (z[..., i], loc[:, i]) if vector else (z, loc)
@@ -174,31 +205,43 @@ def naive(case: Case, z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         log_det = log_det + joint.sum(-1).log() - normal_log_prob(u)
         weight = joint / joint.sum(-1, keepdim=True)
         us.append(u)
+
     return torch.stack(us, -1) if vector else us[0], log_det
 
 
-# ------------------------------------------------------------------------------------------------------------ accuracy
+# ----------------------------------------------------------------------------------------- accuracy
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_against_plain_autograd(run, name):
-    """Outputs, and hand-derived gradients of u and log_det, against autograd through the naive formulas."""
+    """Outputs, and hand-derived gradients of u and log_det, against autograd through the naive
+    formulas.
+    """
     case = CASES[name]
     tensors = [x.requires_grad_() for x in draw(case, (50,), seed=1)]
     tensors[0] = (0.5 * tensors[0]).detach().requires_grad_()
+
     expected, actual = naive(case, *tensors), run(case.kind, *tensors)
     for e, a in zip(expected, actual, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
         cotangent = torch.randn(e.shape, generator=generator(2), dtype=e.dtype)
-        gradients = (torch.autograd.grad(x, tensors, cotangent, retain_graph=True, allow_unused=True) for x in (a, e))
+
+        gradients = (
+            torch.autograd.grad(x, tensors, cotangent, retain_graph=True, allow_unused=True)
+            for x in (a, e)
+        )
         for tensor, a_grad, e_grad in zip(tensors, *gradients, strict=True):
-            a_grad, e_grad = (torch.zeros_like(tensor) if x is None else x for x in (a_grad, e_grad))
+            a_grad, e_grad = (
+                torch.zeros_like(tensor) if x is None else x for x in (a_grad, e_grad)
+            )
             torch.testing.assert_close(a_grad, e_grad, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_jacobian(run, name):
-    """log_det is that of the autodiff Jacobian, which is lower triangular; the inverse's Jacobian is its inverse."""
+    """log_det is that of the autodiff Jacobian, which is lower triangular; the inverse's Jacobian
+    is its inverse.
+    """
     case = CASES[name]
     z, *parameters = draw(case, (4,), seed=3)
     u, log_det = run(case.kind, z, *parameters)
@@ -206,28 +249,38 @@ def test_jacobian(run, name):
     across = jacobian(lambda z: run(case.kind, z, *parameters)[0], z).reshape(4, d, 4, d)
     back = jacobian(lambda u: run(case.kind + "_inverse", u, *parameters), u).reshape(4, d, 4, d)
     plain = jacobian(lambda z: naive(case, z, *parameters)[0], z).reshape(4, d, 4, d)
+
     for i, j in itertools.product(range(4), repeat=2):
         if i != j:  # no position sees another
             assert not across[i, :, j].any() and not back[i, :, j].any()
             continue
+
         forward, inverse = across[i, :, i], back[i, :, i]
         torch.testing.assert_close(forward, plain[i, :, i], rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(forward, forward.tril(), rtol=0, atol=0)
         torch.testing.assert_close(forward.det().log(), log_det[i], rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(inverse @ forward, torch.eye(d, dtype=z.dtype), rtol=0, atol=1e-8)
+        torch.testing.assert_close(
+            inverse @ forward, torch.eye(d, dtype=z.dtype), rtol=0, atol=1e-8
+        )
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "_log_prob" in case.directions])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if "_log_prob" in case.directions]
+)
 def test_log_prob_is_log_det_plus_base(run, name):
     case = CASES[name]
     z, *parameters = draw(case, (100,), seed=4)
     u, log_det = run(case.kind, z, *parameters)
     base = normal_log_prob(u) if u.ndim == 1 else normal_log_prob(u).sum(-1)
-    torch.testing.assert_close(run(case.kind + "_log_prob", z, *parameters), log_det + base, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        run(case.kind + "_log_prob", z, *parameters), log_det + base, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_no_element_keeps_the_others_waiting(monkeypatch):
-    """On a CPU a batch is as slow as its slowest element: none may hop over its root until bisection ends that."""
+    """On a CPU a batch is as slow as its slowest element: none may hop over its root until
+    bisection ends that.
+    """
     num_steps = []
     find_root = coupling_reference.find_root
 
@@ -241,13 +294,16 @@ def test_no_element_keeps_the_others_waiting(monkeypatch):
     for seed in range(5):
         u, *parameters = draw(CASES["cdf, K=7"], (4000,), torch.float32, seed)
         coupling.mixture_cdf_inverse(u / 3, *parameters, implementation="reference")
+
     assert max(num_steps) <= 24 and sum(num_steps) / len(num_steps) <= 18
 
 
 @every_implementation
 @pytest.mark.parametrize("name", CASES)
 def test_round_trips(run, name, dtype):
-    """Both ways, to what rounding u and z allows: |J^-1| (eps (1 + |u|) + |J| eps |z|) in z, and |J| times it in u."""
+    """Both ways, to what rounding u and z allows: |J^-1| (eps (1 + |u|) + |J| eps |z|) in z, and
+    |J| times it in u.
+    """
     case, eps, n = CASES[name], torch.finfo(dtype).eps, 6 if run.is_slow else 30
     z, *parameters = draw(case, (n,), dtype, seed=5, hardness=0.3)
     u, _ = run(case.kind, z, *parameters)
@@ -266,15 +322,21 @@ def test_round_trips(run, name, dtype):
 
 @pytest.mark.parametrize("run", IMPLEMENTATIONS, indirect=True)
 def test_inverse_finds_components_thinner_than_the_spacing_of_floats(run):
-    """A component narrower than the spacing of floats shows its slope at one number only: not where to end."""
+    """A component narrower than the spacing of floats shows its slope at one number only: not where
+    to end.
+    """
     loc = torch.tensor([9900.0, 10000.0, 10100.0]).expand(4, 3)
     u = torch.tensor([-1.0, 1.0, -8.0, 8.0])
     z = run("mixture_cdf_inverse", u, torch.zeros(4, 3), loc, torch.full((4, 3), -10.0))
-    torch.testing.assert_close(z, torch.tensor([9900.0, 10100.0, 9900.0, 10100.0]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        z, torch.tensor([9900.0, 10100.0, 9900.0, 10100.0]), rtol=1e-6, atol=0
+    )
 
 
 @every_implementation
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.kind == "mixture_cdf"])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if case.kind == "mixture_cdf"]
+)
 def test_inverse_is_bracketed_over_the_whole_domain(run, name, dtype):
     """u lies between the transforms of z's neighbours, whatever the mixture."""
     case, info = CASES[name], torch.finfo(dtype)
@@ -283,13 +345,15 @@ def test_inverse_is_bracketed_over_the_whole_domain(run, name, dtype):
         u, *parameters = draw_wild(case, count, dtype, seed, limit=30)
         z = run("mixture_cdf_inverse", u, *parameters)
         candidates = parameters[1] + torch.exp(parameters[2]) * u[:, None]
-        width = 2 * info.eps * z.abs() + 2 * info.eps**2 * (candidates.amax(-1) - candidates.amin(-1))
+        width = 2 * info.eps * z.abs() + 2 * info.eps**2 * (
+            candidates.amax(-1) - candidates.amin(-1)
+        )
         lower, upper = (run("mixture_cdf", z + sign * width, *parameters)[0] for sign in (-1, 1))
         rounding = 4 * info.eps * (1 + u.abs())
         assert (lower <= u + rounding).all() and (u <= upper + rounding).all()
 
 
-# ----------------------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize(("name", "suffix"), OPS)
@@ -298,9 +362,14 @@ def test_gradcheck_of_every_subset_of_arguments(run, name, suffix):
     tensors = draw(case, (2,), seed=8)
     for pattern in itertools.product([False, True], repeat=len(tensors)):
         if any(pattern):
-            inputs = [x.clone().requires_grad_(needed) for x, needed in zip(tensors, pattern, strict=True)]
+            inputs = [
+                x.clone().requires_grad_(needed) for x, needed in zip(tensors, pattern, strict=True)
+            ]
             fast = not all(pattern)
-            assert torch.autograd.gradcheck(lambda *x: run(case.kind + suffix, *x), inputs, fast_mode=fast)
+            assert torch.autograd.gradcheck(
+                lambda *x: run(case.kind + suffix, *x), inputs, fast_mode=fast
+            )
+
     outputs = run(case.kind + suffix, *tensors)
     assert not any(x.requires_grad for x in (outputs if isinstance(outputs, tuple) else (outputs,)))
 
@@ -314,8 +383,11 @@ def test_odd_shapes(run, name, suffix, leading):
     per_position = leading if suffix == "_log_prob" else tensors[0].shape
     assert [x.shape for x in outputs] == [per_position, leading][: len(outputs)]
     assert [x.shape for x in gradients] == [x.shape for x in tensors]
+
     if math.prod(leading):
-        assert torch.autograd.gradcheck(lambda *x: run(case.kind + suffix, *x), tensors, fast_mode=True)
+        assert torch.autograd.gradcheck(
+            lambda *x: run(case.kind + suffix, *x), tensors, fast_mode=True
+        )
     else:
         assert not any(x.any() for x in gradients)
 
@@ -333,8 +405,11 @@ def test_broadcasting(run, kind, suffix):
     case = Case(kind, 5, 4)
     if suffix not in case.directions:
         return
+
     random = generator(10)
-    tensors = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in BROADCASTS[kind]]
+    tensors = [
+        torch.randn(shape, generator=random, dtype=torch.float64) for shape in BROADCASTS[kind]
+    ]
     full = [x.expand(shape).clone() for x, shape in zip(tensors, case.shapes((2, 3)), strict=True)]
     outputs, gradients = with_gradients(run, kind + suffix, tensors)
     full_outputs, full_gradients = with_gradients(run, kind + suffix, full)
@@ -351,27 +426,32 @@ def test_strided_inputs(run, name, suffix):
     strided = [x.mT if x.ndim > 1 else x for x in strided]
     assert not any(x.is_contiguous() for x in strided if x.numel() > 1)
     torch.testing.assert_close(
-        with_gradients(run, case.kind + suffix, strided), with_gradients(run, case.kind + suffix, tensors)
+        with_gradients(run, case.kind + suffix, strided),
+        with_gradients(run, case.kind + suffix, tensors),
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ extremes
+# ----------------------------------------------------------------------------------------- extremes
 
 
 @every_implementation
 @pytest.mark.parametrize(("name", "suffix"), OPS)
 def test_extremes_are_finite(run, name, suffix, dtype):
-    """Outputs and gradients over the whole domain, corners included; the inverse for |u| up to 30, and up to 1e4."""
+    """Outputs and gradients over the whole domain, corners included; the inverse for |u| up to 30,
+    and up to 1e4.
+    """
     case = CASES[name]
     count, rounds = (40, 40) if case.kind == "mixture_rosenblatt" else (400, 6)
     if run.is_slow:
         count, rounds = (4, 3) if suffix == "_inverse" else (40, 4)
+
     for seed in range(rounds):
         limit = 30 if suffix == "_inverse" and seed % 2 else 1e4
         tensors = draw_wild(case, count, dtype, seed, limit)
         outputs, gradients = with_gradients(run, case.kind + suffix, tensors, seed)
         for what, x in zip(("output", "log_det"), outputs, strict=False):
             assert x.isfinite().all(), (seed, what)
+
         for what, x in zip(("latents", *case.parameters), gradients, strict=True):
             assert x.isfinite().all(), (seed, what)
 
@@ -380,7 +460,9 @@ def test_extremes_are_finite(run, name, suffix, dtype):
 @pytest.mark.parametrize("log_scale", [-10.0, 0.0, 10.0])
 @pytest.mark.parametrize(("name", "suffix"), [op for op in OPS if CASES[op[0]].components > 1])
 def test_gaps_are_finite(run, name, suffix, log_scale, dtype):
-    """Between far components of equal weight, du/dz underflows in every dimension at once; dz/du overflows."""
+    """Between far components of equal weight, du/dz underflows in every dimension at once; dz/du
+    overflows.
+    """
     case = CASES[name]
     for gap in (1, 12, 1e9) if run.is_slow else (1, 5, 8, 12, 20, 60, 1e3, 1e9):
         tensors = [torch.zeros(shape, dtype=dtype) for shape in case.shapes((3,))]
@@ -394,7 +476,7 @@ def test_gaps_are_finite(run, name, suffix, log_scale, dtype):
             assert x.isfinite().all(), gap
 
 
-# -------------------------------------------------------------------------------------------------------- monotonicity
+# ------------------------------------------------------------------------------------- monotonicity
 
 MIXTURES = {  # logits, loc, log_scale
     "overlapping": ([0.0, 1.0, -1.0], [-1.0, 0.5, 3.0], [0.0, -0.5, 0.7]),
@@ -408,10 +490,13 @@ MIXTURES = {  # logits, loc, log_scale
 @pytest.mark.parametrize("run", IMPLEMENTATIONS, indirect=True)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_u_never_decreases(run, name):
-    """Along a dense grid, and float by float at the median, where the tails change places, and at |t| = 1.06."""
+    """Along a dense grid, and float by float at the median, where the tails change places, and at
+    |t| = 1.06.
+    """
     logits, loc, log_scale = (torch.tensor(x) for x in MIXTURES[name])
     median = run("mixture_cdf_inverse", torch.zeros(1), logits, loc, log_scale)
     switch = loc[0] + torch.exp(log_scale[0]) * 1.0606602
+
     eps = torch.finfo(torch.float32).eps
     for center, radius in (
         (median, 60.0),
@@ -419,16 +504,25 @@ def test_u_never_decreases(run, name):
         (median, 1000 * eps * (1 + abs(median.item()))),
         (switch, 1e-4),
     ):
-        z = (center.double() + radius * torch.linspace(-1, 1, 20_001, dtype=torch.float64)).float().unique()
+        z = (
+            (center.double() + radius * torch.linspace(-1, 1, 20_001, dtype=torch.float64))
+            .float()
+            .unique()
+        )
         u, _ = run("mixture_cdf", z, logits, loc, log_scale)
-        # Two values may differ by the errors of both: the kernels' are within 4 units in the last place each.
+
+        # Two values may differ by the errors of both: the kernels' are within 4 units in the last
+        # place each.
         units = 8 if run.implementation == "triton" else 4
         assert (u.cummax(0).values - u <= units * eps * (1 + u.abs())).all()
-    far = run("mixture_cdf", torch.tensor([-1e4, -1e3, -100.0, 100.0, 1e3, 1e4]), logits, loc, log_scale)[0]
+
+    far = run(
+        "mixture_cdf", torch.tensor([-1e4, -1e3, -100.0, 100.0, 1e3, 1e4]), logits, loc, log_scale
+    )[0]
     assert (far.diff() > 0).all()  # no saturation
 
 
-# ---------------------------------------------------------------------------------------- precision, chunks, compiling
+# --------------------------------------------------------------------- precision, chunks, compiling
 
 
 @pytest.mark.parametrize("run", IMPLEMENTATIONS, indirect=True)
@@ -438,11 +532,17 @@ def test_low_precision_is_cast_up(run, name, suffix, dtype):
     case = CASES[name]
     tensors = draw(case, (5,), dtype, seed=12)
     outputs, gradients = with_gradients(run, case.kind + suffix, tensors)
-    full_outputs, full_gradients = with_gradients(run, case.kind + suffix, [x.float() for x in tensors])
-    assert all(x.dtype == torch.float32 for x in outputs) and all(x.dtype == dtype for x in gradients)
+    full_outputs, full_gradients = with_gradients(
+        run, case.kind + suffix, [x.float() for x in tensors]
+    )
+    assert all(x.dtype == torch.float32 for x in outputs) and all(
+        x.dtype == dtype for x in gradients
+    )
     torch.testing.assert_close(outputs, full_outputs, rtol=0, atol=0)
     rounding = torch.finfo(dtype).eps if run.is_slow else 0  # the interpreter cuts bfloat16 off
-    torch.testing.assert_close(gradients, [x.to(dtype) for x in full_gradients], rtol=rounding, atol=rounding)
+    torch.testing.assert_close(
+        gradients, [x.to(dtype) for x in full_gradients], rtol=rounding, atol=rounding
+    )
 
 
 @pytest.mark.parametrize(("name", "suffix"), OPS)
@@ -464,6 +564,7 @@ def test_autocast_changes_nothing(run, name, suffix):
     plain = with_gradients(run, case.kind + suffix, tensors)
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = with_gradients(run, case.kind + suffix, tensors)
+
     torch.testing.assert_close(under_autocast, plain, rtol=0, atol=0)
 
 
@@ -488,14 +589,16 @@ def test_compiled(run, name, suffix):
     case = CASES[name]
     if suffix not in case.directions:
         return
+
     tensors = draw(case, (4,), seed=16)
     compiled = torch.compile(run, backend="eager")
     torch.testing.assert_close(
-        with_gradients(compiled, case.kind + suffix, tensors), with_gradients(run, case.kind + suffix, tensors)
+        with_gradients(compiled, case.kind + suffix, tensors),
+        with_gradients(run, case.kind + suffix, tensors),
     )
 
 
-# -------------------------------------------------------------------------------------- logits linear in a hidden state
+# ------------------------------------------------------------------ logits linear in a hidden state
 
 
 def draw_linear(dtype=torch.float64) -> list[Tensor]:
@@ -503,7 +606,10 @@ def draw_linear(dtype=torch.float64) -> list[Tensor]:
     z, _, mean, log_scale = draw(Case("mixture_rosenblatt", 7, 3), (2, 2), seed=17)
     random = generator(18)
     shapes = ((2, 2, 4), (7, 4), (7,))
-    hidden, weight, bias = (torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes)
+    hidden, weight, bias = (
+        torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes
+    )
+
     return [x.to(dtype) for x in (z, hidden, weight, bias, mean, log_scale)]
 
 
@@ -529,7 +635,9 @@ def test_linear_logits(run, dtype, suffix, max_logits):
 
 
 def test_linear_logits_accumulate_in_float32():
-    """bfloat16 by autocast: the weights' gradient is that of the cast factors, however many parts it comes in."""
+    """bfloat16 by autocast: the weights' gradient is that of the cast factors, however many parts
+    it comes in.
+    """
     random = generator(19)
     n, w, k = 4096, 4, 5
     z, hidden = torch.randn(n, 2, generator=random), 1 + 0.1 * torch.randn(n, w, generator=random)
@@ -538,27 +646,33 @@ def test_linear_logits_accumulate_in_float32():
     hidden = hidden.bfloat16().float()
     exact = coupling.mixture_rosenblatt_log_prob(z, hidden @ weight.T, mean, log_scale).sum()
     (expected,) = torch.autograd.grad(exact, weight)
+
     with torch.autocast("cpu", torch.bfloat16):
         log_prob = coupling.linear_mixture_rosenblatt_log_prob(
             z, hidden, weight, torch.zeros(k), mean, log_scale, max_logits=16 * k
         )
+
     (actual,) = torch.autograd.grad(log_prob.sum(), weight)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0.5)
 
 
-@pytest.mark.parametrize("name, shape", [("hidden", (2, 4)), ("weight", (6, 4)), ("weight", (7, 3)), ("bias", (7, 1))])
+@pytest.mark.parametrize(
+    "name, shape", [("hidden", (2, 4)), ("weight", (6, 4)), ("weight", (7, 3)), ("bias", (7, 1))]
+)
 def test_linear_logits_that_do_not_fit(name, shape):
     names = ["z", "hidden", "weight", "bias", "mean", "log_scale"]
     tensors = dict(zip(names, draw_linear(), strict=True)) | {name: torch.zeros(shape)}
+
     for op in ("linear_mixture_rosenblatt", "linear_mixture_rosenblatt_log_prob"):
         with pytest.raises(ValueError, match=name):
             getattr(coupling, op)(**tensors)
+
     with pytest.raises(ValueError, match="max_logits must be at least 1, not 0"):
         coupling.linear_mixture_rosenblatt(*draw_linear(), max_logits=0)
 
 
-# ------------------------------------------------------------------------------------------------- a vocabulary's size
+# ------------------------------------------------------------------------------ a vocabulary's size
 
 VOCABULARY = """
 import resource, time, torch
@@ -592,18 +706,25 @@ assert peak() - before < 2, peak() - before
 
 
 def test_a_vocabulary_within_2_gib():
-    """K = 50,257, d = 16, 1,024 positions: all that a process's memory grows by after `import torch`, inputs included.
+    """K = 50,257, d = 16, 1,024 positions: all that a process's memory grows by after `import
+    torch`, inputs included.
 
-    The backward pass of u and the inverse go through the same chunks as the forward pass, here with fewer positions,
-    but with gradients of all 1,024 positions' logits.
+    The backward pass of u and the inverse go through the same chunks as the forward pass, here with
+    fewer positions, but with gradients of all 1,024 positions' logits.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_WAIT_POLICY": "passive"}
-    result = subprocess.run([sys.executable, "-c", VOCABULARY], env=environment, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_WAIT_POLICY": "passive",
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", VOCABULARY], env=environment, capture_output=True, text=True
+    )
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 AFFINE = {"z": (3,), "loc": (3,), "log_scale": (3,)}
 CDF = {"z": (3,), "logits": (3, 2), "loc": (3, 2), "log_scale": (3, 2)}
@@ -623,26 +744,55 @@ BAD_INPUT = {  # name: op, arguments (a shape, or the thing itself), error, what
     "logits a scalar": ("mixture_cdf", {**CDF, "logits": ()}, ValueError, "logits"),
     "positions differ": ("mixture_cdf", {**CDF, "logits": (5, 2)}, ValueError, "logits"),
     "more positions than z": ("mixture_cdf", {**CDF, "logits": (2, 3, 2)}, ValueError, "logits"),
-    "vectors of another size": ("mixture_rosenblatt", {**ROSENBLATT, "z": (3, 5)}, ValueError, "mean"),
+    "vectors of another size": (
+        "mixture_rosenblatt",
+        {**ROSENBLATT, "z": (3, 5)},
+        ValueError,
+        "mean",
+    ),
     "z a scalar": ("mixture_rosenblatt", {**ROSENBLATT, "z": ()}, ValueError, "z must"),
-    "mean of each position": ("mixture_rosenblatt", {**ROSENBLATT, "mean": (3, 2, 4)}, ValueError, "mean"),
+    "mean of each position": (
+        "mixture_rosenblatt",
+        {**ROSENBLATT, "mean": (3, 2, 4)},
+        ValueError,
+        "mean",
+    ),
     "no codes": (
         "mixture_rosenblatt",
         {**ROSENBLATT, "logits": (3, 0), "mean": (0, 4), "log_scale": (0,)},
         ValueError,
         "K >= 1",
     ),
-    "no dimensions": ("mixture_rosenblatt", {**ROSENBLATT, "z": (3, 0), "mean": (2, 0)}, ValueError, "d >= 1"),
-    "logits of other codes": ("mixture_rosenblatt", {**ROSENBLATT, "logits": (3, 5)}, ValueError, "logits"),
+    "no dimensions": (
+        "mixture_rosenblatt",
+        {**ROSENBLATT, "z": (3, 0), "mean": (2, 0)},
+        ValueError,
+        "d >= 1",
+    ),
+    "logits of other codes": (
+        "mixture_rosenblatt",
+        {**ROSENBLATT, "logits": (3, 5)},
+        ValueError,
+        "logits",
+    ),
     "log_scale of each dimension": (
         "mixture_rosenblatt",
         {**ROSENBLATT, "log_scale": (2, 4)},
         ValueError,
         "log_scale",
     ),
-    "logits of other positions": ("mixture_rosenblatt", {**ROSENBLATT, "logits": (5, 2)}, ValueError, "logits"),
+    "logits of other positions": (
+        "mixture_rosenblatt",
+        {**ROSENBLATT, "logits": (5, 2)},
+        ValueError,
+        "logits",
+    ),
 }
-for _op, _arguments in (("affine", AFFINE), ("mixture_cdf", CDF), ("mixture_rosenblatt", ROSENBLATT)):
+for _op, _arguments in (
+    ("affine", AFFINE),
+    ("mixture_cdf", CDF),
+    ("mixture_rosenblatt", ROSENBLATT),
+):
     for _name, _shape in _arguments.items():
         for _kind, _value, _error in (
             ("an integer", torch.zeros(_shape, dtype=torch.long), TypeError),
@@ -650,7 +800,12 @@ for _op, _arguments in (("affine", AFFINE), ("mixture_cdf", CDF), ("mixture_rose
             ("a list", [0.0], TypeError),
             ("on another device", torch.zeros(_shape, device="meta"), ValueError),
         ):
-            BAD_INPUT[f"{_op}: {_name} {_kind}"] = (_op, {**_arguments, _name: _value}, _error, _name)
+            BAD_INPUT[f"{_op}: {_name} {_kind}"] = (
+                _op,
+                {**_arguments, _name: _value},
+                _error,
+                _name,
+            )
 
 
 @pytest.mark.parametrize("suffix", ["", "_inverse", "_log_prob"])
@@ -659,10 +814,15 @@ def test_bad_input(name, suffix):
     op, arguments, error, message = BAD_INPUT[name]
     if op + suffix == "affine_log_prob":
         return
-    arguments = {name: torch.zeros(x) if isinstance(x, tuple) else x for name, x in arguments.items()}
+
+    arguments = {
+        name: torch.zeros(x) if isinstance(x, tuple) else x for name, x in arguments.items()
+    }
+
     if suffix == "_inverse":
         arguments = {{"z": "u"}.get(name, name): x for name, x in arguments.items()}
         message = {"z": "u", "z must": "u must"}.get(message, message)
+
     with pytest.raises(error, match=message):
         getattr(coupling, op + suffix)(**arguments)
 
@@ -672,6 +832,7 @@ def test_unknown_implementation(name, suffix):
     case = CASES[name]
     with pytest.raises(ValueError, match="not 'fast'"):
         getattr(coupling, case.kind + suffix)(*draw(case), implementation="fast")
+
     torch.testing.assert_close(
         getattr(coupling, case.kind + suffix)(*draw(case), implementation="auto"),
         getattr(coupling, case.kind + suffix)(*draw(case)),

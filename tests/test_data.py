@@ -52,7 +52,12 @@ NASTY = {
     "only symbols": "?!",
     "nothing": "",
     "markup": "[[Link|text]] &amp; <ref name='x'/> don't e-mail U.S.A.",
-    "random": "".join(map(chr, random.Random(0).choices([*range(0x2200)], [100] * 128 + [1] * (0x2200 - 128), k=2000))),
+    "random": "".join(
+        map(
+            chr,
+            random.Random(0).choices([*range(0x2200)], [100] * 128 + [1] * (0x2200 - 128), k=2000),
+        )
+    ),
 }
 
 
@@ -68,8 +73,10 @@ def text8(text: str) -> str:
             result += " " + WORDS[ord(character) - ord("0")] + " "
         else:
             result += " "
+
     while "  " in result:
         result = result.replace("  ", " ")
+
     return result
 
 
@@ -88,32 +95,51 @@ def byte_level_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=["<eos>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator([long_text(0)], trainer)
+
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
 def prefix_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 2's: puts a space in front of every text it is given, so that no cut leaves the tokens as they are."""
+    """As Llama 2's: puts a space in front of every text it is given, so that no cut leaves the
+    tokens as they are.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=100, special_tokens=["<unk>", "<eos>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=100, special_tokens=["<unk>", "<eos>"], show_progress=False
+    )
     tokenizer.train_from_iterator([long_text(0)], trainer)
+
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
 
 
-TOKENIZERS = {"character": character_tokenizer, "byte_level": byte_level_tokenizer, "prefix": prefix_tokenizer}
+TOKENIZERS = {
+    "character": character_tokenizer,
+    "byte_level": byte_level_tokenizer,
+    "prefix": prefix_tokenizer,
+}
 
 
 def run_python(code: str, *arguments: object, **environment: str) -> str:
     """The output of a fresh process."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     result = subprocess.run(
-        command, capture_output=True, text=True, encoding="utf-8", env={**os.environ, **environment}, check=False
+        command,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, **environment},
+        check=False,
     )
     assert result.returncode == 0, result.stderr
+
     return result.stdout
 
 
@@ -172,11 +198,19 @@ def test_python_documentation_reads_docstrings_as_text(tmp_path, monkeypatch):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
+
     (tmp_path / "latin.py").write_bytes('# coding: latin-1\n"""é"""'.encode("latin-1"))
     (tmp_path / "undecodable.py").write_bytes('"""é"""'.encode("latin-1"))
     (tmp_path / "null.py").write_bytes(b'"""null"""\0')
     monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    assert python_documentation() == ["A loop.", "A choice.", "B.\n\nB.f\n\ng\n\nB.C", "Not run.", "é", "A"]
+    assert python_documentation() == [
+        "A loop.",
+        "A choice.",
+        "B.\n\nB.f\n\ng\n\nB.C",
+        "Not run.",
+        "é",
+        "A",
+    ]
 
 
 def test_python_documentation_needs_the_sources(tmp_path, monkeypatch):
@@ -192,7 +226,10 @@ def test_default_corpus():
     assert Counter(documents) == Counter(python_documentation())  # nothing lost, nothing twice
     assert len(set(documents)) == len(documents)
     assert 1_500_000 < sum(map(len, documents)) < 3_000_000
-    assert sum('The "while" statement is used for repeated execution' in text for text in documents) >= 1
+    assert (
+        sum('The "while" statement is used for repeated execution' in text for text in documents)
+        >= 1
+    )
     assert sum("Text wrapping and filling." in text for text in documents) == 1  # textwrap
     assert "antigravity" not in sys.modules  # which opens a browser when it is imported
 
@@ -208,19 +245,33 @@ def test_split_documents_shares_out_every_document():
     total = sum(map(len, documents))
     for name in ("validation", "test"):
         assert sum(map(len, splits[name])) == pytest.approx(0.05 * total, rel=0.05)
+
     held_out = {int(document.split()[0]) for document in splits["validation"] + splits["test"]}
     assert min(held_out) < 100 and max(held_out) > 900  # from everywhere, not from one end
 
 
 @pytest.mark.parametrize(
-    "text", ["two words\n" * 1000, "word " * 1000, "x" * 5000, "東京\n" * 1000, "ab", "a", "head\n" + "tail " * 5000]
+    "text",
+    [
+        "two words\n" * 1000,
+        "word " * 1000,
+        "x" * 5000,
+        "東京\n" * 1000,
+        "ab",
+        "a",
+        "head\n" + "tail " * 5000,
+    ],
 )
 def test_split_text_cuts_between_lines_or_words(text):
     splits = split_text(text)
     parts = ["".join(splits[name]) for name in SPLITS]
     assert "".join(parts) == text
+
     if len(text) > 2:
-        assert [len(part) / len(text) for part in parts] == pytest.approx([0.9, 0.05, 0.05], abs=0.002)
+        assert [len(part) / len(text) for part in parts] == pytest.approx(
+            [0.9, 0.05, 0.05], abs=0.002
+        )
+
     for part in parts[:2]:
         assert not part or part[-1] in " \n" or not set(text) & set(" \n")
         assert not part or "\n" not in text[-1000:] or part[-1] == "\n"
@@ -240,7 +291,9 @@ def test_text_file_needs_no_datasets_library(tmp_path, monkeypatch):
 
 def test_missing_datasets_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"'user/name' is not a text file here.*pip install datasets"):
+    with pytest.raises(
+        ImportError, match=r"'user/name' is not a text file here.*pip install datasets"
+    ):
         load_splits("user/name")
 
 
@@ -271,7 +324,9 @@ def test_import_needs_no_optional_library():
 # --- Datasets
 
 
-needs_datasets = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs datasets")
+needs_datasets = pytest.mark.skipif(
+    importlib.util.find_spec("datasets") is None, reason="needs datasets"
+)
 
 
 @pytest.fixture
@@ -304,6 +359,7 @@ def texts(rows):
 def test_dataset_keeps_its_own_splits(dataset, streaming):
     source = dataset(train=rows("train", 9), validation=rows("validation", 3), test=rows("test", 2))
     splits = load_splits(source, streaming=streaming)
+
     for _ in range(2):  # iterable again
         assert list(splits["train"]) == texts(rows("train", 9))
         assert list(splits["validation"]) == texts(rows("validation", 3))
@@ -315,9 +371,12 @@ def test_dataset_keeps_its_own_splits(dataset, streaming):
 def test_dataset_without_held_out_splits_gives_its_first_rows(dataset, streaming, monkeypatch):
     monkeypatch.setattr(data, "MAX_HELD_OUT_DOCUMENTS", 4)
     splits = load_splits(dataset(train=rows("train", 100)), streaming=streaming)
+
     for _ in range(2):
         train = list(splits["train"])
-        assert list(splits["validation"]) + list(splits["test"]) + train == texts(rows("train", 100))
+        assert list(splits["validation"]) + list(splits["test"]) + train == texts(
+            rows("train", 100)
+        )
         assert len(train) == 92
 
 
@@ -334,8 +393,13 @@ def test_dataset_holds_out_what_is_missing(dataset):
 def test_dataset_column_is_chosen(dataset, streaming):
     source = dataset(**{name: [{"body": f"{name} text", "text": "other"}] for name in SPLITS})
     splits = load_splits(source, text_column="body", streaming=streaming)
-    assert {name: list(documents) for name, documents in splits.items()} == {n: [f"{n} text"] for n in SPLITS}
-    with pytest.raises(ValueError, match="no column 'content'; choose its text column among 'body', 'text'"):
+    assert {name: list(documents) for name, documents in splits.items()} == {
+        n: [f"{n} text"] for n in SPLITS
+    }
+
+    with pytest.raises(
+        ValueError, match="no column 'content'; choose its text column among 'body', 'text'"
+    ):
         load_splits(source, text_column="content", streaming=streaming)
 
 
@@ -343,13 +407,20 @@ def test_dataset_column_is_chosen(dataset, streaming):
 def test_dataset_errors(dataset, tmp_path):
     with pytest.raises(ValueError, match=r"too few to hold out 5% of them"):
         load_splits(dataset(train=rows("train", 1)))
+
     (tmp_path / "dataset/train.jsonl").rename(tmp_path / "dataset/test.jsonl")
     with pytest.raises(ValueError, match="has no split 'train', only 'test'"):
         load_splits(str(tmp_path / "dataset"))
-    with pytest.raises(ValueError, match="is neither 'python-docs', nor a file or folder here, nor a dataset"):
+
+    with pytest.raises(
+        ValueError, match="is neither 'python-docs', nor a file or folder here, nor a dataset"
+    ):
         load_splits(str(tmp_path / "missing.txt"))
+
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match="is neither 'python-docs', nor a file or folder here, nor a dataset"):
+    with pytest.raises(
+        ValueError, match="is neither 'python-docs', nor a file or folder here, nor a dataset"
+    ):
         load_splits(str(tmp_path / "nothing"))
 
 
@@ -381,13 +452,17 @@ def test_documents_are_parted_by_the_eos_token():
     assert blocks.tokens.tolist().count(tokenizer.eos_token_id) == len(documents) - 1
     assert blocks.num_characters == sum(map(len, DOCUMENTS))
     assert blocks.characters_per_token == sum(map(len, DOCUMENTS)) / len(blocks.tokens)
-    assert blocks.tokens_per_word == len(blocks.tokens) / sum(len(document.split()) for document in DOCUMENTS)
+    assert blocks.tokens_per_word == len(blocks.tokens) / sum(
+        len(document.split()) for document in DOCUMENTS
+    )
     packed = torch.cat([block["input_ids"] for block in blocks])
     assert torch.equal(packed, blocks.tokens[: len(packed)].long())
     assert len(blocks.tokens) - len(packed) < 10
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(256, torch.uint8), (257, torch.int16), (32769, torch.int32)])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(256, torch.uint8), (257, torch.int16), (32769, torch.int32)]
+)
 def test_tokens_are_stored_in_the_smallest_type(size, dtype):
     vocabulary = {f"t{i}": i for i in range(size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
@@ -401,12 +476,19 @@ def test_tokens_are_stored_in_the_smallest_type(size, dtype):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokens_do_not_depend_on_how_long_documents_are_cut(name, monkeypatch):
     tokenizer = TOKENIZERS[name]()
-    documents = [long_text(seed) for seed in (1, 2)] + ["x" * 500, *DOCUMENTS, long_text(3), "1 " * 300]
+    documents = [long_text(seed) for seed in (1, 2)] + [
+        "x" * 500,
+        *DOCUMENTS,
+        long_text(3),
+        "1 " * 300,
+    ]
     whole = PackedTokens(documents, tokenizer, 16)
     calls = []
     encode = type(tokenizer).__call__
     monkeypatch.setattr(
-        type(tokenizer), "__call__", lambda *a, **k: calls.append(max(map(len, a[1]))) or encode(*a, **k)
+        type(tokenizer),
+        "__call__",
+        lambda *a, **k: calls.append(max(map(len, a[1]))) or encode(*a, **k),
     )
     monkeypatch.setattr(data, "PIECE", 100)
     monkeypatch.setattr(data, "BATCH", 1000)
@@ -432,7 +514,10 @@ def test_tokenizers_own_limits_and_special_tokens_leave_the_text_alone():
     [(["ab", "cd"], 6, 5), ([], 1, 0), ([""], 1, 0), (["ab"], 0, 2), (["ab"], -1, 2)],
 )
 def test_too_short_a_text_is_refused(kind, documents, length, tokens):
-    with pytest.raises(ValueError, match=f"no sequence of {length} tokens can be cut from a text of {tokens} tokens"):
+    with pytest.raises(
+        ValueError,
+        match=f"no sequence of {length} tokens can be cut from a text of {tokens} tokens",
+    ):
         list(kind(documents, character_tokenizer(), length))
 
 
@@ -467,7 +552,9 @@ def test_shuffled_stream_gives_every_block_once():
     documents = [long_text(1)]
 
     def shuffled(seed=0, epoch=0, size=50):
-        stream = StreamingPackedTokens(documents, character_tokenizer(), 16, shuffle_buffer=size, seed=seed)
+        stream = StreamingPackedTokens(
+            documents, character_tokenizer(), 16, shuffle_buffer=size, seed=seed
+        )
         stream.set_epoch(epoch)
         return blocks_of(stream)
 
@@ -475,17 +562,22 @@ def test_shuffled_stream_gives_every_block_once():
     first = shuffled()
     assert Counter(first) == Counter(ordered)
     assert first == shuffled()
-    assert len({tuple(order) for order in (ordered, first, shuffled(seed=1), shuffled(epoch=1))}) == 4
+    assert (
+        len({tuple(order) for order in (ordered, first, shuffled(seed=1), shuffled(epoch=1))}) == 4
+    )
     assert Counter(shuffled(size=10**6)) == Counter(ordered)  # a buffer longer than the text
 
 
 @pytest.mark.parametrize("shuffle_buffer", [0, 20])
 def test_stream_resumes_exactly(shuffle_buffer):
     def stream():
-        return StreamingPackedTokens([long_text(1)], character_tokenizer(), 16, shuffle_buffer=shuffle_buffer)
+        return StreamingPackedTokens(
+            [long_text(1)], character_tokenizer(), 16, shuffle_buffer=shuffle_buffer
+        )
 
     full = stream()
     full.set_epoch(3)
+
     expected = blocks_of(full)
     for used in (0, 1, 37, len(expected)):
         interrupted = stream()
@@ -493,6 +585,7 @@ def test_stream_resumes_exactly(shuffle_buffer):
         iterator = iter(interrupted)
         for _ in range(used):
             next(iterator)
+
         state = json.loads(json.dumps(interrupted.state_dict()))
         assert state == {"epoch": 3, "blocks": used}
         resumed = stream()

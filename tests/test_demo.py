@@ -1,4 +1,6 @@
-"""What the demo page answers: against the model itself, and what it says of input that it can't take."""
+"""What the demo page answers: against the model itself, and what it says of input that it can't
+take.
+"""
 
 import re
 from html import unescape
@@ -42,7 +44,9 @@ def rows_of(answer):
 
 
 def written(answer):
-    return unescape(re.search(r'<p class="written" dir="auto">(.*?)</p>', answer, re.DOTALL).group(1))
+    return unescape(
+        re.search(r'<p class="written" dir="auto">(.*?)</p>', answer, re.DOTALL).group(1)
+    )
 
 
 def scored(answer):
@@ -58,16 +62,22 @@ def test_write(model, tokenizer):
     assert answer != demo.write(model, tokenizer, TEXT, 12, temperature=0.9, seed=4)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     generator = torch.Generator().manual_seed(3)
-    expected = tokenizer.decode(model.generate(ids, max_new_tokens=12, temperature=0.9, generator=generator)[0])
+    expected = tokenizer.decode(
+        model.generate(ids, max_new_tokens=12, temperature=0.9, generator=generator)[0]
+    )
     rows = rows_of(answer)
     assert written(answer) == expected == "".join(cell[0] for cell in rows[-1]) == scored(answer)[0]
-    assert len(rows) == 4 and all("".join(text for text, _, given in row if given) == TEXT for row in rows)
+    assert len(rows) == 4 and all(
+        "".join(text for text, _, given in row if given) == TEXT for row in rows
+    )
     assert "approximates" in answer
 
 
 def test_a_text_stops_where_the_model_does_and_may_begin_with_nothing(model, tokenizer):
     assert len(written(demo.write(model, tokenizer, TEXT, 99))) == 32
-    answer = demo.write(model, tokenizer, "", 9, num_candidates=3, top_p=0.5, mixture_temperature=0.8)
+    answer = demo.write(
+        model, tokenizer, "", 9, num_candidates=3, top_p=0.5, mixture_temperature=0.8
+    )
     assert len(written(answer)) == 9 and "approximates" not in answer and "italics" not in answer
 
 
@@ -76,18 +86,25 @@ def test_what_follows_the_end_of_a_document_is_shown(model, tokenizer):
     texts = [written(demo.write(m, tokenizer, "", 32, seed=1)) for m in (model, with_end)]
     assert texts[0] == texts[1] and "d" in texts[0][:-1]
     after = [
-        "".join(cell[0] for cell in rows_of(demo.edit(m, tokenizer, TEXT + " dog", "is"))[1]) for m in (model, with_end)
+        "".join(cell[0] for cell in rows_of(demo.edit(m, tokenizer, TEXT + " dog", "is"))[1])
+        for m in (model, with_end)
     ]
     assert after[0] == after[1] and len(after[0]) == len(TEXT + " dog") and "d" in after[0][:-1]
 
 
-@pytest.mark.parametrize("prompt", ["the [...] is [..] red", "the […] is [..] red", "[...]", "fox[.....]"])
+@pytest.mark.parametrize(
+    "prompt", ["the [...] is [..] red", "the […] is [..] red", "[...]", "fox[.....]"]
+)
 def test_gaps(model, tokenizer, prompt):
     answer = demo.write(model, tokenizer, prompt, 12)
-    pattern = re.sub(r"\[[.…]+\]", lambda gap: f"(.{{{len(gap[0].replace('…', '...')) - 2}}})", prompt)
+    pattern = re.sub(
+        r"\[[.…]+\]", lambda gap: f"(.{{{len(gap[0].replace('…', '...')) - 2}}})", prompt
+    )
     assert re.fullmatch(pattern, written(answer))
     given = re.sub(r"\[[.…]+\]", "", prompt)
-    assert all("".join(text for text, _, is_given in row if is_given) == given for row in rows_of(answer))
+    assert all(
+        "".join(text for text, _, is_given in row if is_given) == given for row in rows_of(answer)
+    )
 
 
 def test_what_is_exact_is_not_called_approximate(tokenizer):
@@ -104,7 +121,10 @@ def test_score(model, tokenizer):
     assert text == "the fox one red"
     ids = tokenizer(text, return_tensors="pt").input_ids
     bits = token_bits(model, ids, 8, torch.Generator().manual_seed(0)).sum().item()
-    assert total == pytest.approx(bits, abs=0.05 * len(text)) and f"Likelihood: {bits / 15:.2f} bits" in answer
+    assert (
+        total == pytest.approx(bits, abs=0.05 * len(text))
+        and f"Likelihood: {bits / 15:.2f} bits" in answer
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,14 +142,19 @@ def test_edit_redraws_the_part_that_was_meant(tokenizer, text, part, start, expe
     model = separated([flow("affine")])
     with torch.no_grad():
         model.flow.layers[0].head.projection.weight.zero_()
+
     changed = set()
     for seed in range(3):
         answer = demo.edit(model, tokenizer, text, part, start, seed=seed)
         before, after = rows_of(answer)
-        before, marks = "".join(cell[0] for cell in before), [marked for text, marked, _ in after for _ in text]
+        before, marks = (
+            "".join(cell[0] for cell in before),
+            [marked for text, marked, _ in after for _ in text],
+        )
         assert before == tokenizer.decode(tokenizer(text).input_ids) and len(marks) == len(before)
         changed |= {n for n, is_marked in enumerate(marks) if is_marked}
         assert answer == demo.edit(model, tokenizer, text, part, start, seed=seed)
+
     assert changed <= set(expected) and len(changed) > len(expected) // 2
 
 
@@ -164,8 +189,14 @@ def test_messages_about_patches(tokenizer):
     model = separated(STACKS["mix-d"], patch_size=4)
     assert scored(demo.score(model, tokenizer, "fox or a"))[0] == "fox or a"
     assert len(written(demo.write(model, tokenizer, "fox ", 8))) == 12
-    for call in (lambda: demo.score(model, tokenizer, "fox or"), lambda: demo.write(model, tokenizer, "fox or", 8)):
-        with pytest.raises(ValueError, match="This model takes 4 tokens at a time: 6 is 2 too many"):
+
+    for call in (
+        lambda: demo.score(model, tokenizer, "fox or"),
+        lambda: demo.write(model, tokenizer, "fox or", 8),
+    ):
+        with pytest.raises(
+            ValueError, match="This model takes 4 tokens at a time: 6 is 2 too many"
+        ):
             call()
 
 

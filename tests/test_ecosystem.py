@@ -1,4 +1,6 @@
-"""At home in the ecosystem: docs/ecosystem.md has a row for each habit of the library, and a test behind each row."""
+"""At home in the ecosystem: docs/ecosystem.md has a row for each habit of the library, and a test
+behind each row.
+"""
 
 import copy
 import re
@@ -7,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from test_hub import MIX_1, MIX_D, assert_same_output, assert_same_state, flow, make, observe
-from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    pipeline,
+)
 
 from tarflow_hf.data import character_tokenizer
 
@@ -24,9 +32,14 @@ def loss_and_gradients(model, function=None):
     """The loss at given latents, and the gradient of every parameter that is trained."""
     ids, latents = ids_and_latents()
     model.zero_grad()
-    loss = (model if function is None else function)(input_ids=ids, labels=ids, latents=latents).loss
+    loss = (model if function is None else function)(
+        input_ids=ids, labels=ids, latents=latents
+    ).loss
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    return loss.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +55,7 @@ def test_every_row_names_tests_that_exist():
     rows = re.findall(r"^\| .*$", (ROOT / "docs" / "ecosystem.md").read_text(), re.MULTILINE)
     rows = [row for row in rows if not row.startswith("| what")]
     assert len(rows) >= 20
+
     for row in rows:
         names = re.findall(r"`(test_\w+)\.py::(test_\w+)`", row)
         assert names, f"no test in {row}"
@@ -49,10 +63,12 @@ def test_every_row_names_tests_that_exist():
             assert f"def {name}(" in (ROOT / "tests" / f"{file}.py").read_text(), name
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------------ loading
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.15), (torch.float16, 0.03)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 0.15), (torch.float16, 0.03)], ids=str
+)
 def test_half_precision_weights(saved, dtype, tolerance):
     model, folder = saved
     ids, latents = ids_and_latents()
@@ -71,7 +87,9 @@ def test_half_precision_weights(saved, dtype, tolerance):
 def test_attention_implementations(saved, implementation):
     model, folder = saved
     other = AutoModel.from_pretrained(folder, attn_implementation=implementation)
-    assert {layer.decoder.config._attn_implementation for layer in other.flow.layers} == {implementation}
+    assert {layer.decoder.config._attn_implementation for layer in other.flow.layers} == {
+        implementation
+    }
     with torch.compiler.set_stance("force_eager"):  # compiling flex attention takes long on a CPU
         assert_same_output(other, observe(model))
 
@@ -80,7 +98,9 @@ def test_device_map_spreads_whole_flows_over_memory_and_disk(tmp_path):
     model = make(flows=[*FLOWS, MIX_1])
     model.save_pretrained(tmp_path / "model")
     sizes = [sum(p.nbytes for p in layer.parameters()) for layer in model.flow.layers]
-    memory = {"cpu": int(1.1 * (sizes[0] + max(sizes)))}  # for the first, and to bring any of the others there
+    memory = {
+        "cpu": int(1.1 * (sizes[0] + max(sizes)))
+    }  # for the first, and to bring any of the others there
     other = AutoModel.from_pretrained(
         tmp_path / "model", device_map="auto", max_memory=memory, offload_folder=tmp_path / "disk"
     )
@@ -93,21 +113,26 @@ def test_device_map_spreads_whole_flows_over_memory_and_disk(tmp_path):
     assert_same_output(other, observe(model))
 
 
-# -------------------------------------------------------------------------------------------------------- compilation
+# -------------------------------------------------------------------------------------- compilation
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"flows": FLOWS},
-        {"flows": [{**MIX_D, "patch_head_layers": 1}, flow("affine", "right_to_left")], "patch_size": 2},
+        {
+            "flows": [{**MIX_D, "patch_head_layers": 1}, flow("affine", "right_to_left")],
+            "patch_size": 2,
+        },
     ],
     ids=["mix-d, mix-1", "patches, affine"],
 )
 def test_a_training_step_compiles_without_a_graph_break(options):
     model = make(**options).train()
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # which makes of a break an error
+    compiled = torch.compile(
+        model, backend="aot_eager", fullgraph=True
+    )  # which makes of a break an error
     for a, b in zip(loss_and_gradients(model, compiled), loss_and_gradients(model), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
@@ -116,6 +141,7 @@ def test_a_compiled_model_takes_every_length():
     model = make(flows=[MIX_D])
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
+
     for length in (4, 8, 6):
         ids = torch.randint(27, (2, length))
         torch.manual_seed(0)
@@ -124,23 +150,31 @@ def test_a_compiled_model_takes_every_length():
         torch.testing.assert_close(elbo, model(ids).elbo)
 
 
-# --------------------------------------------------------------------------------------------------------------- PEFT
+# --------------------------------------------------------------------------------------------- PEFT
 
 
-@pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], "all-linear"], ids=["attention", "all linear maps"])
+@pytest.mark.parametrize(
+    "target_modules", [["q_proj", "v_proj"], "all-linear"], ids=["attention", "all linear maps"]
+)
 def test_lora_is_trained_saved_loaded_and_merged(saved, target_modules, tmp_path):
     peft = pytest.importorskip("peft")
     model, folder = saved
     base = AutoModelForCausalLM.from_pretrained(folder)
-    adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=target_modules))
-    weights = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    adapted = peft.get_peft_model(
+        base, peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=target_modules)
+    )
+    weights = {
+        name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad
+    }
     assert weights and all("lora" in name for name in weights)
     assert sum("flow.layers.1" in name for name in weights) >= 4  # every flow has some
     optimizer = torch.optim.Adam(weights.values(), lr=0.02)
     losses = []
+
     for _ in range(6):
         losses.append(loss_and_gradients(adapted)[0])
         optimizer.step()
+
     assert losses[-1] < losses[0] - 0.05
     adapted.eval()
     expected = observe(adapted)
@@ -150,7 +184,9 @@ def test_lora_is_trained_saved_loaded_and_merged(saved, target_modules, tmp_path
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert_same_output(loaded, expected)
-    assert_same_output(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), expected)  # the library's own door
+    assert_same_output(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), expected
+    )  # the library's own door
     merged = loaded.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     again = AutoModel.from_pretrained(tmp_path / "merged")
@@ -160,7 +196,9 @@ def test_lora_is_trained_saved_loaded_and_merged(saved, target_modules, tmp_path
 
 def test_gradient_checkpointing_of_an_adapted_model_changes_no_gradient():
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(make(flows=FLOWS), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).train()
+    model = peft.get_peft_model(
+        make(flows=FLOWS), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    ).train()
     _, expected = loss_and_gradients(model)
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()  # as Trainer does
@@ -173,16 +211,22 @@ def test_forward_takes_what_says_nothing_and_refuses_the_rest(saved):
     model, _ = saved
     ids, latents = ids_and_latents()
     expected = model(ids, latents=latents).elbo
-    assert torch.equal(model(ids, latents=latents, inputs_embeds=None, return_dict=None).elbo, expected)
+    assert torch.equal(
+        model(ids, latents=latents, inputs_embeds=None, return_dict=None).elbo, expected
+    )
     with pytest.raises(TypeError, match=r"no arguments \['inputs_embeds'\]"):
         model(ids, inputs_embeds=latents)
 
 
-# ------------------------------------------------------------------------------------------------------- quantisation
+# ------------------------------------------------------------------------------------- quantisation
 
 
 def quantised_linears(model):
-    return {name for name, module in model.named_modules() if type(module).__name__ in ("Linear8bitLt", "Linear4bit")}
+    return {
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear8bitLt", "Linear4bit")
+    }
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.1), (4, 0.5)])
@@ -190,16 +234,24 @@ def test_bitsandbytes(bits, tolerance, tmp_path):
     pytest.importorskip("bitsandbytes")
     model = make(flows=FLOWS, hidden_size=64)
     model.save_pretrained(tmp_path / "model")
-    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_skip_modules=[".*head", ".*projection"])
+    config = BitsAndBytesConfig(
+        **{f"load_in_{bits}bit": True}, llm_int8_skip_modules=[".*head", ".*projection"]
+    )
     quantised = AutoModel.from_pretrained(tmp_path / "model", quantization_config=config)
-    # Seven in each block of Llama, in both flows, and none elsewhere: what parametrises a coupling stays as it is.
-    assert len(quantised_linears(quantised)) == 14 and all(".decoder." in x for x in quantised_linears(quantised))
+
+    # Seven in each block of Llama, in both flows, and none elsewhere: what parametrises a coupling
+    # stays as it is.
+    assert len(quantised_linears(quantised)) == 14 and all(
+        ".decoder." in x for x in quantised_linears(quantised)
+    )
     assert quantised.get_memory_footprint() < model.get_memory_footprint()
     quantised.save_pretrained(tmp_path / "quantised")
     again = AutoModel.from_pretrained(tmp_path / "quantised")
     assert quantised_linears(again) == quantised_linears(quantised)
     actual, expected = observe(quantised), observe(model)
-    torch.testing.assert_close(actual["elbo"] / 8, expected["elbo"] / 8, atol=tolerance, rtol=0)  # nats per token
+    torch.testing.assert_close(
+        actual["elbo"] / 8, expected["elbo"] / 8, atol=tolerance, rtol=0
+    )  # nats per token
     assert (actual["elbo"] != expected["elbo"]).all()
     assert_same_output(again, actual)
 
@@ -209,15 +261,22 @@ def test_dynamic_quantisation():
     model = make(seed=1, flows=FLOWS)
     quantised = copy.deepcopy(model)
     for layer in quantised.flow.layers:
-        layer.decoder = torch.ao.quantization.quantize_dynamic(layer.decoder, {torch.nn.Linear}, dtype=torch.qint8)
-    names = [type(module).__module__ for module in quantised.modules() if type(module).__name__ == "Linear"]
+        layer.decoder = torch.ao.quantization.quantize_dynamic(
+            layer.decoder, {torch.nn.Linear}, dtype=torch.qint8
+        )
+
+    names = [
+        type(module).__module__
+        for module in quantised.modules()
+        if type(module).__name__ == "Linear"
+    ]
     assert sum("quantized.dynamic" in name for name in names) == 14
     actual, expected = observe(quantised), observe(model)
     torch.testing.assert_close(actual["elbo"] / 8, expected["elbo"] / 8, atol=0.3, rtol=0)
     assert (actual["elbo"] != expected["elbo"]).all()
 
 
-# -------------------------------------------------------------------------------------------- what does not fit a flow
+# ------------------------------------------------------------------------- what does not fit a flow
 
 
 def test_the_vocabulary_cannot_be_resized(saved):
@@ -257,6 +316,7 @@ def test_generation_configs_that_ask_for_them_are_refused_too(saved, options, mo
     config = GenerationConfig(max_new_tokens=4, **options)
     with pytest.raises(ValueError, match=f"asks for {mode}"):
         model.generate(generation_config=config)
+
     model.generation_config = config
     with pytest.raises(ValueError, match=f"asks for {mode}"):
         model.generate()

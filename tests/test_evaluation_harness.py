@@ -1,4 +1,6 @@
-"""The evaluation harness and the `evaluate` library, offline: bounds against enumeration, tasks from local files."""
+"""The evaluation harness and the `evaluate` library, offline: bounds against enumeration, tasks
+from local files.
+"""
 
 import json
 import math
@@ -35,9 +37,12 @@ ROOT = Path(__file__).parents[1]
 def letters(number: int) -> PreTrainedTokenizerFast:
     """A tokenizer of so many letters."""
     backend = Tokenizer(
-        models.BPE(vocab={letter: index for index, letter in enumerate("abcdefgh"[:number])}, merges=[])
+        models.BPE(
+            vocab={letter: index for index, letter in enumerate("abcdefgh"[:number])}, merges=[]
+        )
     )
     backend.decoder = decoders.Fuse()
+
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
@@ -47,23 +52,29 @@ def requests(kind: str, *arguments: tuple) -> list[Instance]:
 
 def evaluator(model, tokenizer=None, **options) -> TarFlowLMEvaluator:
     options = {"device": "cpu", "batch_size": 4, "check_greedy": False, **options}
-    return TarFlowLMEvaluator(model, letters(model.config.vocab_size) if tokenizer is None else tokenizer, **options)
+    return TarFlowLMEvaluator(
+        model, letters(model.config.vocab_size) if tokenizer is None else tokenizer, **options
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- bounds
+# ------------------------------------------------------------------------------------------- bounds
 
 
 @pytest.mark.parametrize("is_conditional", [False, True])
 def test_scores_against_enumeration(is_conditional):
-    """Of all texts of two letters: log p(x) from below; log p(x2 | x1) from below if the model is conditional, and else
-    near it."""
+    """Of all texts of two letters: log p(x) from below; log p(x2 | x1) from below if the model is
+    conditional, and else near it."""
     model = make(STACKS["mix-d"], vocab_size=3, latent_size=1, conditional=is_conditional)
     exact, _ = enumerate_likelihoods(model, 2, points=150)
     lm = evaluator(model, num_samples=100)
+
     texts = ["aa", "ab", "cb"]
-    for text, bound in zip(texts, lm.loglikelihood_rolling(requests("r", *((t,) for t in texts)), True), strict=True):
+    for text, bound in zip(
+        texts, lm.loglikelihood_rolling(requests("r", *((t,) for t in texts)), True), strict=True
+    ):
         truth = exact[tuple("abc".index(letter) for letter in text)]
         assert truth - 0.1 < bound < truth + 0.02
+
     answers = lm.loglikelihood(requests("l", *((text[0], text[1]) for text in texts)), True)
     for text, (score, is_greedy) in zip(texts, answers, strict=True):
         first, second = ("abc".index(letter) for letter in text)
@@ -71,10 +82,16 @@ def test_scores_against_enumeration(is_conditional):
             truth = enumerate_likelihoods(model, 2, points=150, observed={0: first})[0][(second,)]
             assert truth - 0.1 < score < truth + 0.02
         else:
-            truth = exact[first, second] - math.log(sum(math.exp(exact[first, other]) for other in range(3)))
+            truth = exact[first, second] - math.log(
+                sum(math.exp(exact[first, other]) for other in range(3))
+            )
             one = enumerate_likelihoods(model, 1, points=150)[0][(first,)]
-            assert score == pytest.approx(truth, abs=0.15) and one == pytest.approx(exact[first, second] - truth)
+            assert score == pytest.approx(truth, abs=0.15) and one == pytest.approx(
+                exact[first, second] - truth
+            )
+
         assert is_greedy is False
+
     assert lm.get_model_info()["loglikelihood"] == (BOUND if is_conditional else DIFFERENCE)
 
 
@@ -88,11 +105,18 @@ def test_neither_batches_nor_order_change_a_score(patch_size, is_conditional):
     together = evaluator(model, num_samples=2, batch_size=16)
     rolling = alone.loglikelihood_rolling(requests("r", *texts), True)
     assert rolling[3] == 0 and max(rolling[:3]) < 0
-    assert together.loglikelihood_rolling(requests("r", *texts[::-1]), True)[::-1] == pytest.approx(rolling, rel=1e-6)
+    assert together.loglikelihood_rolling(requests("r", *texts[::-1]), True)[::-1] == pytest.approx(
+        rolling, rel=1e-6
+    )
     scores = [score for score, _ in alone.loglikelihood(requests("l", *pairs), True)]
     again = [score for score, _ in together.loglikelihood(requests("l", *pairs[::-1]), True)][::-1]
     assert again == pytest.approx(scores, rel=1e-6, abs=1e-6)
-    other = [score for score, _ in evaluator(model, num_samples=2, seed=1).loglikelihood(requests("l", *pairs), True)]
+    other = [
+        score
+        for score, _ in evaluator(model, num_samples=2, seed=1).loglikelihood(
+            requests("l", *pairs), True
+        )
+    ]
     assert all(a != b for a, b in zip(scores, other, strict=True))
 
 
@@ -106,22 +130,30 @@ def test_a_long_text_is_the_sum_of_its_pieces():
 
 def test_greedy_is_what_generate_writes():
     model = make(STACKS["mix-d"], vocab_size=5)
-    tokens = model.generate(torch.tensor([[0, 1]]), max_new_tokens=3, do_sample=False)[0, 2:].tolist()
+    tokens = model.generate(torch.tensor([[0, 1]]), max_new_tokens=3, do_sample=False)[
+        0, 2:
+    ].tolist()
     right = "".join("abcde"[token] for token in tokens)
     wrong = right[:2] + "abcde"[(tokens[2] + 1) % 5]
     lm = evaluator(model, num_samples=1, check_greedy=True)
-    greedy = [is_greedy for _, is_greedy in lm.loglikelihood(requests("l", ("ab", right), ("ab", wrong)), True)]
+    greedy = [
+        is_greedy
+        for _, is_greedy in lm.loglikelihood(requests("l", ("ab", right), ("ab", wrong)), True)
+    ]
     assert greedy == [True, False]
     options = {"until": ["zz"], "max_gen_toks": 3}
     (text,) = lm.generate_until(requests("g", ("ab", options)), True)
     assert text == right
+
     for stop in (right[1], [right[2], right[1:]]):
         (text,) = lm.generate_until(requests("g", ("ab", {**options, "until": stop})), True)
         assert text == right.split(right[1])[0]
+
     drawn = lm.generate_until(
         requests("g", *[("", {"max_gen_toks": 9, "do_sample": True, "temperature": 1.0})] * 3), True
     )
     assert {len(text) for text in drawn} == {9} and len(set(drawn)) == 3
+
     # A text that is too long loses its beginning; one of another length keeps to the patches.
     (text,) = lm.generate_until(requests("g", ("abcde" * 10, {"max_gen_toks": 300})), True)
     assert len(text) == 17
@@ -132,19 +164,26 @@ def test_bad_input(flow_folder):
     lm = evaluator(model)
     with pytest.raises(ValueError, match=r"must have 1 to 18 tokens .* not 0"):
         lm.loglikelihood(requests("l", ("abc", "")), True)
+
     with pytest.raises(ValueError, match="not 20"):
         lm.loglikelihood(requests("l", ("a", "abcde" * 4)), True)
+
     with pytest.raises(ValueError, match=r"generate_until has no options \['beams'\]"):
         lm.generate_until(requests("g", ("a", {"beams": 3})), True)
+
     with pytest.raises(ValueError, match="num_samples must be at least 1"):
         evaluator(model, num_samples=0)
+
     with pytest.raises(ValueError, match="needs its tokenizer"):
         TarFlowLMEvaluator(model)
-    with pytest.raises(ValueError, match=r"no TarFlowLM but LlamaForCausalLM: evaluate it by --model hf"):
+
+    with pytest.raises(
+        ValueError, match=r"no TarFlowLM but LlamaForCausalLM: evaluate it by --model hf"
+    ):
         TarFlowLMEvaluator(str(flow_folder / "discrete"))
 
 
-# ---------------------------------------------------------------------------------------------------- tasks, files
+# ------------------------------------------------------------------------------------- tasks, files
 
 TASK = """\
 task: {name}
@@ -165,26 +204,58 @@ def flow_folder(tmp_path_factory):
     model = make(STACKS["mix-d, mix-1, mix-1"], vocab_size=27, max_position_embeddings=32).float()
     save_model(model, character_tokenizer(), folder / "model")
     save_model(discrete_baseline(model.config), character_tokenizer(), folder / "discrete")
-    documents = [{"text": "the fox jumps over the lazy dog and then it sleeps"}, {"text": "a short one"}]
-    (folder / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    documents = [
+        {"text": "the fox jumps over the lazy dog and then it sleeps"},
+        {"text": "a short one"},
+    ]
+    (folder / "documents.jsonl").write_text(
+        "".join(json.dumps(document) + "\n" for document in documents)
+    )
     (folder / "tasks").mkdir()
+
     for name, metric, text, target, more in (
         ("loglikelihood_rolling", "bits_per_byte", '""', '"{{text}}"', ""),
         ("multiple_choice", "acc", '"{{text}}"', "0", 'doc_to_choice: ["yes", "no it is not"]\n'),
-        ("generate_until", "exact_match", '"{{text}}"', '"x"', "generation_kwargs: {until: [x], max_gen_toks: 4}\n"),
+        (
+            "generate_until",
+            "exact_match",
+            '"{{text}}"',
+            '"x"',
+            "generation_kwargs: {until: [x], max_gen_toks: 4}\n",
+        ),
     ):
-        fields = {"name": name, "data": folder / "documents.jsonl", "text": text, "target": target, "metric": metric}
+        fields = {
+            "name": name,
+            "data": folder / "documents.jsonl",
+            "text": text,
+            "target": target,
+            "metric": metric,
+        }
         (folder / "tasks" / f"{name}.yaml").write_text(TASK.format(**fields) + more)
+
     return folder
 
 
 def test_the_runner_on_tasks_from_files(flow_folder, monkeypatch, capfd):
     """As `python -m` runs it, without the harness's own tasks, which take long to list."""
     monkeypatch.delitem(model_registry._objs, "tarflowlm")
-    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
+    monkeypatch.setattr(
+        TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False)
+    )
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", flow_folder / "cache")
-    command = ["lm_eval_model", "--model", "tarflowlm", "--batch_size", "3", "--output_path", flow_folder / "r.json"]
-    command += ["--model_args", f"pretrained={flow_folder / 'model'},num_samples=2,check_greedy=False"]
+    command = [
+        "lm_eval_model",
+        "--model",
+        "tarflowlm",
+        "--batch_size",
+        "3",
+        "--output_path",
+        flow_folder / "r.json",
+    ]
+    command += [
+        "--model_args",
+        f"pretrained={flow_folder / 'model'},num_samples=2,check_greedy=False",
+    ]
     command += [
         "--include_path",
         flow_folder / "tasks",
@@ -194,6 +265,7 @@ def test_the_runner_on_tasks_from_files(flow_folder, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     with warnings.catch_warnings(action="ignore"):  # that the module has been imported already
         runpy.run_module("tarflow_hf.lm_eval_model", run_name="__main__")
+
     assert "bits_per_byte" in capfd.readouterr().out
     (path,) = flow_folder.glob("r*.json")
     found = json.loads(path.read_text())
@@ -201,15 +273,22 @@ def test_the_runner_on_tasks_from_files(flow_folder, monkeypatch, capfd):
     assert set(found["results"]) == {"loglikelihood_rolling", "multiple_choice", "generate_until"}
 
     lm = TarFlowLMEvaluator(str(flow_folder / "model"), num_samples=2, device="cpu")
-    texts = [json.loads(line)["text"] for line in (flow_folder / "documents.jsonl").read_text().splitlines()]
+    texts = [
+        json.loads(line)["text"]
+        for line in (flow_folder / "documents.jsonl").read_text().splitlines()
+    ]
     total = sum(lm.loglikelihood_rolling(requests("r", *((text,) for text in texts)), True))
     bits = -total / math.log(2) / sum(map(len, texts))
-    assert found["results"]["loglikelihood_rolling"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
+    assert found["results"]["loglikelihood_rolling"]["bits_per_byte,none"] == pytest.approx(
+        bits, rel=1e-5
+    )
 
 
 @pytest.fixture
 def load_metric(monkeypatch, tmp_path):
-    """`evaluate.load` from the repository's root, without a network, its caches in a folder of its own."""
+    """`evaluate.load` from the repository's root, without a network, its caches in a folder of its
+    own.
+    """
     evaluate = pytest.importorskip("evaluate")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True, raising=False)
@@ -227,9 +306,14 @@ def test_bits_per_token_as_a_metric(load_metric, flow_folder, kind):
     ids = [torch.tensor(character_tokenizer()(text).input_ids) for text in texts]
     sequences = [sequence for text in ids for sequence in cut_text(text, length)]
     expected = likelihood(AutoModelForCausalLM.from_pretrained(folder), sequences, num_samples=2)
-    assert found["bits_per_token"] == pytest.approx(expected.bits_per_token) and found["num_tokens"] == 62
+    assert (
+        found["bits_per_token"] == pytest.approx(expected.bits_per_token)
+        and found["num_tokens"] == 62
+    )
     assert found["bits_per_character"] == pytest.approx(expected.bits_per_token)
-    again = metric.compute(predictions=texts, checkpoint=str(folder), num_samples=2, device="cpu", batch_size=1)
+    again = metric.compute(
+        predictions=texts, checkpoint=str(folder), num_samples=2, device="cpu", batch_size=1
+    )
     assert again["nats_per_token"] == pytest.approx(found["nats_per_token"], rel=1e-5)
     with pytest.raises(ValueError, match="text without tokens"):
         metric.compute(predictions=[""], checkpoint=str(folder), device="cpu")
@@ -237,8 +321,14 @@ def test_bits_per_token_as_a_metric(load_metric, flow_folder, kind):
 
 def test_generative_perplexity_as_a_metric(load_metric, judge):  # noqa: F811
     texts = ["the fox", "another text"]
-    found = load_metric("generative_perplexity").compute(predictions=texts, judge=str(judge), device="cpu")
+    found = load_metric("generative_perplexity").compute(
+        predictions=texts, judge=str(judge), device="cpu"
+    )
     judged = judge_texts(texts, *load_judge(judge))
-    assert found["perplexity"] == pytest.approx(judged.perplexity) and len(found["perplexities"]) == 2
-    of_another = math.log(12) - (3 * math.log(3) + 2 * math.log(2)) / 12  # three t, two e, seven others
+    assert (
+        found["perplexity"] == pytest.approx(judged.perplexity) and len(found["perplexities"]) == 2
+    )
+    of_another = (
+        math.log(12) - (3 * math.log(3) + 2 * math.log(2)) / 12
+    )  # three t, two e, seven others
     assert found["entropy"] == pytest.approx((math.log(7) + of_another) / 2)

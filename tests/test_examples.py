@@ -18,7 +18,10 @@ from tarflow_hf.data import character_tokenizer
 from tarflow_hf.training import save_model
 
 ROOT = Path(__file__).parents[1]
-TEXT = "the quick brown fox jumps over the lazy dog and then it sleeps in the sun until the evening comes\n" * 12
+TEXT = (
+    "the quick brown fox jumps over the lazy dog and then it sleeps in the sun until the evening comes\n"
+    * 12
+)
 FLOWS = [MIX_D, MIX_1]
 
 
@@ -26,10 +29,17 @@ FLOWS = [MIX_D, MIX_1]
 def run(tmp_path, capsys, monkeypatch):
     """Runs a script in a folder with a checkpoint `model`, `patches`, `conditional` and a text."""
     monkeypatch.chdir(tmp_path)
-    for name, options in {"model": {}, "patches": {"patch_size": 2}, "conditional": {"conditional": True}}.items():
+    for name, options in {
+        "model": {},
+        "patches": {"patch_size": 2},
+        "conditional": {"conditional": True},
+    }.items():
         save_model(make(flows=FLOWS, **options), character_tokenizer(), tmp_path / name)
+
     Path("text.txt").write_text(TEXT)
-    monkeypatch.setattr("tarflow_hf.training.share_cores", lambda: None)  # which would last beyond these tests
+    monkeypatch.setattr(
+        "tarflow_hf.training.share_cores", lambda: None
+    )  # which would last beyond these tests
 
     def run(script: str, *arguments: str) -> str:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -53,17 +63,25 @@ def test_score_orders_texts_whatever_shares_their_batch(run):
     per_token = [float(line.split("nats, ")[1].split()[0]) for line in lines]
     assert per_token == sorted(per_token) and {line.split(": ")[1] for line in lines} == set(texts)
 
-    model, ids = TarFlowLMModel.from_pretrained("model").eval(), character_tokenizer()("a cat").input_ids
+    model, ids = (
+        TarFlowLMModel.from_pretrained("model").eval(),
+        character_tokenizer()("a cat").input_ids,
+    )
     generator = torch.Generator().manual_seed(0)
+
     with torch.no_grad():
-        bound = model.importance_weighted_bound(torch.tensor([ids]), num_samples=2, generator=generator)
+        bound = model.importance_weighted_bound(
+            torch.tensor([ids]), num_samples=2, generator=generator
+        )
+
     alone = run("score.py", "model", "a cat", "--num_samples", "2")
     assert alone == f"{-bound.item():9.3f} nats, {-bound.item() / 5:.4f} per token: a cat\n"
     assert ": the dog bark\n" in run("score.py", "patches", "the dog barks")
 
 
 @pytest.mark.parametrize(
-    "name, text", [("model", "the ___ sat"), ("conditional", "__e cat ___"), ("patches", "th__cats__")]
+    "name, text",
+    [("model", "the ___ sat"), ("conditional", "__e cat ___"), ("patches", "th__cats__")],
 )
 def test_infill_keeps_what_it_is_given(run, name, text):
     lines = run("infill.py", name, text, "--num_samples", "3").splitlines()
@@ -85,39 +103,76 @@ def test_finetune_lowers_the_loss_and_saves_what_loads(run):
         "--use_cpu",
     ]
     printed = run(
-        "finetune.py", "model", "text.txt", *options, "--disable_tqdm", "true", "--lr_scheduler_type", "constant"
+        "finetune.py",
+        "model",
+        "text.txt",
+        *options,
+        "--disable_tqdm",
+        "true",
+        "--lr_scheduler_type",
+        "constant",
     )
     before, after = printed.split("per token: ")[-1].replace(" before, ", " ").split()[:2]
     assert float(after) < float(before) - 0.1
     assert not torch.equal(
-        TarFlowLMModel.from_pretrained("mine").codebook.mean, TarFlowLMModel.from_pretrained("model").codebook.mean
+        TarFlowLMModel.from_pretrained("mine").codebook.mean,
+        TarFlowLMModel.from_pretrained("model").codebook.mean,
     )
     assert run("score.py", "mine", "a cat").endswith("a cat\n")
 
 
 def test_push_prints_and_publishes_the_card(run, hub: LocalHub):  # noqa: F811
-    evaluation = {"command": "python examples/evaluate.py ...", "date": "2026-01-02", "bits_per_character": 2.5}
+    evaluation = {
+        "command": "python examples/evaluate.py ...",
+        "date": "2026-01-02",
+        "bits_per_character": 2.5,
+    }
     Path("evaluation.json").write_text(json.dumps(evaluation))
     recipe = str(ROOT / "examples" / "recipes" / "demo.json")
-    arguments = ["push.py", "model", "tester/pushed", "--recipe", recipe, "--evaluation", "evaluation.json"]
+    arguments = [
+        "push.py",
+        "model",
+        "tester/pushed",
+        "--recipe",
+        recipe,
+        "--evaluation",
+        "evaluation.json",
+    ]
     printed = run(*arguments, "--print_card")
     assert "inside Python's standard library" in printed and "tester/pushed" not in hub.repositories
     url = run(*arguments, "--private", "--tag", "v1").splitlines()[-1]
     repository = hub.repositories["tester/pushed"]
-    assert repository.private and url == f"{hub.endpoint}/tester/pushed/commit/{repository.tags['v1']}"
+    assert (
+        repository.private and url == f"{hub.endpoint}/tester/pushed/commit/{repository.tags['v1']}"
+    )
     card = hub.files("tester/pushed")["README.md"].decode()
     assert card.strip() == printed.strip()
     assert ModelCard(card).data.eval_results[0].metric_value == 2.5
 
 
-TRAIN = ["--dataset", "text.txt", "--config", "config.json", "--num_steps", "2", "--batch_size", "4"]
+TRAIN = [
+    "--dataset",
+    "text.txt",
+    "--config",
+    "config.json",
+    "--num_steps",
+    "2",
+    "--batch_size",
+    "4",
+]
 TRAIN += ["--test_sequences", "2", "--test_samples", "1", "--output_dir", "run"]
 
 
 @pytest.fixture
 def train(run):
-    fields = {"latent_size": 2, "max_position_embeddings": 16, "hidden_size": 16, "num_attention_heads": 2}
+    fields = {
+        "latent_size": 2,
+        "max_position_embeddings": 16,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+    }
     Path("config.json").write_text(json.dumps({**fields, "flows": FLOWS}))
+
     return lambda *options: run("train.py", *TRAIN, *options)
 
 
@@ -128,7 +183,9 @@ def test_train_publishes_what_it_has_saved(train, hub: LocalHub):  # noqa: F811
     assert files["model.safetensors"] == Path("run/model/model.safetensors").read_bytes()
     card = files["README.md"].decode()
     assert hub.repositories["tester/trained"].private and "--push_to_hub trained" in card
-    assert "| steps | 2 |" in card and "Data: `text.txt`" in card and 'repo = "tester/trained"' in card
+    assert (
+        "| steps | 2 |" in card and "Data: `text.txt`" in card and 'repo = "tester/trained"' in card
+    )
 
 
 @pytest.mark.parametrize(

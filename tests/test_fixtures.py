@@ -1,4 +1,6 @@
-"""Checkpoints of earlier releases say today what they said then. `make_fixture.py` adds one for each release."""
+"""Checkpoints of earlier releases say today what they said then. `make_fixture.py` adds one for
+each release.
+"""
 
 from pathlib import Path
 
@@ -19,15 +21,22 @@ def test_checkpoints_of_earlier_releases(folder):
     try:
         model = TarFlowLMModel.from_pretrained(folder).eval()
     except Exception as error:
-        pytest.fail(f"Checkpoints of {folder.name} do not load any more: keep their names, or translate them. {error}")
+        pytest.fail(
+            f"Checkpoints of {folder.name} do not load any more: keep their names, or translate them. {error}"
+        )
+
     expected = load_file(folder / "expected.safetensors")
     ids, noise, tokens = expected["input_ids"], expected["noise"], expected["tokens"]
 
     tokenized = AutoTokenizer.from_pretrained(folder)((folder / "text.txt").read_text()).input_ids
     assert tokenized[: ids.shape[1]] == ids[0].tolist()
+
     with torch.no_grad():
         elbo = model(ids, latent_noise=noise).elbo
-        conditional_elbo = model(ids, latent_noise=noise, observed_mask=expected["observed_mask"]).elbo
+        conditional_elbo = model(
+            ids, latent_noise=noise, observed_mask=expected["observed_mask"]
+        ).elbo
+
     torch.testing.assert_close(elbo, expected["elbo"], rtol=1e-4, atol=0)
     torch.testing.assert_close(conditional_elbo, expected["conditional_elbo"], rtol=1e-4, atol=0)
     assert torch.equal(model.generate(noise=noise), tokens) and len(tokens.unique()) > 3

@@ -1,4 +1,6 @@
-"""Saving and loading, from folders and from a Hub, with this package and without it; the pipeline; Trainer."""
+"""Saving and loading, from folders and from a Hub, with this package and without it; the pipeline;
+Trainer.
+"""
 
 import ast
 import copy
@@ -15,7 +17,13 @@ import torch
 from local_hub import LocalHub, Repository
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
-from transformers import AutoModel, DataCollatorForLanguageModeling, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModel,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 from transformers.dynamic_module_utils import get_relative_imports
 
 import tarflow_hf
@@ -23,7 +31,11 @@ from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import character_tokenizer
 
 SOURCE = Path(tarflow_hf.__file__).parents[1]
-CODE = {path.name: path for path in (SOURCE / "tarflow_hf" / "modeling").glob("*.py") if path.name != "__init__.py"}
+CODE = {
+    path.name: path
+    for path in (SOURCE / "tarflow_hf" / "modeling").glob("*.py")
+    if path.name != "__init__.py"
+}
 SAVED = {"config.json", "generation_config.json", "model.safetensors"} | set(CODE)
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -51,7 +63,10 @@ MODELS = {
     "affine": {"flows": [flow("affine"), flow("affine", "right_to_left")]},
     "another block": {"flows": [MIX_D, MIX_1], "block_config": QWEN3},
     "top codes": {"flows": [MIX_D], "posterior_top_k": 3},
-    "patch head": {"flows": [{**MIX_D, "patch_head_layers": 1}, flow("affine", WITHIN_PATCH)], "patch_size": 2},
+    "patch head": {
+        "flows": [{**MIX_D, "patch_head_layers": 1}, flow("affine", WITHIN_PATCH)],
+        "patch_size": 2,
+    },
     "conditional": {"flows": [MIX_D, MIX_1], "conditional": True},
 }
 
@@ -60,29 +75,41 @@ def make(seed=0, **options):
     """A small model whose every parameter matters."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": 27, "latent_size": 2, "max_position_embeddings": 16}
-    model = TarFlowLMModel(TarFlowLMConfig(**{**sizes, "hidden_size": 16, "num_attention_heads": 2, **options})).eval()
+    model = TarFlowLMModel(
+        TarFlowLMConfig(**{**sizes, "hidden_size": 16, "num_attention_heads": 2, **options})
+    ).eval()
+
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
+
     return model
 
 
 def observe(model):
-    """What every copy of a model must reproduce: the bound at given latents, and the tokens of given noise."""
+    """What every copy of a model must reproduce: the bound at given latents, and the tokens of
+    given noise.
+    """
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(model.config.vocab_size, (2, 8), generator=generator)
     latents, noise = torch.randn(2, 2, 8, model.config.latent_size, generator=generator)
+
     with torch.no_grad():
-        return {"elbo": model(input_ids, latents=latents).elbo, "tokens": model.generate(noise=noise)}
+        return {
+            "elbo": model(input_ids, latents=latents).elbo,
+            "tokens": model.generate(noise=noise),
+        }
 
 
 def continue_text(model, tokenizer=None, **options):
     """What the pipeline makes of a prompt and of an empty one."""
     write = pipeline("text-generation", model=model, tokenizer=tokenizer, **options)
     texts = []
+
     for prompt in ["the c", ""]:
         torch.manual_seed(0)
         texts.append(write(prompt, max_new_tokens=5, temperature=0.9)[0]["generated_text"])
+
     return texts
 
 
@@ -105,10 +132,13 @@ def names_in(folder):
 
 def state_in(model, dtype):
     """A model's weights as loaded in `dtype`: a codebook's scales are too fine for bfloat16."""
-    return {name: x if "codebook" in name.split(".") else x.to(dtype) for name, x in model.state_dict().items()}
+    return {
+        name: x if "codebook" in name.split(".") else x.to(dtype)
+        for name, x in model.state_dict().items()
+    }
 
 
-# --------------------------------------------------------------------------------------------------- what is saved
+# ------------------------------------------------------------------------------------ what is saved
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +193,7 @@ def test_saving_again_keeps_weights_and_dtypes(saved, name, dtype, tmp_path):
     assert_same_output(again, observe(loaded))
 
 
-# ------------------------------------------------------------------------------------- checkpoints that do not fit
+# ---------------------------------------------------------------------- checkpoints that do not fit
 
 
 KEY = "flow.layers.0.start"
@@ -182,8 +212,12 @@ def save_unfit(model, kind, folder):
 
 
 @pytest.mark.parametrize("kind", UNFIT)
-@pytest.mark.parametrize("load", [AutoModel.from_pretrained, TarFlowLMModel.from_pretrained], ids=["auto", "class"])
-def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_weight(saved, kind, load, tmp_path):
+@pytest.mark.parametrize(
+    "load", [AutoModel.from_pretrained, TarFlowLMModel.from_pretrained], ids=["auto", "class"]
+)
+def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_weight(
+    saved, kind, load, tmp_path
+):
     save_unfit(saved["mix-d, mix-1"][0], kind, tmp_path)
     with pytest.raises((RuntimeError, ValueError), match=r"flow\.layers\.[02]\.start"):
         load(tmp_path)
@@ -213,7 +247,7 @@ def test_a_truncated_checkpoint_is_an_error(saved, tmp_path):
         AutoModel.from_pretrained(tmp_path)
 
 
-# -------------------------------------------------------------------------------- other processes, and a loopback Hub
+# -------------------------------------------------------------- other processes, and a loopback Hub
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +264,7 @@ def run_python(script, folder, hub, python_path=None):
     environment.pop("PYTHONPATH", None)
     if python_path is not None:
         environment["PYTHONPATH"] = str(python_path)
+
     process = subprocess.run(
         [sys.executable, "-c", script + functions + "torch.save(main(), sys.argv[1])", str(path)],
         cwd=folder,
@@ -239,6 +274,7 @@ def run_python(script, folder, hub, python_path=None):
         text=True,
     )
     assert process.returncode == 0, process.stderr
+
     return torch.load(path)
 
 
@@ -366,7 +402,9 @@ FAULTS = {
     "no-code": lambda files: {name: files[name] for name in files if not name.endswith(".py")},
     "other-code": lambda files: {**files, "modeling_tarflowlm.py": b"class OtherModel: pass\n"},
     "cut-short": lambda files: {**files, "model.safetensors": files["model.safetensors"][:-100]},
-    "no-weights": lambda files: {name: files[name] for name in files if name != "model.safetensors"},
+    "no-weights": lambda files: {
+        name: files[name] for name in files if name != "model.safetensors"
+    },
     "unfit": lambda files: with_weights(files, lambda weights: weights.pop(KEY)),
     "of-the-future": lambda files: {
         **files,
@@ -388,10 +426,14 @@ def without_the_package(saved, hub, with_the_package, tmp_path_factory):
     for name, damage in FAULTS.items():
         hub.repositories[f"tester/{name}"] = repository = Repository()
         repository.commit("main", damage(good))
+
     hub.repositories["tester/versions"] = repository = Repository()
     for version, files in ((1, good), (2, other)):
         code = files["modeling_tarflowlm.py"] + f"\nVERSION = {version}\n".encode()
-        repository.tags[f"v{version}"] = repository.commit("main", {**files, "modeling_tarflowlm.py": code})
+        repository.tags[f"v{version}"] = repository.commit(
+            "main", {**files, "modeling_tarflowlm.py": code}
+        )
+
     folder = tmp_path_factory.mktemp("without")
     (folder / "saved").symlink_to(saved["patches"][1].parent)
     return {**run_python(WITHOUT_THE_PACKAGE, folder, hub), "folder": folder}
@@ -409,11 +451,16 @@ def test_a_fresh_process_restores_every_weight(saved, name, dtype, with_the_pack
 @pytest.mark.parametrize("repo_id", ["tester/tarflow", "tester/again"])
 def test_pushing_brings_all_files_to_the_hub(hub, saved, repo_id, without_the_package):
     files = hub.files(repo_id)
-    tokenizer = {"tokenizer.json", "tokenizer_config.json"} if repo_id == "tester/tarflow" else set()
+    tokenizer = (
+        {"tokenizer.json", "tokenizer_config.json"} if repo_id == "tester/tarflow" else set()
+    )
     assert set(files) == SAVED | tokenizer | {"README.md"}
     for file, path in CODE.items():
         assert files[file] == path.read_bytes()
-    assert files["model.safetensors"] == (saved["mix-d, mix-1"][1] / "model.safetensors").read_bytes()
+
+    assert (
+        files["model.safetensors"] == (saved["mix-d, mix-1"][1] / "model.safetensors").read_bytes()
+    )
 
 
 def test_remote_code_needs_trust(without_the_package):
@@ -427,15 +474,24 @@ def test_remote_code_runs_without_the_package(saved, without_the_package):
     for auto_class in ["AutoModel", "AutoModelForCausalLM"]:
         for source in ["saved/mix-d, mix-1", "tester/tarflow"]:
             for place in [source, f"again/{auto_class}/{source}"]:
-                assert_same_output(without_the_package["outputs"][auto_class, place, "main"], expected)
-    assert_same_output(without_the_package["outputs"]["AutoModelForCausalLM", "tester/again", "main"], expected)
+                assert_same_output(
+                    without_the_package["outputs"][auto_class, place, "main"], expected
+                )
+
+    assert_same_output(
+        without_the_package["outputs"]["AutoModelForCausalLM", "tester/again", "main"], expected
+    )
+
     for (auto_class, _), found in without_the_package["classes"].items():
         assert found.startswith("transformers_modules.")
         assert found.endswith("TarFlowLMConfig" if auto_class == "AutoConfig" else "TarFlowLMModel")
 
 
 def test_remote_code_runs_every_kind_of_model(saved, name, without_the_package):
-    assert_same_output(without_the_package["outputs"]["AutoModel", f"saved/{name}", "main"], observe(saved[name][0]))
+    assert_same_output(
+        without_the_package["outputs"]["AutoModel", f"saved/{name}", "main"],
+        observe(saved[name][0]),
+    )
 
 
 def test_what_was_loaded_saves_its_code_again(with_the_package, without_the_package):
@@ -443,11 +499,14 @@ def test_what_was_loaded_saves_its_code_again(with_the_package, without_the_pack
     for source in ["saved/mix-d, mix-1", "tester/tarflow"]:
         for start in ["again/AutoModel", "again/AutoModelForCausalLM", "new"]:
             folders.append(without_the_package["folder"] / start / source)
+
     for folder in folders:
         assert names_in(folder) == SAVED
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
         assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-        assert not any("--" in reference for reference in auto_map.values())  # none that leads to another repository
+        assert not any(
+            "--" in reference for reference in auto_map.values()
+        )  # none that leads to another repository
 
 
 def test_the_package_needs_no_remote_code(saved, with_the_package):
@@ -457,7 +516,9 @@ def test_the_package_needs_no_remote_code(saved, with_the_package):
 
 def test_a_revision_is_a_model_of_its_own(saved, without_the_package):
     expected = observe(saved["patches"][0])
-    assert_same_output(without_the_package["outputs"]["AutoModel", "tester/tarflow", "patches"], expected)
+    assert_same_output(
+        without_the_package["outputs"]["AutoModel", "tester/tarflow", "patches"], expected
+    )
 
 
 def test_a_class_is_pinned_by_its_revision_and_two_live_in_one_process(saved, without_the_package):
@@ -473,21 +534,38 @@ def test_a_class_is_pinned_by_its_revision_and_two_live_in_one_process(saved, wi
 
 
 def test_what_trainer_pushes_loads_without_the_package(hub, with_the_package, without_the_package):
-    assert set(hub.files("tester/trained")) >= SAVED | {"README.md", "tokenizer.json", "training_args.bin"}
+    assert set(hub.files("tester/trained")) >= SAVED | {
+        "README.md",
+        "tokenizer.json",
+        "training_args.bin",
+    }
     assert_same_output(
-        without_the_package["outputs"]["AutoModel", "tester/trained", "main"], with_the_package["trained"]
+        without_the_package["outputs"]["AutoModel", "tester/trained", "main"],
+        with_the_package["trained"],
     )
 
 
 @pytest.mark.parametrize(
     "fault, message",
     [
-        ("no-code", r"OSError: tester/no-code does not appear to have a file named configuration_tarflowlm\.py"),
+        (
+            "no-code",
+            r"OSError: tester/no-code does not appear to have a file named configuration_tarflowlm\.py",
+        ),
         ("other-code", r"AttributeError: .*modeling_tarflowlm' has no attribute 'TarFlowLMModel'"),
         ("cut-short", r"SafetensorError: .*file not fully covered"),
-        ("no-weights", r"OSError: tester/no-weights does not appear to have a file named .*model\.safetensors"),
-        ("unfit", r"ValueError: The checkpoint tester/unfit does not fit .* missing_keys \['flow\.layers\.0\.start'\]"),
-        ("of-the-future", r"ValueError: flows\[1\]\.coupling must be one of affine, .*, not 'spline'"),
+        (
+            "no-weights",
+            r"OSError: tester/no-weights does not appear to have a file named .*model\.safetensors",
+        ),
+        (
+            "unfit",
+            r"ValueError: The checkpoint tester/unfit does not fit .* missing_keys \['flow\.layers\.0\.start'\]",
+        ),
+        (
+            "of-the-future",
+            r"ValueError: flows\[1\]\.coupling must be one of affine, .*, not 'spline'",
+        ),
         ("nowhere", r"(?s)OSError: tester/nowhere is not a local folder.*hf auth login"),
     ],
 )
@@ -495,7 +573,7 @@ def test_a_repository_that_does_not_load_says_why(without_the_package, fault, me
     assert re.match(message, without_the_package["faults"][fault])
 
 
-# ---------------------------------------------------------------------------------------------------- the pipeline
+# ------------------------------------------------------------------------------------- the pipeline
 
 
 def test_pipeline_continues_a_prompt_and_no_prompt(saved, capfd):
@@ -512,8 +590,12 @@ def test_pipeline_continues_a_prompt_and_no_prompt(saved, capfd):
 
 
 def test_pipeline_takes_lists_and_options(saved):
-    write = pipeline("text-generation", model=saved["mix-d, mix-1"][0], tokenizer=character_tokenizer())
-    first, second = write(["a cat", "dogs"], max_new_tokens=4, num_return_sequences=2, return_full_text=False)
+    write = pipeline(
+        "text-generation", model=saved["mix-d, mix-1"][0], tokenizer=character_tokenizer()
+    )
+    first, second = write(
+        ["a cat", "dogs"], max_new_tokens=4, num_return_sequences=2, return_full_text=False
+    )
     assert [len(each["generated_text"]) for each in first + second] == [4, 4, 4, 4]
     with pytest.raises(ValueError, match="num_beams"):
         write("a cat", max_new_tokens=4, num_beams=2)
@@ -521,24 +603,45 @@ def test_pipeline_takes_lists_and_options(saved):
 
 @pytest.mark.parametrize("prompt", ["a cat", ""])
 def test_pipeline_repeats_itself_where_nothing_is_drawn(saved, prompt):
-    write = pipeline("text-generation", model=saved["mix-d, mix-1"][0], tokenizer=character_tokenizer())
-    texts = {write(prompt, max_new_tokens=4, do_sample=False)[0]["generated_text"] for _ in range(4)}
+    write = pipeline(
+        "text-generation", model=saved["mix-d, mix-1"][0], tokenizer=character_tokenizer()
+    )
+    texts = {
+        write(prompt, max_new_tokens=4, do_sample=False)[0]["generated_text"] for _ in range(4)
+    }
     assert len(texts) == 1
 
 
 def test_pipeline_writes_the_same_from_the_hub(saved, without_the_package):
-    assert without_the_package["texts"] == continue_text(saved["mix-d, mix-1"][0], character_tokenizer())
+    assert without_the_package["texts"] == continue_text(
+        saved["mix-d, mix-1"][0], character_tokenizer()
+    )
 
 
-# ----------------------------------------------------------------------------------------------------- the Trainer
+# -------------------------------------------------------------------------------------- the Trainer
 
 
-TEXTS = ["a cat", "the dog barks", "to be or not", "mice", "o", "words", "one", "a pen", "blue", "so", "then", "when"]
+TEXTS = [
+    "a cat",
+    "the dog barks",
+    "to be or not",
+    "mice",
+    "o",
+    "words",
+    "one",
+    "a pen",
+    "blue",
+    "so",
+    "then",
+    "when",
+]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model before and after three steps of Trainer on padded texts, and each call of it with its random state."""
+    """A model before and after three steps of Trainer on padded texts, and each call of it with its
+    random state.
+    """
     tokenizer = character_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     model = make(flows=[MIX_D, MIX_1], vocab_size=len(tokenizer))
@@ -568,6 +671,7 @@ def trained(tmp_path_factory):
     record = lambda module, args, inputs: calls.append((inputs, torch.get_rng_state()))  # noqa: E731
     model.register_forward_pre_hook(record, with_kwargs=True)
     trainer.train()
+
     return trainer, before, model, calls
 
 
@@ -584,13 +688,18 @@ def test_trainer_logs_the_models_loss_and_descends_it(trained):
     trainer, before, after, calls = trained
     model = copy.deepcopy(before).train()
     assert any((inputs["labels"] == -100).any() for inputs, _ in calls[:6])
+
     for step in range(3):
         loss = (replay(model, calls[2 * step]) + replay(model, calls[2 * step + 1])) / 2
-        assert trainer.state.log_history[step]["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+        assert trainer.state.log_history[step]["loss"] == pytest.approx(
+            float(loss.detach()), rel=1e-5
+        )
         gradients = torch.autograd.grad(loss, list(model.parameters()))
+
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter -= 0.01 * gradient
+
     torch.testing.assert_close(model.state_dict(), after.state_dict(), rtol=1e-5, atol=1e-6)
     assert not torch.equal(after.codebook.mean, before.codebook.mean)
 
@@ -603,8 +712,12 @@ def test_trainer_evaluates_the_models_loss(trained):
     assert [len(inputs["labels"]) for inputs, _ in (first, second)] == [4, 2]
     model = copy.deepcopy(after).eval()
     model._forward_pre_hooks.clear()
+
     with torch.no_grad():
-        expected = (4 * replay(model, first) + 2 * replay(model, second)) / 6  # Trainer weighs by sequences
+        expected = (
+            4 * replay(model, first) + 2 * replay(model, second)
+        ) / 6  # Trainer weighs by sequences
+
     assert metrics["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
     assert "test_loss" in trainer.predict(trainer.eval_dataset).metrics
 
@@ -612,6 +725,7 @@ def test_trainer_evaluates_the_models_loss(trained):
 def test_trainer_checkpoints_carry_code_and_weights(trained, tmp_path):
     trainer, _, after, _ = trained
     trainer.save_model(str(tmp_path))
+
     for folder in [tmp_path, Path(trainer.args.output_dir) / "checkpoint-3"]:
         assert names_in(folder) >= SAVED
         loaded, info = AutoModel.from_pretrained(folder, output_loading_info=True)
@@ -619,13 +733,32 @@ def test_trainer_checkpoints_carry_code_and_weights(trained, tmp_path):
         assert_same_state(loaded.state_dict(), after.state_dict())
 
 
-# ------------------------------------------------------------------------------ what the code that travels may contain
+# ----------------------------------------------------------- what the code that travels may contain
 
 
 LIBRARIES = {"numpy", "torch", "transformers"}
-STANDARD = {"collections", "contextlib", "dataclasses", "enum", "functools", "itertools", "math", "typing"}
+STANDARD = {
+    "collections",
+    "contextlib",
+    "dataclasses",
+    "enum",
+    "functools",
+    "itertools",
+    "math",
+    "typing",
+}
 OPTIONAL = {"triton"}
-FORBIDDEN_NAMES = {"__builtins__", "__import__", "breakpoint", "compile", "eval", "exec", "globals", "input", "open"}
+FORBIDDEN_NAMES = {
+    "__builtins__",
+    "__import__",
+    "breakpoint",
+    "compile",
+    "eval",
+    "exec",
+    "globals",
+    "input",
+    "open",
+}
 
 
 def imports(nodes):
@@ -640,36 +773,71 @@ def imports(nodes):
 def is_guarded(node):
     """Whether it is a `try: ... except ImportError: ...`."""
     return isinstance(node, ast.Try) and all(
-        handler.type is not None and ast.unparse(handler.type) == "ImportError" for handler in node.handlers
+        handler.type is not None and ast.unparse(handler.type) == "ImportError"
+        for handler in node.handlers
     )
 
 
 @pytest.mark.parametrize("file", CODE)
 def test_code_that_travels_imports_only_what_every_machine_has(file):
     body = ast.parse(CODE[file].read_text()).body
-    # Only at the top of a file: the check that a Hub's code goes through overlooks no other kind of optional import.
+    # Only at the top of a file: the check that a Hub's code goes through overlooks no other kind of
+    # optional import.
     guarded = [statement for node in body if is_guarded(node) for statement in node.body]
     others = [node for node in body if not is_guarded(node)]
-    assert {module.split(".")[0] for level, module in imports(others) if level == 0} <= LIBRARIES | STANDARD
+    assert {
+        module.split(".")[0] for level, module in imports(others) if level == 0
+    } <= LIBRARIES | STANDARD
     assert {module.split(".")[0] for level, module in imports(guarded) if level == 0} <= OPTIONAL
 
     relative = {(level, module) for level, module in imports(body) if level > 0}
     assert {(level, f"{module}.py") for level, module in relative} <= {(1, name) for name in CODE}
-    # The library finds the files to copy by searching the text: it must find what is imported, and nothing else.
+
+    # The library finds the files to copy by searching the text: it must find what is imported, and
+    # nothing else.
     assert set(get_relative_imports(CODE[file])) == {module for _, module in relative}
 
 
-# The ways to files, the network and other processes that lead through what may be imported. (Triton's own `load` reads
-# memory, its `jit` compiles kernels.)
+# The ways to files, the network and other processes that lead through what may be imported.
+# (Triton's own `load` reads memory, its `jit` compiles kernels.)
 FORBIDDEN_PARTS = {
-    *("cached_file", "classes", "cpp_extension", "distributed", "dynamic_module_utils", "from_file", "fromfile", "hub"),
-    *("jit", "library", "load", "load_library", "memmap", "multiprocessing", "ops", "package", "push_to_hub", "save"),
-    *("save_pretrained", "serialization", "tofile", "__builtins__", "__globals__", "__subclasses__"),
+    *(
+        "cached_file",
+        "classes",
+        "cpp_extension",
+        "distributed",
+        "dynamic_module_utils",
+        "from_file",
+        "fromfile",
+        "hub",
+    ),
+    *(
+        "jit",
+        "library",
+        "load",
+        "load_library",
+        "memmap",
+        "multiprocessing",
+        "ops",
+        "package",
+        "push_to_hub",
+        "save",
+    ),
+    *(
+        "save_pretrained",
+        "serialization",
+        "tofile",
+        "__builtins__",
+        "__globals__",
+        "__subclasses__",
+    ),
 }
 
 
 def names_reached(tree):
-    """The names that a file uses: alone, as attributes (dotted as far as they lead), imported, or by `getattr`."""
+    """The names that a file uses: alone, as attributes (dotted as far as they lead), imported, or
+    by `getattr`.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             yield node.id
@@ -685,7 +853,9 @@ def names_reached(tree):
 def forbidden_names(tree):
     for name in names_reached(tree):
         parts = name.split(".")
-        if parts[0] in FORBIDDEN_NAMES or (parts[0] not in ("tl", "triton") and FORBIDDEN_PARTS & set(parts)):
+        if parts[0] in FORBIDDEN_NAMES or (
+            parts[0] not in ("tl", "triton") and FORBIDDEN_PARTS & set(parts)
+        ):
             yield name
 
 

@@ -1,4 +1,6 @@
-"""The inverse of a flow: every method against the sequential one, which test_modeling.py holds to a cache-free loop."""
+"""The inverse of a flow: every method against the sequential one, which test_modeling.py holds to a
+cache-free loop.
+"""
 
 import itertools
 
@@ -40,12 +42,14 @@ def assert_certified(reports, num_positions, dtype):
 def test_every_method_gives_the_sequential_inverse(stack, method, patch_size):
     model = make(STACKS[stack], patch_size)
     u = torch.randn(3, 8, 2, dtype=torch.float64)
+
     for dtype in (torch.float64, torch.float32):
         model, u = model.to(dtype), u.to(dtype)
         expected = invert(model, u, inverse_method="sequential")
         actual = invert(model, u, **METHODS[method])
         for a, e in zip(actual.states, expected.states, strict=True):
             torch.testing.assert_close(a, e, atol=ERROR[dtype], rtol=ERROR[dtype])
+
         assert_certified(actual.inverse_reports + expected.inverse_reports, 8 // patch_size, dtype)
         tokens = model.decode(expected.latents).argmax(-1)
         assert torch.equal(tokens, model.generate(noise=u, **METHODS[method]))
@@ -59,6 +63,7 @@ def scaled(flows, factor, **options):
             layer.input_projection.weight.mul_(factor)
             for parameter in layer.head.parameters():
                 parameter.mul_(factor)
+
     return model
 
 
@@ -69,16 +74,21 @@ def test_a_hard_flow_still_ends_right(coupling, direction):
     u = torch.randn(2, 18, 2, dtype=torch.float64)
     expected = invert(model, u, inverse_method="sequential")
     actual = invert(model, u, inverse_method="parallel")
-    assert actual.inverse_reports[0].iterations >= 8  # an easy flow of this length takes three or four
+    assert (
+        actual.inverse_reports[0].iterations >= 8
+    )  # an easy flow of this length takes three or four
     assert_certified(actual.inverse_reports, 18, torch.float64)
     torch.testing.assert_close(actual.latents, expected.latents, atol=1e-5, rtol=1e-5)
 
 
 def test_states_that_no_guess_can_reach_are_found_one_by_one():
-    """States are clamped where they are guesses, and nowhere else: then the parallel form is the sequential one."""
+    """States are clamped where they are guesses, and nowhere else: then the parallel form is the
+    sequential one.
+    """
     model = make([flow("affine")])
     with torch.no_grad():
         model.flow.layers[0].head.projection.bias[:2] = 30 * MAX_GUESS
+
     u = torch.randn(2, 10, 2, dtype=torch.float64)
     expected = invert(model, u, inverse_method="sequential")
     actual = invert(model, u, inverse_method="parallel")
@@ -90,6 +100,7 @@ def test_overflowing_guesses_do_not_reach_the_positions_before_them():
     model = make([flow("affine")])
     with torch.no_grad():
         model.flow.layers[0].head.projection.weight.mul_(1e3)
+
     u = 1e300 * torch.randn(1, 10, 2, dtype=torch.float64)
     u[:, :5] /= 1e300
     expected = invert(model, u, inverse_method="sequential").latents[:, :5]
@@ -98,11 +109,14 @@ def test_overflowing_guesses_do_not_reach_the_positions_before_them():
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_final_positions_are_not_computed_again(window):
-    """Without a context the first iteration finds all states and makes the first final, the second one the rest."""
+    """Without a context the first iteration finds all states and makes the first final, the second
+    one the rest.
+    """
     model = make([flow("affine")])
     layer = model.flow.layers[0]
     with torch.no_grad():
         layer.head.projection.weight.zero_()
+
     slots = []
     hook = layer.decoder.register_forward_pre_hook(
         lambda module, args, kwargs: slots.append(
@@ -111,10 +125,17 @@ def test_final_positions_are_not_computed_again(window):
         with_kwargs=True,
     )
     u = torch.randn(2, 16, 2, dtype=torch.float64)
-    num_final = invert(model, u, inverse_method="parallel", inverse_window=window).inverse_reports[0].num_final
+    num_final = (
+        invert(model, u, inverse_method="parallel", inverse_window=window)
+        .inverse_reports[0]
+        .num_final
+    )
     hook.remove()
     starts = list(itertools.accumulate(num_final, initial=0))[:-1]
-    assert [start for start, _ in slots] == starts  # all that is final, and nothing else, is in the cache
+    assert [
+        start for start, _ in slots
+    ] == starts  # all that is final, and nothing else, is in the cache
+
     if window is None:
         assert num_final == [1, 15] and slots == [(0, 16), (1, 15)]
     else:
@@ -124,7 +145,9 @@ def test_final_positions_are_not_computed_again(window):
 
 @pytest.mark.parametrize("method", ["sequential", "parallel", "captured step"])
 def test_caches_grow_linearly(method):
-    """Keys and values of each position once, with nothing beside them, in the memory that the caches hold at most."""
+    """Keys and values of each position once, with nothing beside them, in the memory that the
+    caches hold at most.
+    """
     model, options = make([flow("affine")]), METHODS.get(method, {"inverse_method": method})
     layer, sizes = model.flow.layers[0], {}
 
@@ -133,7 +156,9 @@ def test_caches_grow_linearly(method):
 
         def measure(module, args, kwargs, output):
             layers = kwargs["past_key_values"].layers
-            num_bytes.append(sum(x.untyped_storage().nbytes() for y in layers for x in (y.keys, y.values)))
+            num_bytes.append(
+                sum(x.untyped_storage().nbytes() for y in layers for x in (y.keys, y.values))
+            )
 
         hook = layer.decoder.register_forward_hook(measure, with_kwargs=True)
         invert(model, torch.randn(3, num_positions, 2, dtype=torch.float64), **options)
@@ -146,14 +171,19 @@ def test_caches_grow_linearly(method):
     assert sizes == {n: 2 * 8 * 3 * n * width * config.num_hidden_layers for n in sizes}
 
 
-@pytest.mark.parametrize("options", [{}, *(METHODS[name] for name in METHODS if name != "auto")], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, *(METHODS[name] for name in METHODS if name != "auto")], ids=str
+)
 @pytest.mark.parametrize("direction", ["left_to_right", "right_to_left"])
 @pytest.mark.parametrize("coupling", ["affine", "mixture_cdf", "mixture_rosenblatt"])
 def test_known_positions_are_kept_and_the_others_follow_from_them(coupling, direction, options):
-    """Any positions of each sequence; the noise there is not read. The forward pass gives the rest of it back."""
+    """Any positions of each sequence; the noise there is not read. The forward pass gives the rest
+    of it back.
+    """
     layer = (model := make([flow(coupling, direction)])).flow.layers[0]
     u, known = torch.randn(2, 3, 9, 2, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 0, 1, 0, 0, 0, 1], [1, 1, 0, 0, 0, 1, 0, 0, 1], [1] * 9]).bool()
+
     with torch.no_grad():
         h, report = layer(
             u.masked_fill(mask[..., None], torch.nan),
@@ -164,6 +194,7 @@ def test_known_positions_are_kept_and_the_others_follow_from_them(coupling, dire
             **options,
         )
         again, _ = layer(h, model.codebook())
+
     assert torch.equal(h[mask], known[mask])
     assert sum(report.num_final) == 9
     torch.testing.assert_close(again[~mask], u[~mask], atol=1e-7, rtol=1e-7)
@@ -184,22 +215,32 @@ def test_padding(stack, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_sliding_window(method):
     block = MistralConfig(
-        hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32, sliding_window=4
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        sliding_window=4,
     )
     model = make([flow("mixture_cdf"), flow("affine", "right_to_left")], block_config=block)
     u = torch.randn(2, 18, 2, dtype=torch.float64)
     expected = invert(model, u, inverse_method="sequential").latents
-    torch.testing.assert_close(invert(model, u, **METHODS[method]).latents, expected, atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(
+        invert(model, u, **METHODS[method]).latents, expected, atol=1e-7, rtol=1e-7
+    )
 
 
 def test_a_decoder_in_bfloat16():
     model = make([flow("affine"), flow("mixture_cdf", "right_to_left")]).float()
     for layer in model.flow.layers:
         layer.bfloat16()
+
     u = torch.randn(2, 18, 2)
-    actual, expected = (invert(model, u, inverse_method=method) for method in ("parallel", "sequential"))
+    actual, expected = (
+        invert(model, u, inverse_method=method) for method in ("parallel", "sequential")
+    )
     for report in actual.inverse_reports:
         assert sum(report.num_final) == 18 and report.residual <= 2**-7 / 4
+
     torch.testing.assert_close(actual.latents, expected.latents, atol=0.1, rtol=0.1)
 
 
@@ -209,21 +250,28 @@ def test_gradients_are_those_of_recomputing_every_prefix(stack, patch_size):
     model = make(STACKS[stack], patch_size)
     u = torch.randn(2, 6, 2, dtype=torch.float64, requires_grad=True)
     h = u.reshape(2, -1, 2 * patch_size)
+
     for layer in reversed(model.flow.layers):
         own = layer._arrange(h)
         found = torch.zeros_like(own)
+
         for n in range(own.shape[1]):
             inputs = layer._inputs(found, model.codebook(), last=n + 1)
             context = layer.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1:]
             state = layer.head(own[:, n : n + 1], context, model.codebook(), task="inverse")
             found = torch.cat([found[:, :n], state, found[:, n + 1 :]], 1)
+
         h = layer._rearrange(found)
+
     cotangent = torch.randn_like(u)
     tensors = [u, *model.flow.parameters()]
+
     latents = model.flow(u, reverse=True).latents
     for a, e in zip(
         *(
-            torch.autograd.grad(x.reshape(u.shape), tensors, cotangent, allow_unused=True, materialize_grads=True)
+            torch.autograd.grad(
+                x.reshape(u.shape), tensors, cotangent, allow_unused=True, materialize_grads=True
+            )
             for x in (latents, h)
         ),
         strict=True,
@@ -255,7 +303,10 @@ def test_what_auto_takes():
             "parallel",
             "sequential",
         ]
-        assert methods(u, num_flows=2, inverse_method=["auto", "auto"]) == ["sequential", "parallel"]
+        assert methods(u, num_flows=2, inverse_method=["auto", "auto"]) == [
+            "sequential",
+            "parallel",
+        ]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -265,28 +316,42 @@ def test_prompts_and_streams(method):
     noise = torch.randn(1, 12, 2, dtype=torch.float64)
     streamer = Recorder()
     expected = model.generate(prompt, noise=noise, inverse_method="sequential")
-    out = model.generate(prompt, noise=noise, streamer=streamer, output_inverse_report=True, **METHODS[method])
+    out = model.generate(
+        prompt, noise=noise, streamer=streamer, output_inverse_report=True, **METHODS[method]
+    )
     assert torch.equal(out.sequences, expected)
     assert list(itertools.chain(*streamer.parts)) == expected[0].tolist()
     assert len(streamer.parts) == 9  # the prompt, then position by position
-    assert len(out.inverse_reports) == 3 and all(sum(report.num_final) == 12 for report in out.inverse_reports)
+    assert len(out.inverse_reports) == 3 and all(
+        sum(report.num_final) == 12 for report in out.inverse_reports
+    )
     assert model.generate(noise=noise, return_dict_in_generate=True).inverse_reports is None
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_observed(method):
-    """A conditional model's slots differ from sequence to sequence: the observed positions first, known to be 0."""
+    """A conditional model's slots differ from sequence to sequence: the observed positions first,
+    known to be 0.
+    """
     model = make(STACKS["mix-d, mix-1, mix-1"], conditional=True)
     ids, mask = torch.randint(5, (3, 10)), torch.rand(3, 10) < torch.tensor([[0.0], [0.4], [0.8]])
     mask[:, 3] = False
     u = torch.randn(3, 10, 2, dtype=torch.float64)
+
     with torch.no_grad():
-        expected = model.flow(u, reverse=True, observed_ids=ids, observed_mask=mask, inverse_method="sequential")
+        expected = model.flow(
+            u, reverse=True, observed_ids=ids, observed_mask=mask, inverse_method="sequential"
+        )
+
         if METHODS[method].get("capture_step"):
             with pytest.raises(ValueError, match="observed tokens"):
                 model.flow(u, reverse=True, observed_ids=ids, observed_mask=mask, **METHODS[method])
             return
-        actual = model.flow(u, reverse=True, observed_ids=ids, observed_mask=mask, **METHODS[method])
+
+        actual = model.flow(
+            u, reverse=True, observed_ids=ids, observed_mask=mask, **METHODS[method]
+        )
+
     torch.testing.assert_close(actual.latents, expected.latents, rtol=1e-9, atol=1e-9)
     assert not actual.latents[mask].any()
 
@@ -294,15 +359,26 @@ def test_what_is_observed(method):
 def test_bad_options():
     model = make(CAUSAL["left to right"])
     u = torch.randn(1, 6, 2, dtype=torch.float64)
+
     for options, message in [
-        ({"inverse_method": "jacobi"}, "inverse_method must be one of auto, sequential, parallel, not 'jacobi'"),
+        (
+            {"inverse_method": "jacobi"},
+            "inverse_method must be one of auto, sequential, parallel, not 'jacobi'",
+        ),
         ({"inverse_method": ["auto", "auto"]}, "2 entries for 3 flows"),
-        ({"inverse_method": "parallel", "inverse_window": 0}, "inverse_window must be at least 1, not 0"),
-        ({"inverse_method": "parallel", "inverse_tolerance": -1.0}, "inverse_tolerance must not be negative"),
+        (
+            {"inverse_method": "parallel", "inverse_window": 0},
+            "inverse_window must be at least 1, not 0",
+        ),
+        (
+            {"inverse_method": "parallel", "inverse_tolerance": -1.0},
+            "inverse_tolerance must not be negative",
+        ),
     ]:
         for call in (lambda **o: invert(model, u, **o), lambda **o: model.generate(noise=u, **o)):
             with pytest.raises(ValueError, match=message):
                 call(**options)
+
     for options in ({"inverse_method": "parallel"}, {"capture_step": True}):
         with pytest.raises(ValueError, match="has no gradients"):
             model.flow(u, reverse=True, **options)

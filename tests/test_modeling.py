@@ -32,7 +32,9 @@ STACKS = {
     "mix-1, right to left, posterior": [flow("mixture_cdf", "right_to_left", context="posterior")],
     "mix-d": [flow("mixture_rosenblatt")],
     "mix-d, latent": [flow("mixture_rosenblatt", context="latent")],
-    "mix-d, own codebook": [flow("mixture_rosenblatt", "right_to_left", tie_codebook=False, num_components=3)],
+    "mix-d, own codebook": [
+        flow("mixture_rosenblatt", "right_to_left", tie_codebook=False, num_components=3)
+    ],
     "affine, right to left within a patch": [flow("affine", "right_to_left_within_patch")],
     "mix-d, mix-1 right to left within a patch": [
         flow("mixture_rosenblatt"),
@@ -52,7 +54,9 @@ STACKS = {
 
 
 def make(flows, patch_size=1, latent_size=2, vocab_size=5, seed=0, noise=0.1, **options):
-    """A small model in float64 whose every parameter matters, and whose flows are not steeper than trained ones."""
+    """A small model in float64 whose every parameter matters, and whose flows are not steeper than
+    trained ones.
+    """
     torch.manual_seed(seed)
     config = TarFlowLMConfig(
         vocab_size=vocab_size,
@@ -64,14 +68,21 @@ def make(flows, patch_size=1, latent_size=2, vocab_size=5, seed=0, noise=0.1, **
         **{"max_position_embeddings": 18, **options},
     )
     model = TarFlowLMModel(config).double().eval()
+
     with torch.no_grad():
         for module in model.modules():
             # Its hidden units begin large, for a last layer that begins small.
             if isinstance(module, AutoregressiveMixtureCDFHead):
-                for weight in (module.from_context.weight, module.features_weight, module.from_features):
+                for weight in (
+                    module.from_context.weight,
+                    module.features_weight,
+                    module.from_features,
+                ):
                     weight.mul_(0.1)
+
         for parameter in model.parameters():
             parameter.add_(noise * torch.randn_like(parameter))
+
     return model
 
 
@@ -84,10 +95,17 @@ def jacobian(model, z, **options):
 # Those that need several tokens to a patch.
 PATCH_STACKS = {
     "mix-d, patch head": [flow("mixture_rosenblatt", patch_head_layers=1)],
-    "mix-d, patch head, latent": [flow("mixture_rosenblatt", context="latent", patch_head_layers=2)],
+    "mix-d, patch head, latent": [
+        flow("mixture_rosenblatt", context="latent", patch_head_layers=2)
+    ],
     "mix-1, mix-d with patch head": [
         flow("mixture_cdf", num_components=2),
-        flow("mixture_rosenblatt", "right_to_left_within_patch", num_components=3, patch_head_layers=1),
+        flow(
+            "mixture_rosenblatt",
+            "right_to_left_within_patch",
+            num_components=3,
+            patch_head_layers=1,
+        ),
     ],
 }
 
@@ -110,37 +128,53 @@ def patch_size(request, smallest_patch):
 
 
 def test_every_coupling_has_a_stack():
-    assert {layer["coupling"] for layers in STACKS.values() for layer in layers} == set(COUPLING_HEADS)
+    assert {layer["coupling"] for layers in STACKS.values() for layer in layers} == set(
+        COUPLING_HEADS
+    )
 
 
 def test_log_det_is_that_of_the_jacobian(flows, patch_size, monkeypatch):
-    # Llama's norm computes in float32 whatever the model's dtype, and its rounding would be all that is seen here.
-    norm = lambda self, x: torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)  # noqa: E731
+    # Llama's norm computes in float32 whatever the model's dtype, and its rounding would be all
+    # that is seen here.
+    def norm(self, x):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+
     monkeypatch.setattr(LlamaRMSNorm, "forward", norm)
     model = make(flows, patch_size)
     z = model.encode(torch.randint(5, (1, 6)))
     whole = torch.linalg.slogdet(jacobian(model, z)).logabsdet
     torch.testing.assert_close(model.flow(z).log_det[0], whole, atol=1e-6, rtol=0)
 
-    # Flow by flow, where the blocks on the diagonal are all that counts, and no product of flows is ill-conditioned.
+    # Flow by flow, where the blocks on the diagonal are all that counts, and no product of flows is
+    # ill-conditioned.
     size, log_det = 2 * patch_size, 0.0
+
     for num_flows, layer in enumerate(model.flow.layers, 1):
         h = model.flow(z).states[num_flows - 1].reshape(1, -1, size)
         function = lambda flat: layer(flat.reshape(h.shape), model.codebook())[0].flatten()  # noqa: B023, E731
         blocks = (
-            torch.autograd.functional.jacobian(function, h.flatten()).unflatten(1, (-1, size)).unflatten(0, (-1, size))
+            torch.autograd.functional.jacobian(function, h.flatten())
+            .unflatten(1, (-1, size))
+            .unflatten(0, (-1, size))
         )
-        log_det += torch.linalg.slogdet(torch.stack([blocks[n, :, n] for n in range(len(blocks))])).logabsdet.sum()
-        torch.testing.assert_close(model.flow(z, num_flows=num_flows).log_det[0], log_det, atol=1e-9, rtol=0)
+        log_det += torch.linalg.slogdet(
+            torch.stack([blocks[n, :, n] for n in range(len(blocks))])
+        ).logabsdet.sum()
+        torch.testing.assert_close(
+            model.flow(z, num_flows=num_flows).log_det[0], log_det, atol=1e-9, rtol=0
+        )
 
 
 def test_jacobian_of_one_flow_is_block_triangular_in_its_direction(flows, patch_size):
     model = make(flows[:1], patch_size)
     z = model.encode(torch.randint(5, (1, 6)))
     size = patch_size * 2
-    blocks = jacobian(model, z).unflatten(1, (-1, size)).unflatten(0, (-1, size)).abs().amax((1, 3))  # (N, N)
+    blocks = (
+        jacobian(model, z).unflatten(1, (-1, size)).unflatten(0, (-1, size)).abs().amax((1, 3))
+    )  # (N, N)
     if flows[0]["direction"] == "right_to_left":  # the other two pass the patches left to right
         blocks = blocks.flip(0, 1)
+
     assert torch.equal(blocks.triu(1), torch.zeros_like(blocks))
     assert (blocks.diagonal() > 0).all()
     if len(blocks) > 1:
@@ -149,10 +183,14 @@ def test_jacobian_of_one_flow_is_block_triangular_in_its_direction(flows, patch_
 
 @pytest.mark.parametrize("patch_size", [2, 3])
 def test_within_a_patch_the_last_token_comes_first(patch_size):
-    """Dimension-wise autoregressive, the last token's noise depends on itself and the patches before it alone."""
+    """Dimension-wise autoregressive, the last token's noise depends on itself and the patches
+    before it alone.
+    """
     model = make([flow("mixture_cdf", "right_to_left_within_patch", num_components=2)], patch_size)
     z = model.encode(torch.randint(5, (1, 2 * patch_size)))
-    tokens = jacobian(model, z).unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).abs().amax((1, 3))  # (T, T)
+    tokens = (
+        jacobian(model, z).unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).abs().amax((1, 3))
+    )  # (T, T)
     second = tokens[patch_size:, patch_size:]
     assert torch.equal(second > 0, torch.ones_like(second).triu() > 0)
     assert tokens[:patch_size, patch_size:].max() == 0 < tokens[patch_size:, :patch_size].min()
@@ -165,38 +203,56 @@ def test_a_patch_head_end_to_end(stack, patch_size):
     model = make(PATCH_STACKS[stack], patch_size, max_position_embeddings=16)
     input_ids = torch.randint(5, (2, 16))
     noise = torch.randn(2, 16, 2, dtype=torch.float64)
-    torch.testing.assert_close(model.flow(model.flow(noise, reverse=True).latents).noise, noise, atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(
+        model.flow(model.flow(noise, reverse=True).latents).noise, noise, atol=1e-7, rtol=1e-7
+    )
     tokens = model.generate(noise=noise)
     assert tokens.shape == (2, 16) and torch.equal(tokens[:1], model.generate(noise=noise[:1]))
 
     lengths = []
     for layer in model.flow.layers:
         layer.decoder.register_forward_pre_hook(
-            lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+            lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]),
+            with_kwargs=True,
         )
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.002)  # small enough to descend at every step
+
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=0.002
+    )  # small enough to descend at every step
     losses = []
+
     for _ in range(5):
         loss = model(input_ids, labels=input_ids, generator=torch.Generator().manual_seed(0)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+
     assert losses == sorted(losses, reverse=True)
     assert lengths == [16 // patch_size] * 5 * len(model.flow.layers)
 
 
 @pytest.mark.parametrize("patch_size", [2, 4])
 def test_a_patch_head_sees_the_tokens_before_in_the_patch_and_no_others(patch_size):
-    """One Mix-d flow, token by token: the blocks of its Jacobian are triangular over the tokens of a patch.
+    """One Mix-d flow, token by token: the blocks of its Jacobian are triangular over the tokens of
+    a patch.
 
     Without a patch head they are diagonal within a patch.
     """
     for layers, is_seen in ((0, False), (1, True)):
-        model = make([flow("mixture_rosenblatt", patch_head_layers=layers)], patch_size, max_position_embeddings=16)
+        model = make(
+            [flow("mixture_rosenblatt", patch_head_layers=layers)],
+            patch_size,
+            max_position_embeddings=16,
+        )
         z = model.encode(torch.randint(5, (1, 2 * patch_size)))
-        blocks = jacobian(model, z).unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).abs().amax((1, 3))  # (T, T)
-        assert torch.equal(blocks.triu(1), torch.zeros_like(blocks)) and (blocks.diagonal() > 0).all()
+        blocks = (
+            jacobian(model, z).unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).abs().amax((1, 3))
+        )  # (T, T)
+        assert (
+            torch.equal(blocks.triu(1), torch.zeros_like(blocks)) and (blocks.diagonal() > 0).all()
+        )
+
         for first in (0, patch_size):
             patch = blocks[first : first + patch_size, first : first + patch_size]
             below = torch.ones_like(patch).tril(-1) > 0
@@ -204,10 +260,15 @@ def test_a_patch_head_sees_the_tokens_before_in_the_patch_and_no_others(patch_si
 
 
 def test_within_patches_of_one_token_it_is_left_to_right():
-    stacks = [[flow("mixture_cdf", direction)] for direction in ("left_to_right", "right_to_left_within_patch")]
+    stacks = [
+        [flow("mixture_cdf", direction)]
+        for direction in ("left_to_right", "right_to_left_within_patch")
+    ]
     z = torch.randn(2, 6, 2, dtype=torch.float64)
     expected, actual = (make(flows).flow(z) for flows in stacks)
-    assert torch.equal(actual.noise, expected.noise) and torch.equal(actual.log_det, expected.log_det)
+    assert torch.equal(actual.noise, expected.noise) and torch.equal(
+        actual.log_det, expected.log_det
+    )
 
 
 def test_reverse_undoes_forward(flows, patch_size):
@@ -218,29 +279,43 @@ def test_reverse_undoes_forward(flows, patch_size):
     assert len(forward.states) == len(reverse.states) == len(flows) + 1
     for there, back in zip(forward.states, reverse.states, strict=True):
         torch.testing.assert_close(back, there, atol=1e-8, rtol=1e-8)
+
     u = torch.randn(3, 6, 2, dtype=torch.float64)
-    torch.testing.assert_close(model.flow(model.flow(u, reverse=True).latents).noise, u, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(
+        model.flow(model.flow(u, reverse=True).latents).noise, u, atol=1e-8, rtol=1e-8
+    )
 
 
 def test_cached_reverse_equals_recomputing_every_prefix(flows, patch_size):
-    """The oracle knows no cache: it asks the forward pass for each position's context, prefix after prefix."""
+    """The oracle knows no cache: it asks the forward pass for each position's context, prefix after
+    prefix.
+    """
     model = make(flows, patch_size)
     u = torch.randn(2, 6, 2, dtype=torch.float64)
     h = u.reshape(2, -1, 2 * patch_size)
+
     for layer in reversed(model.flow.layers):
         own = layer._arrange(h)
         found = torch.zeros_like(own)
+
         for n in range(own.shape[1]):
             inputs = layer._inputs(found, model.codebook(), last=n + 1)
             context = layer.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1:]
-            found[:, n : n + 1] = layer.head(own[:, n : n + 1], context, model.codebook(), task="inverse")
+            found[:, n : n + 1] = layer.head(
+                own[:, n : n + 1], context, model.codebook(), task="inverse"
+            )
+
         h = layer._rearrange(found)
-    torch.testing.assert_close(model.flow(u, reverse=True).latents, h.reshape(u.shape), atol=1e-8, rtol=1e-8)
+
+    torch.testing.assert_close(
+        model.flow(u, reverse=True).latents, h.reshape(u.shape), atol=1e-8, rtol=1e-8
+    )
 
 
 def test_telescoped_likelihood_equals_the_sum_of_log_dets(flows, patch_size):
     model = make(flows, patch_size)
     z = model.encode(torch.randint(5, (3, 6)))
+
     for num_flows in range(1, len(flows) + 1):
         full = model.flow(z, num_flows=num_flows)
         base = torch.distributions.Normal(0.0, 1.0).log_prob(full.noise).sum((1, 2))
@@ -255,21 +330,33 @@ def test_no_distribution_function_in_the_last_flow_of_a_training_step(monkeypatc
 
     calls = []
     original = coupling_reference._transform
-    monkeypatch.setattr(coupling_reference, "_transform", lambda *a: calls.append(a[0].shape) or original(*a))
-    for flows, num_calls in ((STACKS["mix-d"], 0), (STACKS["mix-1"], 0), (STACKS["mix-d, mix-1, mix-1"], 2)):
+    monkeypatch.setattr(
+        coupling_reference, "_transform", lambda *a: calls.append(a[0].shape) or original(*a)
+    )
+
+    for flows, num_calls in (
+        (STACKS["mix-d"], 0),
+        (STACKS["mix-1"], 0),
+        (STACKS["mix-d, mix-1, mix-1"], 2),
+    ):
         calls.clear()
         model = make(flows)
         input_ids = torch.randint(5, (2, 6))
         model(input_ids, labels=input_ids).loss.backward()
-        assert len(calls) == num_calls  # once for the Mix-d flow and the first Mix-1 flow, none in the backward pass
+        assert (
+            len(calls) == num_calls
+        )  # once for the Mix-d flow and the first Mix-1 flow, none in the backward pass
 
 
 def test_a_cut_stack_is_a_model_of_its_own(flows, smallest_patch):
     model = make(flows, smallest_patch)
     z = model.encode(torch.randint(5, (2, 6)))
+
     for num_flows in range(1, len(flows) + 1):
         alone = make(flows[:num_flows], smallest_patch)
-        alone.load_state_dict({k: v for k, v in model.state_dict().items() if k in alone.state_dict()})
+        alone.load_state_dict(
+            {k: v for k, v in model.state_dict().items() if k in alone.state_dict()}
+        )
         cut, whole = model.flow(z, num_flows=num_flows), alone.flow(z)
         torch.testing.assert_close(cut.log_prob, whole.log_prob)
         torch.testing.assert_close(cut.noise, whole.noise)
@@ -282,18 +369,28 @@ def test_padding_changes_nothing(flows, patch_size):
     z = model.encode(input_ids)
     lengths = [6, 12, 6]
     mask = torch.tensor([[n < length for n in range(12)] for length in lengths]).long()
-    padded_ids, padded_z = input_ids.masked_fill(mask == 0, -100), z.masked_fill(mask[..., None] == 0, 1e3)
+    padded_ids, padded_z = (
+        input_ids.masked_fill(mask == 0, -100),
+        z.masked_fill(mask[..., None] == 0, 1e3),
+    )
     padded = model(padded_ids, mask, labels=padded_ids, latents=padded_z, output_noise=True)
     alone = [
         model(input_ids[i : i + 1, :length], latents=z[i : i + 1, :length], output_noise=True)
         for i, length in enumerate(lengths)
     ]
+
     for name in ("elbo", "reconstruction_log_prob", "prior_log_prob", "posterior_log_prob"):
-        torch.testing.assert_close(padded[name], torch.cat([out[name] for out in alone]), atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(
+            padded[name], torch.cat([out[name] for out in alone]), atol=1e-9, rtol=1e-9
+        )
+
     torch.testing.assert_close(padded.loss, -sum(out.elbo.sum() for out in alone) / sum(lengths))
     for i, length in enumerate(lengths):
-        torch.testing.assert_close(padded.noise[i, :length], alone[i].noise[0], atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(
+            padded.noise[i, :length], alone[i].noise[0], atol=1e-9, rtol=1e-9
+        )
         assert (padded.noise[i, length:] == 0).all()
+
     back = model.flow(padded.noise, mask, reverse=True).latents
     torch.testing.assert_close(back, z.masked_fill(mask[..., None] == 0, 0), atol=1e-7, rtol=1e-7)
 
@@ -306,8 +403,13 @@ def test_no_gradient_leaves_padding_and_every_parameter_gets_one(flows, smallest
     model(input_ids, mask, labels=input_ids, latents=z).loss.backward()
     assert (z.grad[1, 4:] == 0).all() and (z.grad[1, :4] != 0).all()
     model(input_ids, mask, labels=input_ids).loss.backward()
+
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all() and (parameter.grad != 0).any(), name
+        assert (
+            parameter.grad is not None
+            and parameter.grad.isfinite().all()
+            and (parameter.grad != 0).any()
+        ), name
 
 
 def test_terms_of_the_bound(flows, smallest_patch):
@@ -320,19 +422,23 @@ def test_terms_of_the_bound(flows, smallest_patch):
     each = gaussian.log_prob(out.latents[..., None, :]).sum(-1)  # (B, T, V)
     posterior = each.gather(-1, input_ids[..., None]).squeeze(-1)
     torch.testing.assert_close(out.posterior_log_prob, posterior.sum(-1))
-    torch.testing.assert_close(out.reconstruction_log_prob, (posterior - each.logsumexp(-1)).sum(-1))
+    torch.testing.assert_close(
+        out.reconstruction_log_prob, (posterior - each.logsumexp(-1)).sum(-1)
+    )
     torch.testing.assert_close(model.decode(out.latents), each.log_softmax(-1))
     terms = out.reconstruction_log_prob + out.prior_log_prob - out.posterior_log_prob
     torch.testing.assert_close(out.elbo, terms)
 
 
-# ------------------------------------------------------------------------------------------------ enumeration
+# -------------------------------------------------------------------------------------- enumeration
 
 
 def enumerate_likelihoods(model, length, points=400, observed=None):
-    """log p(x) and the ELBO of all V^T sequences, d = 1, by quadrature on a grid over all T latents.
+    """log p(x) and the ELBO of all V^T sequences, d = 1, by quadrature on a grid over all T
+    latents.
 
-    With `observed`, {position: token}, of all completions of these, given these, over the latents of the others.
+    With `observed`, {position: token}, of all completions of these, given these, over the latents
+    of the others.
     """
     observed = observed or {}
     missing = [n for n in range(length) if n not in observed]
@@ -343,23 +449,33 @@ def enumerate_likelihoods(model, length, points=400, observed=None):
         """The stack, on the latents (or noise) of the missing tokens, and theirs again."""
         full = torch.zeros(len(values), length, 1, dtype=torch.float64)
         full[:, missing] = values
+
         if observed:
-            options |= {"observed_ids": ids.expand(len(full), -1), "observed_mask": mask.expand(len(full), -1)}
+            options |= {
+                "observed_ids": ids.expand(len(full), -1),
+                "observed_mask": mask.expand(len(full), -1),
+            }
+
         return model.flow(full, **options)
 
     mean, log_scale = model.codebook()
     corners = torch.cartesian_prod(*[torch.linspace(-7, 7, 9, dtype=torch.float64)] * len(missing))
     with torch.no_grad():  # where the prior or an encoder has mass
         prior_range = flow(corners.reshape(-1, len(missing), 1), reverse=True).latents
+
     low = min(prior_range.min().item(), (mean[:, 0] - 7 * log_scale.exp()).min().item())
     high = max(prior_range.max().item(), (mean[:, 0] + 7 * log_scale.exp()).max().item())
     nodes, weights = gauss_legendre(points, low, high)
     z = torch.cartesian_prod(*[nodes] * len(missing)).reshape(-1, len(missing), 1)
-    log_weight = torch.cartesian_prod(*[weights.log()] * len(missing)).reshape(-1, len(missing)).sum(-1)
+    log_weight = (
+        torch.cartesian_prod(*[weights.log()] * len(missing)).reshape(-1, len(missing)).sum(-1)
+    )
+
     with torch.no_grad():
         prior = torch.cat([flow(part, output_noise=False).log_prob for part in z.split(8192)])
         decoder = model.decode(z)
         encoder = model.codebook().log_prob_all(z)
+
     log_likelihood, elbo = {}, {}
     for x in itertools.product(range(model.config.vocab_size), repeat=len(missing)):
         index = torch.tensor(x).expand(len(z), len(missing))[..., None]
@@ -367,6 +483,7 @@ def enumerate_likelihoods(model, length, points=400, observed=None):
         posterior = encoder.gather(-1, index).sum((1, 2))
         log_likelihood[x] = torch.logsumexp(log_weight + prior + likelihood, 0).item()
         elbo[x] = ((log_weight + posterior).exp() * (likelihood + prior - posterior)).sum().item()
+
     return log_likelihood, elbo
 
 
@@ -378,7 +495,10 @@ def gauss_legendre(points, low, high):
 
 ENUMERATED = {
     "mix-d": [flow("mixture_rosenblatt")],
-    "mix-d, mix-1": [flow("mixture_rosenblatt"), flow("mixture_cdf", "right_to_left", num_components=2)],
+    "mix-d, mix-1": [
+        flow("mixture_rosenblatt"),
+        flow("mixture_cdf", "right_to_left", num_components=2),
+    ],
     "mix-1, affine": [flow("mixture_cdf", num_components=2), flow("affine", "right_to_left")],
 }
 
@@ -386,7 +506,13 @@ ENUMERATED = {
 @pytest.mark.parametrize("name", [*ENUMERATED, *PATCH_STACKS])
 def test_likelihoods_of_all_sequences_add_up_to_one(name):
     patch_size = 2 if name in PATCH_STACKS else 1
-    model = make((ENUMERATED | PATCH_STACKS)[name], patch_size, latent_size=1, vocab_size=3, initial_log_scale=-0.5)
+    model = make(
+        (ENUMERATED | PATCH_STACKS)[name],
+        patch_size,
+        latent_size=1,
+        vocab_size=3,
+        initial_log_scale=-0.5,
+    )
     log_likelihood, elbo = enumerate_likelihoods(model, 2)
     assert sum(map(math.exp, log_likelihood.values())) == pytest.approx(1, abs=1e-4)
     for x, value in elbo.items():
@@ -399,38 +525,54 @@ def test_elbo_and_importance_weighted_bound_against_quadrature():
     x = (0, 2)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.tensor(x).expand(20_000, 2)
+
     with torch.no_grad():
         samples = model(input_ids, generator=generator).elbo
         error = samples.std() / math.sqrt(len(samples))
         assert abs(samples.mean() - elbo[x]) < 4 * error
         bounds = []
+
         for num_samples in (1, 4, 32):
-            values = model.importance_weighted_bound(input_ids[:2000], num_samples=num_samples, generator=generator)
+            values = model.importance_weighted_bound(
+                input_ids[:2000], num_samples=num_samples, generator=generator
+            )
             bounds.append((values.mean().item(), values.std().item() / math.sqrt(len(values))))
-    for (low, low_error), (high, high_error) in itertools.pairwise([*bounds, (log_likelihood[x], 0.0)]):
+
+    for (low, low_error), (high, high_error) in itertools.pairwise(
+        [*bounds, (log_likelihood[x], 0.0)]
+    ):
         assert low < high + 3 * math.hypot(low_error, high_error)
+
     gap, first_gap = log_likelihood[x] - bounds[-1][0], log_likelihood[x] - bounds[0][0]
     assert gap < 0.2 * first_gap
 
 
 def test_sampled_tokens_follow_the_enumerated_distribution():
-    """Chi-square of 20,000 samples, decoded by sampling p(x | z), against the table of all sequences."""
+    """Chi-square of 20,000 samples, decoded by sampling p(x | z), against the table of all
+    sequences.
+    """
     from scipy.stats import chisquare
 
     model = make(ENUMERATED["mix-d, mix-1"], latent_size=1, vocab_size=3, initial_log_scale=-0.5)
     log_likelihood, _ = enumerate_likelihoods(model, 2)
     generator = torch.Generator().manual_seed(1)
-    tokens = model.float().generate(num_return_sequences=20_000, max_new_tokens=2, decode="sample", generator=generator)
+    tokens = model.float().generate(
+        num_return_sequences=20_000, max_new_tokens=2, decode="sample", generator=generator
+    )
     counts = torch.bincount(tokens[:, 0] * 3 + tokens[:, 1], minlength=9)
-    expected = np.array([math.exp(log_likelihood[x]) for x in itertools.product(range(3), repeat=2)])
+    expected = np.array(
+        [math.exp(log_likelihood[x]) for x in itertools.product(range(3), repeat=2)]
+    )
     assert expected.max() / expected.min() > 1.2  # there is something to tell apart
     assert chisquare(counts.numpy(), expected / expected.sum() * 20_000).pvalue > 1e-3
 
 
 def test_proposition_4_the_limit_is_the_discrete_model():
-    """As the scales vanish, minus the ELBO of a single tied Mix-d flow is the cross-entropy of its mixture weights.
+    """As the scales vanish, minus the ELBO of a single tied Mix-d flow is the cross-entropy of its
+    mixture weights.
 
-    The posterior context then reads the tokens' own embeddings, which is the discrete transformer itself.
+    The posterior context then reads the tokens' own embeddings, which is the discrete transformer
+    itself.
     """
     model = make([flow("mixture_rosenblatt")], latent_size=3, vocab_size=7)
     input_ids = torch.randint(7, (4, 12))
@@ -441,20 +583,26 @@ def test_proposition_4_the_limit_is_the_discrete_model():
     logits = torch.nn.functional.linear(hidden, *projection)
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), input_ids)
     gaps = []
+
     for log_scale in (-1.0, -3.0, -6.0):
         torch.nn.init.constant_(model.codebook.log_scale, log_scale)
         gaps.append((model(input_ids, labels=input_ids).loss - expected).abs().item())
+
     assert gaps[2] < 1e-9 < gaps[0]
 
     # At any scale the objective of a token is log sum_k pi_k p(k | z), given the context.
     torch.nn.init.constant_(model.codebook.log_scale, 0.0)
     out = model(input_ids)
-    hidden = layer.decoder(inputs_embeds=layer._inputs(out.latents, model.codebook())).last_hidden_state
+    hidden = layer.decoder(
+        inputs_embeds=layer._inputs(out.latents, model.codebook())
+    ).last_hidden_state
     weights = torch.nn.functional.linear(hidden, *projection).log_softmax(-1)
-    torch.testing.assert_close(out.elbo, torch.logsumexp(weights + model.decode(out.latents), -1).sum(-1))
+    torch.testing.assert_close(
+        out.elbo, torch.logsumexp(weights + model.decode(out.latents), -1).sum(-1)
+    )
 
 
-# ---------------------------------------------------------------------------------------------- pieces and precision
+# ----------------------------------------------------------------------------- pieces and precision
 
 
 @pytest.mark.parametrize("patch_size", [1, 3])
@@ -462,6 +610,7 @@ def test_top_k_posterior_context(patch_size):
     model = make([flow("mixture_rosenblatt")], vocab_size=9)
     z = torch.randn(2, 5, patch_size, 2, dtype=torch.float64, requires_grad=True)
     table = torch.randn(patch_size * 9, 4, dtype=torch.float64, requires_grad=True)
+
     for top_k in (9, 3):
         log_prob = model.codebook().log_prob_all(z)
         kept = log_prob >= log_prob.topk(top_k).values[..., -1:]
@@ -470,6 +619,7 @@ def test_top_k_posterior_context(patch_size):
         actual = model.codebook().posterior_average(z, table, top_k)
         torch.testing.assert_close(actual, expected)
         cotangent = torch.randn_like(expected)
+
         inputs = (z, table, model.codebook.mean, model.codebook.log_scale)
         for a, b in zip(
             torch.autograd.grad(actual, inputs, cotangent),
@@ -491,7 +641,11 @@ def test_large_vocabulary_in_chunks(monkeypatch, patch_head_layers):
         model.zero_grad()
         out = model(input_ids, labels=input_ids, latents=z, output_noise=True)
         out.loss.backward()
-        return [out.elbo.detach(), out.noise.detach(), *(p.grad.clone() for p in model.parameters())]
+        return [
+            out.elbo.detach(),
+            out.noise.detach(),
+            *(p.grad.clone() for p in model.parameters()),
+        ]
 
     expected = run()
     monkeypatch.setattr(MixtureRosenblattHead, "max_logits", 5 * 2 * 2)
@@ -504,11 +658,20 @@ def test_large_vocabulary_in_chunks(monkeypatch, patch_head_layers):
     monkeypatch.setattr(coupling, "mixture_rosenblatt", recorded)
     for a, b in zip(run(), expected, strict=True):
         torch.testing.assert_close(a, b)
+
     assert max(num_logits) <= 5 * 2 * 2 and len(num_logits) > 2
     u = torch.randn(3, 8, 2, dtype=torch.float64)
-    torch.testing.assert_close(model.flow(model.flow(u, reverse=True).latents).noise, u, atol=1e-8, rtol=1e-8)
-    model = make([flow("mixture_rosenblatt", patch_head_layers=patch_head_layers)], patch_size=2, posterior_top_k=3)
-    torch.testing.assert_close(model.flow(model.flow(u, reverse=True).latents).noise, u, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(
+        model.flow(model.flow(u, reverse=True).latents).noise, u, atol=1e-8, rtol=1e-8
+    )
+    model = make(
+        [flow("mixture_rosenblatt", patch_head_layers=patch_head_layers)],
+        patch_size=2,
+        posterior_top_k=3,
+    )
+    torch.testing.assert_close(
+        model.flow(model.flow(u, reverse=True).latents).noise, u, atol=1e-8, rtol=1e-8
+    )
 
 
 def test_autoregressive_head_has_only_unmasked_weights():
@@ -519,7 +682,10 @@ def test_autoregressive_head_has_only_unmasked_weights():
     assert head.features_weight.shape == (3, features, 3) and head.output_weight.shape == (4, 6, 16)
     assert head.from_features.shape == (16, (1 + 2 + 3) * features)
     one = make([flow("mixture_cdf")], latent_size=1).flow.layers[0].head
-    assert one.features_weight.numel() == one.from_features.numel() == 0 and len(one.output_weight) == 1
+    assert (
+        one.features_weight.numel() == one.from_features.numel() == 0
+        and len(one.output_weight) == 1
+    )
 
 
 def test_couplings_stay_in_float32_under_autocast(flows, smallest_patch):
@@ -529,6 +695,7 @@ def test_couplings_stay_in_float32_under_autocast(flows, smallest_patch):
     exact = model(input_ids, latents=z, output_noise=True)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(input_ids, latents=z, output_noise=True)
+
     assert out.elbo.dtype == out.noise.dtype == out.latents.dtype == torch.float32
     # bfloat16 in the decoder moves the parameters, not the arithmetic of the couplings.
     torch.testing.assert_close(out.elbo, exact.elbo, rtol=0.05, atol=0.3)
@@ -576,33 +743,45 @@ def test_gradient_checkpointing_changes_no_gradient():
     input_ids = torch.randint(5, (2, 6))
     z = model.encode(input_ids).detach()
     gradients = []
+
     for enable in (False, True):
         if enable:
             model.gradient_checkpointing_enable()
         model.zero_grad()
         model(input_ids, labels=input_ids, latents=z).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_initial_mixture_is_close_to_the_identity_and_its_components_differ():
     model = TarFlowLMModel(
-        TarFlowLMConfig(vocab_size=5, latent_size=3, hidden_size=16, num_attention_heads=2, flows=[flow("mixture_cdf")])
+        TarFlowLMConfig(
+            vocab_size=5,
+            latent_size=3,
+            hidden_size=16,
+            num_attention_heads=2,
+            flows=[flow("mixture_cdf")],
+        )
     )
     z = torch.randn(4, 10, 3)
     out = model.flow(z)
     assert (out.noise - z).abs().max() < 0.3
-    assert model.flow.layers[0].head.output_bias[0].detach().unflatten(0, (3, 8))[1].diff().min() > 0.05
+    assert (
+        model.flow.layers[0].head.output_bias[0].detach().unflatten(0, (3, 8))[1].diff().min()
+        > 0.05
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def test_bad_input():
     model = make(STACKS["mix-d"], patch_size=2)
     ids = torch.randint(5, (2, 6))
     good = torch.ones_like(ids)
+
     cases = [
         (dict(input_ids=ids + 5), "vocab_size"),
         (dict(input_ids=ids - 5), "vocab_size"),
@@ -614,7 +793,10 @@ def test_bad_input():
         (dict(input_ids=ids, attention_mask=good[:, :4]), "attention_mask"),
         (dict(input_ids=ids, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)), "left"),
         (dict(input_ids=ids, attention_mask=torch.tensor([[1, 1, 0, 0, 1, 1]] * 2)), "holes"),
-        (dict(input_ids=ids, attention_mask=torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)), "multiple of patch_size"),
+        (
+            dict(input_ids=ids, attention_mask=torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)),
+            "multiple of patch_size",
+        ),
         (dict(input_ids=ids, attention_mask=0 * good), "without any real token"),
         (dict(input_ids=ids, labels=(ids + 1) % 5), "labels"),
         (dict(input_ids=ids, num_flows=0), "num_flows"),
@@ -623,8 +805,10 @@ def test_bad_input():
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             model(**arguments)
+
     with pytest.raises(ValueError, match="num_samples"):
         model.importance_weighted_bound(ids, num_samples=0)
+
     with pytest.raises(ValueError, match="vocab_size"):
         model.encode(ids + 5)
 
@@ -635,6 +819,7 @@ def test_offloaded_weights(stack):
     model = make(STACKS[stack], patch_size=2).float()
     input_ids, noise = torch.randint(5, (2, 6)), torch.randn(2, 6, 2)
     z = model.encode(input_ids)
+
     with torch.no_grad():
         elbo, tokens = model(input_ids, latents=z).elbo, model.generate(noise=noise)
         offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
@@ -648,4 +833,6 @@ def test_compiled():
     input_ids = torch.randint(5, (2, 6))
     z = model.encode(input_ids)
     compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(compiled(input_ids, latents=z).elbo, model(input_ids, latents=z).elbo)
+    torch.testing.assert_close(
+        compiled(input_ids, latents=z).elbo, model(input_ids, latents=z).elbo
+    )

@@ -1,4 +1,6 @@
-"""The standard normal in log space against mpmath (50 digits) and scipy; root finding where Newton's method fails."""
+"""The standard normal in log space against mpmath (50 digits) and scipy; root finding where
+Newton's method fails.
+"""
 
 import math
 
@@ -20,7 +22,7 @@ DTYPES = [torch.float32, torch.float64]
 mp.dps = 50
 
 
-# ------------------------------------------------------------------------------------- multiprecision, of exact floats
+# ------------------------------------------------------------------ multiprecision, of exact floats
 
 
 def exact_log_ndtr(x: mpf) -> mpf:
@@ -35,32 +37,48 @@ def exact_log_prob(x: mpf) -> mpf:
 
 
 def exact_ndtri_exp(log_p: mpf, guess: float) -> mpf:
-    """Phi^-1(exp(log_p)) <= 0, by Newton's method from `guess`; what it returns has log Phi = log_p to 45 digits."""
+    """Phi^-1(exp(log_p)) <= 0, by Newton's method from `guess`; what it returns has log Phi = log_p
+    to 45 digits.
+    """
     x = mpf(guess) if guess < 0 else mpf(-1)
     for _ in range(100):
         error = exact_log_ndtr(x) - log_p
         if abs(error) < mpf(10) ** -45 * (1 + abs(log_p)):
             return x
-        x = min(x - error * mpmath.exp(exact_log_ndtr(x) - exact_log_prob(x)), mpf(0) if x else mpf(-1))
+
+        x = min(
+            x - error * mpmath.exp(exact_log_ndtr(x) - exact_log_prob(x)), mpf(0) if x else mpf(-1)
+        )
+
     raise RuntimeError(f"No quantile of log p = {log_p}.")
 
 
 def grid(dtype: torch.dtype) -> torch.Tensor:
-    """Both signs, magnitudes from 1e-8 to 1e8, dense where the formulas change (|x| = 1.06), and zero."""
+    """Both signs, magnitudes from 1e-8 to 1e8, dense where the formulas change (|x| = 1.06), and
+    zero.
+    """
     generator = torch.Generator().manual_seed(0)
-    x = torch.cat([10 ** torch.linspace(-8, 8, 200, dtype=torch.float64), torch.linspace(0, 3, 100)])
+    x = torch.cat(
+        [10 ** torch.linspace(-8, 8, 200, dtype=torch.float64), torch.linspace(0, 3, 100)]
+    )
     x = x * (1 + 0.01 * torch.rand(len(x), generator=generator))
+
     return torch.cat([x, -x, torch.tensor([1e4, -1e4])]).to(dtype)
 
 
 def worst(actual: torch.Tensor, expected: list[mpf], scale: list[mpf]) -> float:
-    """Largest error, in units of the dtype's eps times `scale`; numbers below the smallest normal one count as 0."""
+    """Largest error, in units of the dtype's eps times `scale`; numbers below the smallest normal
+    one count as 0.
+    """
     info = torch.finfo(actual.dtype)
     errors = [abs(mpf(a) - e) for a, e in zip(actual.tolist(), expected, strict=True)]
-    return max(float(max(e - mpf(info.tiny), 0) / (s * mpf(info.eps))) for e, s in zip(errors, scale, strict=True))
+    return max(
+        float(max(e - mpf(info.tiny), 0) / (s * mpf(info.eps)))
+        for e, s in zip(errors, scale, strict=True)
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- the functions
+# ------------------------------------------------------------------------------------ the functions
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,11 +87,18 @@ def test_tails_against_mpmath(dtype):
     log_cdf, log_sf = normal_tails(x)[:2]
     assert log_cdf.dtype == log_sf.dtype == dtype
     exact = [mpf(v) for v in x.tolist()]
-    # The larger tail is log1p(-exp(y)), y = log of the smaller: an error of eps y in y is relative in exp(y).
+
+    # The larger tail is log1p(-exp(y)), y = log of the smaller: an error of eps y in y is relative
+    # in exp(y).
     for actual, sign in ((log_cdf, 1), (log_sf, -1)):
         expected = [exact_log_ndtr(sign * v) for v in exact]
         amplification = [1 + (v * v / 2 if sign * v > 0 else 0) for v in exact]
-        assert worst(actual, expected, [abs(e) * a for e, a in zip(expected, amplification, strict=True)]) < 3
+        assert (
+            worst(
+                actual, expected, [abs(e) * a for e, a in zip(expected, amplification, strict=True)]
+            )
+            < 3
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,22 +121,34 @@ def test_density_against_mpmath(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantile_against_mpmath(dtype):
     smallest = -37 if dtype == torch.float32 else -300
-    log_p = torch.cat([-(10 ** torch.linspace(smallest, 17, 200, dtype=torch.float64)), -torch.linspace(0.4, 2, 100)])
+    log_p = torch.cat(
+        [
+            -(10 ** torch.linspace(smallest, 17, 200, dtype=torch.float64)),
+            -torch.linspace(0.4, 2, 100),
+        ]
+    )
     log_p = log_p.to(dtype)
     x = ndtri_exp(log_p)
     assert x.dtype == dtype
     expected = []
+
     for value, guess in zip(log_p.tolist(), x.tolist(), strict=True):
         if value <= -math.log(2):
             expected.append(exact_ndtri_exp(mpf(value), guess))
         else:  # the other tail: log(1 - exp(log_p))
             expected.append(-exact_ndtri_exp(mpmath.log(-mpmath.expm1(mpf(value))), -guess))
+
     assert worst(x, expected, [1 + abs(e) for e in expected]) < 3
 
 
 def test_same_functions_as_scipy():
     x = grid(torch.float64)
-    log_p = torch.cat([-(10 ** torch.linspace(-300, 17, 1000, dtype=torch.float64)), -torch.linspace(0.4, 2, 1000)])
+    log_p = torch.cat(
+        [
+            -(10 ** torch.linspace(-300, 17, 1000, dtype=torch.float64)),
+            -torch.linspace(0.4, 2, 1000),
+        ]
+    )
     for ours, theirs in (
         (normal_tails(x).log_cdf, scipy.special.log_ndtr(x.numpy())),
         (normal_tails(x).log_sf, scipy.special.log_ndtr(-x.numpy())),
@@ -125,9 +162,12 @@ def test_same_functions_as_scipy():
 def test_limits(dtype):
     x = ndtri_exp(torch.tensor([0.0, -math.inf, 1.0], dtype=dtype))
     assert x[0] == math.inf and x[1] == -math.inf and x[2].isnan()
-    far = torch.tensor([1e18, -1e18], dtype=dtype)  # its square is within float32's range, its exponential in none
+    far = torch.tensor(
+        [1e18, -1e18], dtype=dtype
+    )  # its square is within float32's range, its exponential in none
     for output in normal_tails(far):
         assert output.isfinite().all()
+
     assert all(function(far[:0]).shape == (0,) for function in (ndtri_exp, log_reversed_hazard))
 
 
@@ -138,7 +178,7 @@ def test_quantile_inverts_the_tail(dtype):
     assert error.max() < 4 * torch.finfo(dtype).eps
 
 
-# --------------------------------------------------------------------------------------------------------- root finder
+# -------------------------------------------------------------------------------------- root finder
 
 NO_SLOPE = -math.inf
 
@@ -148,12 +188,20 @@ FUNCTIONS = {
     "cube": (lambda x: (x**3 - 8, torch.log(3 * x**2)), -9.0, 10.0, 2.0),
     "flat cube": (lambda x: ((x - 1) ** 3, torch.log(3 * (x - 1) ** 2)), -9.0, 10.0, 1.0),
     "cube root, Newton diverges": (
-        lambda x: ((x - 1).sign() * (x - 1).abs() ** (1 / 3), -math.log(3) - 2 / 3 * (x - 1).abs().log()),
+        lambda x: (
+            (x - 1).sign() * (x - 1).abs() ** (1 / 3),
+            -math.log(3) - 2 / 3 * (x - 1).abs().log(),
+        ),
         -7.0,
         8.0,
         1.0,
     ),
-    "arctan, Newton diverges": (lambda x: (torch.atan(x - 5), -torch.log1p((x - 5) ** 2)), -1e4, 1e4, 5.0),
+    "arctan, Newton diverges": (
+        lambda x: (torch.atan(x - 5), -torch.log1p((x - 5) ** 2)),
+        -1e4,
+        1e4,
+        5.0,
+    ),
     "staircase": (lambda x: (x.floor() - 2.5, torch.full_like(x, NO_SLOPE)), -10.0, 10.0, 3.0),
     "slope underestimated": (lambda x: (x - 3, torch.full_like(x, -50.0)), -10.0, 10.0, 3.0),
     "slope overestimated": (lambda x: (x - 3, torch.full_like(x, 50.0)), -10.0, 10.0, 3.0),
@@ -164,11 +212,21 @@ FUNCTIONS = {
         1e4,
         4.0,
     ),
-    "exponential cliff": (lambda x: (torch.expm1(20 * (x - 2)), 20 * (x - 2) + math.log(20)), -1.0, 6.0, 2.0),
+    "exponential cliff": (
+        lambda x: (torch.expm1(20 * (x - 2)), 20 * (x - 2) + math.log(20)),
+        -1.0,
+        6.0,
+        2.0,
+    ),
     "root at the lower end": (lambda x: (x - 1, torch.zeros_like(x)), 1.0, 1e4, 1.0),
     "root at the upper end": (lambda x: (x**3 - 1, torch.log(3 * x**2)), -1e4, 1.0, 1.0),
     "root 0": (lambda x: (x**3 + x, torch.log1p(3 * x**2)), -1e4, 1e3, 0.0),
-    "root 0 of a step": (lambda x: (torch.where(x < 0, -1.0, 1.0), torch.full_like(x, NO_SLOPE)), -1e4, 1e3, 0.0),
+    "root 0 of a step": (
+        lambda x: (torch.where(x < 0, -1.0, 1.0), torch.full_like(x, NO_SLOPE)),
+        -1e4,
+        1e3,
+        0.0,
+    ),
     "no bracket left": (lambda x: (x - 7.5, torch.zeros_like(x)), 7.0, 7.0, 7.0),
 }
 
@@ -181,19 +239,24 @@ def test_root(name, dtype):
     share = torch.linspace(0, 1, 50, dtype=dtype)
     initial = ((1 - share) * lower + share * upper).clamp(lower, upper)
     x = find_root(function, lower, upper, initial, tolerance=torch.zeros_like(initial))
+
     # Bisection alone leaves the width of the bracket over 2 to the number of steps.
     eps = torch.finfo(dtype).eps
     tolerance = eps * abs(root) + (upper - lower)[0] * eps**2 * 0.5
     if name in ("flat cube", "exponential cliff"):
         tolerance = 2 * eps  # x - 1 is rounded to a multiple of eps below 1, 20 (x - 2) likewise
+
     if name == "slope overestimated":
         tolerance = (upper - lower)[0] * eps  # every other step is wasted
+
     assert ((x - root).abs() <= tolerance).all(), x
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_root_alone_and_in_a_batch(dtype):
-    """No element's steps depend on its neighbours': bitwise the same root, whichever way the others converge."""
+    """No element's steps depend on its neighbours': bitwise the same root, whichever way the others
+    converge.
+    """
     generator = torch.Generator().manual_seed(0)
     target = 10 ** (6 * torch.rand(64, dtype=dtype, generator=generator) - 3)
     target[::7], target[1::7] = 0.0, -1.0  # a triple root at 0; a root at the bracket's end
@@ -203,14 +266,18 @@ def test_root_alone_and_in_a_batch(dtype):
         def cube(x):
             return x * x * x - target[rows], torch.log(3 * x * x)
 
-        return find_root(cube, lower[rows], upper[rows], (0.5 * (lower + upper))[rows], 1e-6 * target[rows].abs())
+        return find_root(
+            cube, lower[rows], upper[rows], (0.5 * (lower + upper))[rows], 1e-6 * target[rows].abs()
+        )
 
     assert torch.equal(solve(slice(None)), torch.cat([solve(slice(i, i + 1)) for i in range(64)]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_root_takes_few_steps(dtype):
-    """Newton's method comes from one side: without a step across the root only bisection closes the bracket."""
+    """Newton's method comes from one side: without a step across the root only bisection closes the
+    bracket.
+    """
     calls = []
 
     def function(x):
@@ -218,7 +285,9 @@ def test_root_takes_few_steps(dtype):
         return x**3 - 2, torch.log(3 * x**2)  # not 0 at any float
 
     lower, upper = torch.full((100,), 0.1, dtype=dtype), torch.full((100,), 5.0, dtype=dtype)
-    find_root(function, lower, upper, torch.linspace(0.1, 5, 100, dtype=dtype), torch.zeros_like(lower))
+    find_root(
+        function, lower, upper, torch.linspace(0.1, 5, 100, dtype=dtype), torch.zeros_like(lower)
+    )
     assert len(calls) <= 15, len(calls)
 
 
@@ -229,5 +298,7 @@ def test_root_rests_within_the_tolerance():
         return x - 1 + 1e-3 * torch.sin(1e5 * x), torch.zeros_like(x)
 
     start = torch.linspace(-5, 5, 100)
-    x = find_root(function, torch.full((100,), -5.0), torch.full((100,), 5.0), start, torch.full((100,), 2e-3))
+    x = find_root(
+        function, torch.full((100,), -5.0), torch.full((100,), 5.0), start, torch.full((100,), 2e-3)
+    )
     assert ((x - 1).abs() < 4e-3).all()

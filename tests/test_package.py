@@ -1,4 +1,6 @@
-"""What is installed: a wheel with all of the code and nothing else, which works outside the tree; versions agree."""
+"""What is installed: a wheel with all of the code and nothing else, which works outside the tree;
+versions agree.
+"""
 
 import re
 import shutil
@@ -16,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments, **options):
-    process = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **options)
+    process = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, **options
+    )
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
 
@@ -27,9 +31,13 @@ def wheel(tmp_path_factory):
     tree = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+
+    shutil.copytree(
+        ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__")
+    )
     run("-m", "build", "--wheel", "--no-isolation", tree)
     (wheel,) = (tree / "dist").iterdir()
+
     return wheel
 
 
@@ -39,12 +47,19 @@ def test_the_wheel_holds_all_of_the_code_and_nothing_else(wheel):
     assert {"tarflow_hf/__init__.py", "tarflow_hf/modeling/modeling_tarflowlm.py"} <= code
     archive = zipfile.ZipFile(wheel)
     information = f"tarflow_hf-{tarflow_hf.__version__}.dist-info"
-    others = {f"{information}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "top_level.txt", "licenses/LICENSE")}
+    others = {
+        f"{information}/{name}"
+        for name in ("METADATA", "RECORD", "WHEEL", "top_level.txt", "licenses/LICENSE")
+    }
     assert set(archive.namelist()) == code | others | {"tarflow_hf/model_card.md"}
     metadata = message_from_bytes(archive.read(f"{information}/METADATA"))
     assert (metadata["Name"], metadata["Version"]) == ("tarflow_hf", tarflow_hf.__version__)
-    assert {"app", "evaluation", "peft", "test", "triton"} <= set(metadata.get_all("Provides-Extra"))
-    assert any(line.startswith("transformers<6,>=5.17") for line in metadata.get_all("Requires-Dist"))
+    assert {"app", "evaluation", "peft", "test", "triton"} <= set(
+        metadata.get_all("Provides-Extra")
+    )
+    assert any(
+        line.startswith("transformers<6,>=5.17") for line in metadata.get_all("Requires-Dist")
+    )
 
 
 USE = """
@@ -66,7 +81,9 @@ print(tarflow_hf.__file__, importlib.metadata.version("tarflow_hf"))
 def test_the_wheel_works_outside_the_tree(wheel, tmp_path):
     site = tmp_path / "site"
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel)
-    file, version = run("-c", USE, cwd=tmp_path, env={"PYTHONPATH": str(site), "HOME": str(tmp_path)}).split()
+    file, version = run(
+        "-c", USE, cwd=tmp_path, env={"PYTHONPATH": str(site), "HOME": str(tmp_path)}
+    ).split()
     assert Path(file) == site / "tarflow_hf" / "__init__.py"
     assert version == tarflow_hf.__version__
 

@@ -1,4 +1,6 @@
-"""Publishing on a Hub: what arrives, what is refused before anything is written, what a lost connection leaves."""
+"""Publishing on a Hub: what arrives, what is refused before anything is written, what a lost
+connection leaves.
+"""
 
 import json
 from pathlib import Path
@@ -25,10 +27,13 @@ def hub(tmp_path_factory):
     with LocalHub() as hub, pytest.MonkeyPatch.context() as patch:
         for name, value in hub.environment(home).items():
             patch.setenv(name, value)
+
         patch.setattr(constants, "ENDPOINT", hub.endpoint)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-        patch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # before the client tries again
+        patch.setattr(
+            "huggingface_hub.utils._http.time.sleep", lambda seconds: None
+        )  # before the client tries again
         yield hub
 
 
@@ -67,7 +72,7 @@ def state_of(hub):
     }
 
 
-# ---------------------------------------------------------------------------------------------------- what arrives
+# ------------------------------------------------------------------------------------- what arrives
 
 
 def test_one_commit_brings_everything(hub, model, tokenizer, clean_room):
@@ -94,7 +99,9 @@ def test_what_was_there_is_replaced_and_nothing_of_it_is_loaded(hub, model, toke
     repository = hub.repositories["tester/again"]
     shards = {name for name in hub.files("tester/again") if name.endswith(".safetensors")}
     assert len(shards) > 1 and "model.safetensors.index.json" in hub.files("tester/again")
-    repository.commit("main", {**hub.files("tester/again"), "notes.txt": b"mine", "coupling_old.py": b"1 / 0"})
+    repository.commit(
+        "main", {**hub.files("tester/again"), "notes.txt": b"mine", "coupling_old.py": b"1 / 0"}
+    )
     other = make(seed=1, flows=FLOWS)
     publish(other, tokenizer, "tester/again", branch="main")
     assert set(hub.files("tester/again")) == SAVED | TOKENIZER | {"README.md", "notes.txt"}
@@ -110,10 +117,15 @@ def test_patches_and_half_precision(hub, tokenizer):
 def test_a_private_repository_is_its_owners(hub, model, tokenizer, clean_room):
     publish(model, tokenizer, "lab/private", private=True, token="hf_local")
     assert hub.repositories["lab/private"].private
-    with pytest.raises(RuntimeError, match=r"(?s)lab/private is not a local folder.*hf auth login.*token="):
+
+    with pytest.raises(
+        RuntimeError, match=r"(?s)lab/private is not a local folder.*hf auth login.*token="
+    ):
         clean_room.nats_per_token("lab/private", "a text", token="hf_other")
+
     with pytest.raises(RuntimeError, match=r"401 Unauthorized"):
         clean_room.nats_per_token("lab/private", "a text", token="hf_unknown")
+
     assert clean_room.nats_per_token("lab/private", "a text", token="hf_local") > 0
 
 
@@ -123,16 +135,19 @@ def test_branches_and_tags(hub, model, tokenizer, clean_room):
     assert hub.files("tester/versions") == {}
     commit = publish(other, tokenizer, "tester/versions", branch="small", tag="v2")
     assert hub.repositories["tester/versions"].tags["v2"] == commit.oid
+
     for revision, expected in {"v1": model, "v2": other, "small": other}.items():
         nats = clean_room.nats_per_token("tester/versions", "a text", revision=revision)
         assert nats == pytest.approx(nats_per_token(expected.eval(), tokenizer, "a text"), rel=1e-5)
+
     before = state_of(hub)
     with pytest.raises(ValueError, match="tag 'v1' already"):
         publish(model, tokenizer, "tester/versions", tag="v1")
+
     assert state_of(hub) == before
 
 
-# -------------------------------------------------------------------------------- refused before anything is written
+# --------------------------------------------------------------- refused before anything is written
 
 
 def with_token(name):
@@ -152,8 +167,11 @@ def broken(model, tokenizer, patch):
 def saved_as_something_else(model, tokenizer, patch):
     save = TarFlowLMModel.save_pretrained
     patch.setattr(
-        TarFlowLMModel, "save_pretrained", lambda self, *args, **kwargs: save(make(seed=1, flows=FLOWS), *args)
+        TarFlowLMModel,
+        "save_pretrained",
+        lambda self, *args, **kwargs: save(make(seed=1, flows=FLOWS), *args),
     )
+
     return {}
 
 
@@ -174,11 +192,31 @@ def card(metadata):
 
 REFUSED = {
     "no token": ("tester/new", without_a_token, ValueError, "hf auth login"),
-    "a token that is none": ("tester/new", with_token("hf_unknown"), ValueError, "does not accept the token"),
-    "a token that may only read": ("tester/new", with_token("hf_read"), ValueError, "may only read"),
-    "a name of someone else": ("someone/new", with_token(None), ValueError, "choose tester or lab before /new"),
+    "a token that is none": (
+        "tester/new",
+        with_token("hf_unknown"),
+        ValueError,
+        "does not accept the token",
+    ),
+    "a token that may only read": (
+        "tester/new",
+        with_token("hf_read"),
+        ValueError,
+        "may only read",
+    ),
+    "a name of someone else": (
+        "someone/new",
+        with_token(None),
+        ValueError,
+        "choose tester or lab before /new",
+    ),
     "a name that is none": ("tester/new model", with_token(None), ValueError, "new model"),
-    "public, to be private": ("tester/taken", lambda *_: {"private": True}, ValueError, "exists and is public"),
+    "public, to be private": (
+        "tester/taken",
+        lambda *_: {"private": True},
+        ValueError,
+        "exists and is public",
+    ),
     "a licence that is none": ("tester/new", card("license: my-own"), ValueError, "license"),
     "results without values": (
         "tester/new",
@@ -189,22 +227,40 @@ REFUSED = {
         ValueError,
         "metrics",
     ),
-    "metadata that is no YAML": ("tester/new", card("license: [mit"), ValueError, "card's metadata"),
+    "metadata that is no YAML": (
+        "tester/new",
+        card("license: [mit"),
+        ValueError,
+        "card's metadata",
+    ),
     "metadata that is a list": ("tester/new", card("- mit"), ValueError, "card's metadata"),
     "not a number": ("tester/new", broken, ValueError, "nan nats per token"),
-    "saved as something else": ("tester/new", saved_as_something_else, PublishError, "nothing was published"),
-    "saved without its code": ("tester/new", saved_without_code, PublishError, "(?s)nothing was published.*normal"),
+    "saved as something else": (
+        "tester/new",
+        saved_as_something_else,
+        PublishError,
+        "nothing was published",
+    ),
+    "saved without its code": (
+        "tester/new",
+        saved_without_code,
+        PublishError,
+        "(?s)nothing was published.*normal",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_fit_is_refused_and_nothing_is_written(hub, model, tokenizer, monkeypatch, case):
+def test_what_is_not_fit_is_refused_and_nothing_is_written(
+    hub, model, tokenizer, monkeypatch, case
+):
     repo_id, prepare, kind, message = REFUSED[case]
     hub.repositories.setdefault("tester/taken", Repository())
     options = prepare(model, tokenizer, monkeypatch)
     before = state_of(hub)
     with pytest.raises(kind, match=message):
         publish(model, tokenizer, repo_id, **options)
+
     assert state_of(hub) == before
 
 
@@ -212,15 +268,18 @@ def test_what_is_no_model_of_ours_or_has_another_tokenizer(hub, model, tokenizer
     before = state_of(hub)
     with pytest.raises(ValueError, match="unwrap what is compiled"):
         publish(torch.nn.DataParallel(model), tokenizer, "tester/new")
+
     tokenizer.add_tokens(["<more>"])
     with pytest.raises(ValueError, match="28 tokens, the model only 27"):
         publish(model, tokenizer, "tester/new")
+
     with pytest.raises(ValueError, match="choose another probe_text"):
         publish(model, character_tokenizer(), "tester/new", probe_text="")
+
     assert state_of(hub) == before
 
 
-# ------------------------------------------------------------------------- connections, and what goes wrong on the way
+# ------------------------------------------------------ connections, and what goes wrong on the way
 
 
 @pytest.mark.parametrize("place", ["/repos/create", "/preupload/", "/lfs/", "/commit/"])
@@ -229,7 +288,10 @@ def test_a_lost_connection_leaves_nothing_half_published(hub, model, tokenizer, 
     monkeypatch.setattr(hub, "breaks_at", place)
     with pytest.raises(PublishError, match=r"(?s)not confirmed.*publish again"):
         publish(model, tokenizer, repo_id)
-    assert repo_id not in hub.repositories or list(hub.repositories[repo_id].commits.values()) == [{}]
+
+    assert repo_id not in hub.repositories or list(hub.repositories[repo_id].commits.values()) == [
+        {}
+    ]
     monkeypatch.setattr(hub, "breaks_at", None)
     publish(model, tokenizer, repo_id)
     assert len(hub.repositories[repo_id].commits) == 2
@@ -243,19 +305,26 @@ def test_a_commit_of_someone_else_meanwhile_is_not_overwritten(hub, model, token
     monkeypatch.setattr(HfApi, "list_repo_files", list_files)
     with pytest.raises(PublishError, match=r"(?s)not confirmed.*412"):
         publish(model, tokenizer, "tester/shared")
+
     assert set(hub.files("tester/shared")) == {"theirs.txt"}
 
 
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda files: {**files, "model.safetensors": files["model.safetensors"][:-100]}, "does not load here"),
+        (
+            lambda files: {**files, "model.safetensors": files["model.safetensors"][:-100]},
+            "does not load here",
+        ),
         (
             lambda files: {name: files[name] for name in files if name != "codebook.py"},
             "(?s)does not load here.*codebook",
         ),
         (
-            lambda files: {**files, "model.safetensors": files["model.safetensors"][:-400] + b"\0" * 400},
+            lambda files: {
+                **files,
+                "model.safetensors": files["model.safetensors"][:-400] + b"\0" * 400,
+            },
             "another model",
         ),
     ],
@@ -264,11 +333,14 @@ def test_a_commit_of_someone_else_meanwhile_is_not_overwritten(hub, model, token
 def test_what_arrives_damaged_is_no_success(hub, model, tokenizer, monkeypatch, damage, message):
     commit = Repository.commit
     monkeypatch.setattr(
-        Repository, "commit", lambda self, branch, files: commit(self, branch, damage(files) if files else files)
+        Repository,
+        "commit",
+        lambda self, branch, files: commit(self, branch, damage(files) if files else files),
     )
     repo_id = f"tester/damaged-{len(hub.repositories)}"
     with pytest.raises(PublishError, match=message):
         publish(model, tokenizer, repo_id, tag="v1")
+
     assert hub.repositories[repo_id].tags == {}
 
 

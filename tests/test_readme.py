@@ -14,9 +14,16 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_every_python_block(tmp_path):
-    flows = [{"coupling": "mixture_rosenblatt", "direction": "left_to_right", "num_hidden_layers": 1}]
+    flows = [
+        {"coupling": "mixture_rosenblatt", "direction": "left_to_right", "num_hidden_layers": 1}
+    ]
     config = TarFlowLMConfig(
-        vocab_size=27, latent_size=2, max_position_embeddings=256, hidden_size=16, num_attention_heads=2, flows=flows
+        vocab_size=27,
+        latent_size=2,
+        max_position_embeddings=256,
+        hidden_size=16,
+        num_attention_heads=2,
+        flows=flows,
     )
     save_model(TarFlowLMModel(config), character_tokenizer(), tmp_path / "model")
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -27,7 +34,15 @@ def test_every_python_block(tmp_path):
     assert namespace["flow"].noise.shape == (2, 64, 8)  # the last block has run
 
 
-PLACES = ("", "src/tarflow_hf", "src/tarflow_hf/modeling", "examples", "benchmarks", "tests", "docs")
+PLACES = (
+    "",
+    "src/tarflow_hf",
+    "src/tarflow_hf/modeling",
+    "examples",
+    "benchmarks",
+    "tests",
+    "docs",
+)
 PAGES = [
     path.relative_to(ROOT).as_posix()
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
@@ -39,15 +54,25 @@ def test_every_file_that_is_named_exists(page):
     text = (ROOT / page).read_text()
     code = re.findall(r"^```.*?^```$", text, re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"`([\w./-]+\.(?:cff|md|py|toml|yaml))`", text))
-    named |= set(re.findall(r"\b(?:examples|benchmarks|src|tests)/[\w./-]+\.(?:json|py|yaml)\b", "".join(code)))
-    assert not [name for name in named if not any((ROOT / place / name).exists() for place in PLACES)]
+    named |= set(
+        re.findall(
+            r"\b(?:examples|benchmarks|src|tests)/[\w./-]+\.(?:json|py|yaml)\b", "".join(code)
+        )
+    )
+    assert not [
+        name for name in named if not any((ROOT / place / name).exists() for place in PLACES)
+    ]
     assert page != "README.md" or len(named) > 10
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_relative_link_leads_somewhere(page):
     text = (ROOT / page).read_text()
-    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+    headings = {
+        heading.lower().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+
     for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
         path, _, anchor = link.partition("#")
         assert ((ROOT / page).parent / path).exists(), link

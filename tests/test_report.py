@@ -1,4 +1,6 @@
-"""The report: a page that is whole, readable without eyes and without a network, with the numbers of its commands."""
+"""The report: a page that is whole, readable without eyes and without a network, with the numbers
+of its commands.
+"""
 
 import itertools
 import re
@@ -23,11 +25,16 @@ pytest.importorskip("matplotlib")
 ROOT = Path(__file__).parents[1]
 VOID = {"meta", "br"}
 HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\u202e\x00"
-TEXT = "the quick brown fox jumps over the lazy dog and then it sleeps in the warm light of the sun " * 6
+TEXT = (
+    "the quick brown fox jumps over the lazy dog and then it sleeps in the warm light of the sun "
+    * 6
+)
 
 
 class Page(HTMLParser):
-    """Its elements, [tag, attributes, text inside] in their order; and whether every element ends where it should."""
+    """Its elements, [tag, attributes, text inside] in their order; and whether every element ends
+    where it should.
+    """
 
     def __init__(self, page: str):
         super().__init__(convert_charrefs=True)
@@ -61,36 +68,53 @@ class Page(HTMLParser):
 def check(page: str) -> Page:
     """What holds for every report."""
     parsed = Page(page)
-    assert page.startswith("<!DOCTYPE html>\n") and parsed.elements[0][:2] == ["html", {"lang": "en"}]
+    assert page.startswith("<!DOCTYPE html>\n") and parsed.elements[0][:2] == [
+        "html",
+        {"lang": "en"},
+    ]
     levels = [int(tag[1]) for tag, *_ in parsed.of("h1", "h2", "h3", "h4")]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     ids = [attributes["id"] for _, attributes, _ in parsed.elements if "id" in attributes]
     assert len(set(ids)) == len(ids)
     inner = re.findall(r"url\(#([^)]*)\)", page)
-    for _, attributes, _ in parsed.elements:  # nothing is loaded, and every reference leads somewhere
+
+    for (
+        _,
+        attributes,
+        _,
+    ) in parsed.elements:  # nothing is loaded, and every reference leads somewhere
         assert not {"src", "srcset", "data", "action"} & set(attributes)
         for name in ("href", "xlink:href"):
             inner += [attributes[name].removeprefix("#")] if name in attributes else []
             assert attributes.get(name, "#").startswith("#")
+
         inner += attributes.get("aria-labelledby", "").split()
         assert not any(name.startswith("on") for name in attributes)
+
     assert set(inner) <= set(ids)
-    assert not {"script", "link", "img", "iframe", "object", "metadata"} & {tag for tag, *_ in parsed.elements}
+    assert not {"script", "link", "img", "iframe", "object", "metadata"} & {
+        tag for tag, *_ in parsed.elements
+    }
     assert (
-        page.count("url(") == page.count("url(#") and "@import" not in page and "<style" not in page.split("</head>")[1]
+        page.count("url(") == page.count("url(#")
+        and "@import" not in page
+        and "<style" not in page.split("</head>")[1]
     )
     assert "prefers-color-scheme: dark" in page and "#000000" not in page.split("</head>")[1]
+
     for start in re.split(r"(?=<table>)", page)[1:]:
         cells = Page(start[: start.index("</table>") + 8])
         assert cells.elements[1][0] == "caption" and cells.elements[1][2]
         assert {attributes.get("scope") for _, attributes, _ in cells.of("th")} == {"col", "row"}
+
     for start in re.split(r"(?=<svg )", page)[1:]:
         svg = Page(start[: start.index("</svg>") + 6])
         (_, attributes, _), title, description = svg.elements[:3]
         assert attributes["role"] == "img" and (title[0], description[0]) == ("title", "desc")
         assert attributes["aria-labelledby"] == f"{title[1]['id']} {description[1]['id']}"
         assert title[2] and re.search(r"\d", description[2])
+
     return parsed
 
 
@@ -102,6 +126,7 @@ def folder(tmp_path_factory):
     save_model(model, character_tokenizer(), path / "flow")
     save_model(data_free_baseline(model), character_tokenizer(), path / "discrete")
     (path / "text.txt").write_text(TEXT)
+
     return path
 
 
@@ -123,7 +148,18 @@ def run(folder, monkeypatch, capsys):
     return script
 
 
-OPTIONS = ["--data", "text.txt", "--max_sequences", 5, "--bound_samples", 2, "--num_samples", 4, "--device", "cpu"]
+OPTIONS = [
+    "--data",
+    "text.txt",
+    "--max_sequences",
+    5,
+    "--bound_samples",
+    2,
+    "--num_samples",
+    4,
+    "--device",
+    "cpu",
+]
 
 
 def commands(page: Page) -> dict[str, list[str]]:
@@ -135,7 +171,14 @@ def test_a_report_and_its_commands_agree(run, folder):
     run("report.py", "flow", *OPTIONS, "--show_samples", 2, "--show_passes", 1)
     page = check((folder / "report.html").read_text())
     found = commands(page)
-    names = ["evaluate.py", "evaluate_samples.py", "show_passes.py", "latent_evolution.py", "flops.py", "report.py"]
+    names = [
+        "evaluate.py",
+        "evaluate_samples.py",
+        "show_passes.py",
+        "latent_evolution.py",
+        "flops.py",
+        "report.py",
+    ]
     assert sorted(Path(name).name for name in found) == sorted(names)
     rows = [row.strip("\n") for row in page.texts("tr")]
     cells = {
@@ -146,18 +189,24 @@ def test_a_report_and_its_commands_agree(run, folder):
     assert len(page.of("svg")) == 5 and len(page.of("table")) == 12 and len(rows) > 40
 
     printed = run("evaluate.py", *found["evaluate.py"])
-    for line in printed.splitlines()[1:3]:  # the two bounds: everything the table of the command has
+    for line in printed.splitlines()[
+        1:3
+    ]:  # the two bounds: everything the table of the command has
         numbers = re.split(r"\s{2,}", line)[1:]
         assert len(numbers) == 5 and set(numbers) <= cells
+
     assert re.search(r"reconstruction: (\S+)", printed)[1] in cells
     assert set(re.search(r"scales (\S+) to (\S+), mean (\S+)", printed).groups()) <= cells
 
     printed = run("evaluate_samples.py", *found["evaluate_samples.py"])
     for line in printed.splitlines()[1:6]:
         assert set(re.split(r"\s{2,}", line)[1:]) <= cells
+
     assert "entropy" in printed.splitlines()[1] and "were not measured" in printed.splitlines()[6]
     assert "not measured" in cells
-    warnings = [text for _, attributes, text in page.of("p") if attributes.get("class") == "warning"]
+    warnings = [
+        text for _, attributes, text in page.of("p") if attributes.get("class") == "warning"
+    ]
     assert printed.splitlines()[7:] == warnings
     samples = (folder / "report-samples.jsonl").read_text()
     shown = [text for _, attributes, text in page.of("p") if attributes.get("class") == "sample"]
@@ -187,23 +236,39 @@ def test_a_discrete_model_has_no_flow_sections(run, folder):
 
 def test_hostile_text_stays_text(folder):
     model = make(STACKS["affine"])
-    numbers = dict.fromkeys(("entropy", "entropy_std", "distinct_1", "distinct_2", "distinct_3", "repetition_4"), 0.5)
+    numbers = dict.fromkeys(
+        ("entropy", "entropy_std", "distinct_1", "distinct_2", "distinct_3", "repetition_4"), 0.5
+    )
     evaluation = SampleEvaluation(
         **{**provenance_of(model, HOSTILE, None), "data": HOSTILE},
-        **dict(num_samples=1, length=3, seed=0, generate_options={}, judge=HOSTILE, mauve=0.5, mauve_scale=5.0),
-        **dict(generative_perplexity=2.0, generative_nats_per_token=1.0, generative_standard_error=None),
+        **dict(
+            num_samples=1,
+            length=3,
+            seed=0,
+            generate_options={},
+            judge=HOSTILE,
+            mauve=0.5,
+            mauve_scale=5.0,
+        ),
+        **dict(
+            generative_perplexity=2.0, generative_nats_per_token=1.0, generative_standard_error=None
+        ),
         **dict(text_perplexity=2.0, warnings=[HOSTILE]),
         **numbers,
         **{f"text_{name}": value for name, value in numbers.items()},
     )
-    section = samples_section(evaluation, [Sample([1], HOSTILE)], f"python x --text {shlex.quote(HOSTILE)}")
+    section = samples_section(
+        evaluation, [Sample([1], HOSTILE)], f"python x --text {shlex.quote(HOSTILE)}"
+    )
     page = check(report_page(HOSTILE, HOSTILE, [section]).replace("\x00", ""))
     for tag in ("title", "h1", "caption", "code"):
         assert "<script>alert(1)</script><img" in page.texts(tag)[0]
+
     shown = [text for _, attributes, text in page.of("p") if attributes.get("class") == "sample"]
     assert shown == [re.sub("[\u202e\x00]", "\N{REPLACEMENT CHARACTER}", HOSTILE)]
     with pytest.raises(ValueError, match="the same name"):
         report_page("a", "b", [section, Section("samples", "c", "")])
+
     assert "&lt;" in table("<", ["<"], [["<", "<"]]) and "<b" not in reproduce("<b --<b")
 
 
@@ -213,13 +278,18 @@ def test_hostile_text_stays_text(folder):
         (["flow", "--data", "missing.txt"], "'missing.txt' is not a text file here"),
         ([".", "--data", "text.txt"], "model in .. Should have .* in its config.json"),
         (["nowhere/at/all", "--data", "text.txt"], "nowhere/at/all"),
-        (["flow", *OPTIONS, "--output", "no/report.html"], "There is no folder no to write report.html in"),
+        (
+            ["flow", *OPTIONS, "--output", "no/report.html"],
+            "There is no folder no to write report.html in",
+        ),
         (["flow", *OPTIONS, "--num_samples", 999], "fewer than the 999 samples"),
     ],
     ids=["no data", "no model", "no folder", "no output folder", "too short"],
 )
 def test_what_is_missing_is_said(run, words, message, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)  # which takes long to import, and would ask the Hub
+    monkeypatch.setitem(
+        sys.modules, "datasets", None
+    )  # which takes long to import, and would ask the Hub
     with pytest.raises((ValueError, OSError, ImportError), match=message):
         run("report.py", *words)
 
@@ -236,6 +306,8 @@ def test_a_corpus_is_held_out_text_by_its_test_split(run, folder, monkeypatch, t
         origin["data"] == "python-docs"
         and origin["data_sha256"] != provenance_of(model, "", "python-docs", ["a"])["data_sha256"]
     )
-    printed = run("evaluate.py", "flow", "--data", "python-docs", "--num_samples", 1, "--device", "cpu")
+    printed = run(
+        "evaluate.py", "flow", "--data", "python-docs", "--num_samples", 1, "--device", "cpu"
+    )
     total = len(character_tokenizer()(" ".join(held_out)).input_ids)
     assert printed.startswith(f"{total:,} tokens")

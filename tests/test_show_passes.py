@@ -1,4 +1,6 @@
-"""The multi-pass view and edits: what is marked, what is shown, and that no text can break out of the page."""
+"""The multi-pass view and edits: what is marked, what is shown, and that no text can break out of
+the page.
+"""
 
 import re
 import sys
@@ -27,7 +29,9 @@ HOSTILE = [
 
 
 class Page(HTMLParser):
-    """Its rows, each a list of (text, marked, given); and whether every element ends where it should."""
+    """Its rows, each a list of (text, marked, given); and whether every element ends where it
+    should.
+    """
 
     void = ("meta", "br", "link", "img")
 
@@ -50,7 +54,9 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if ("p", "text") in self.open:
-            self.rows[-1].append((data, ("mark", None) in self.open, ("span", "given") in self.open))
+            self.rows[-1].append(
+                (data, ("mark", None) in self.open, ("span", "given") in self.open)
+            )
         elif self.open and self.open[-1][0] in ("h1", "h2"):
             self.headings.append((self.open[-1][0], data))
         elif self.open and self.open[-1][0] == "title":
@@ -77,22 +83,30 @@ def test_a_row_for_each_state_and_marks_where_tokens_differ(model, tokenizer, pr
     out = model.generate(prompt, num_return_sequences=3, max_new_tokens=12, output_states=True)
     given = None if prompt is None else prompt[0]
     num_given = 0 if prompt is None else 4
+
     for row in range(3):
         tokens = [model.decode(state[row]).argmax(-1) for state in reversed(out.states)]
         for ids in tokens:
             ids[:num_given] = out.sequences[row, :num_given]
+
         assert torch.equal(tokens[-1], out.sequences[row])
         passes = find_passes(model, out.states, row, given)
         page = Page(passes_page(passes, tokenizer))
         assert len(page.rows) == len(out.states) == len(passes)
+
         for n, (ids, cells) in enumerate(zip(tokens, page.rows, strict=True)):
             assert "".join(text for text, *_ in cells) == tokenizer.decode(ids)
             marked = [is_marked for text, is_marked, _ in cells for _ in text]
             assert marked == (ids != tokens[max(n - 1, 0)]).tolist()
-            assert [is_given for text, _, is_given in cells for _ in text] == [i < num_given for i in range(len(ids))]
-            parts = [f"{sum(marked)} of {len(ids)} tokens changed"] if n else []  # of the noise there is nothing to say
+            assert [is_given for text, _, is_given in cells for _ in text] == [
+                i < num_given for i in range(len(ids))
+            ]
+            parts = (
+                [f"{sum(marked)} of {len(ids)} tokens changed"] if n else []
+            )  # of the noise there is nothing to say
             parts += [f"{num_given} given"] if num_given else []
             assert passes[n].summary() == ", ".join(parts)
+
         assert any(passes[-1].is_changed.tolist())
 
 
@@ -113,11 +127,18 @@ def test_the_page_is_whole_and_needs_nothing_else(model, tokenizer):
     assert "url(" not in style and "@import" not in style
     assert "prefers-color-scheme: dark" in style and 'content: " [changed: "' in style
     assert passes_section(passes, tokenizer) in text
-    assert [len(re.findall("tokens changed</p>", item)) for item in text.split("<li>")[1:]] == [0, 1, 1, 1]
+    assert [len(re.findall("tokens changed</p>", item)) for item in text.split("<li>")[1:]] == [
+        0,
+        1,
+        1,
+        1,
+    ]
 
 
 def hostile_tokenizer():
-    tokenizer = Tokenizer(models.WordLevel({token: n for n, token in enumerate(HOSTILE)}, unk_token=HOSTILE[1]))
+    tokenizer = Tokenizer(
+        models.WordLevel({token: n for n, token in enumerate(HOSTILE)}, unk_token=HOSTILE[1])
+    )
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
@@ -128,6 +149,7 @@ def test_hostile_text_stays_text():
     states = list(model.codebook().mean[ids])
     with torch.no_grad():
         model.codebook.log_scale.fill_(-5.0)
+
     passes = find_passes(model, states)
     assert [state.token_ids.tolist() for state in passes] == ids.flip(0).squeeze(1).tolist()
     page = Page(passes_page(passes, tokenizer, title=HOSTILE[0]))
@@ -137,25 +159,34 @@ def test_hostile_text_stays_text():
     ]
     assert not {"script", "img"} & {tag for tag, _ in page.tags} and page.titles == [HOSTILE[0]]
     assert "\x1b" not in passes_text(passes, tokenizer)
-    assert set(re.findall("\x1b.{3}", passes_text(passes, tokenizer, color=True))) <= {"\x1b[7m", "\x1b[27"}
+    assert set(re.findall("\x1b.{3}", passes_text(passes, tokenizer, color=True))) <= {
+        "\x1b[7m",
+        "\x1b[27",
+    }
 
 
 def test_in_a_terminal(model, tokenizer):
     out = model.generate(max_new_tokens=12, output_states=True)
     passes = find_passes(model, out.states)
-    brackets, colored = (passes_text(passes, tokenizer, color).split("\n\n") for color in (False, True))
+    brackets, colored = (
+        passes_text(passes, tokenizer, color).split("\n\n") for color in (False, True)
+    )
     assert len(brackets) == len(passes)
     assert brackets[0].split("\n")[0] == "Noise (before flow 3)"
     assert all("tokens changed" in block.split("\n")[0] for block in brackets[1:])
+
     for state, plain, color in zip(passes, brackets, colored, strict=True):
         assert color.replace("\x1b[7m", "[").replace("\x1b[27m", "]") == plain
         text = plain.split("\n", 1)[1]
         assert re.sub(r"[\[\]]", "", text) == tokenizer.decode(state.token_ids)
+
         # Inside of brackets, and only there, is what changed.
         depth, inside = 0, []
+
         for character in text:
             depth += {"[": 1, "]": -1}.get(character, 0)
             inside += [] if character in "[]" else [depth == 1]
+
         assert inside == state.is_changed.tolist()
 
 
@@ -164,7 +195,10 @@ def test_in_a_terminal(model, tokenizer):
     [
         (dict(row=1), "row must be in 0, ..., 0, not 1"),
         (dict(given_ids=torch.arange(9)), "given_ids are 9 tokens"),
-        (dict(given_ids=torch.arange(4), given_mask=torch.ones(3)), r"given_mask must have the shape \(4,\)"),
+        (
+            dict(given_ids=torch.arange(4), given_mask=torch.ones(3)),
+            r"given_mask must have the shape \(4,\)",
+        ),
         (dict(given_mask=torch.ones(3)), r"given_mask must have the shape \(0,\)"),
     ],
 )
@@ -179,6 +213,7 @@ def checkpoint(tmp_path_factory, tokenizer):
     model = make(STACKS["mix-d, mix-1, mix-1"], vocab_size=27, max_position_embeddings=32).float()
     with torch.no_grad():
         model.codebook.log_scale.fill_(-7.0)
+
     path = tmp_path_factory.mktemp("checkpoint") / "model"
     save_model(model, tokenizer, path)
     return str(path)
@@ -208,9 +243,11 @@ def test_show_passes(run, tmp_path, monkeypatch):
 def test_edit(run):
     text, other = "the fox is red", "a quiet dog sleeps"
     assert run("edit.py", text) == text
+
     for num_flows in ([], ["--num_flows", 1]):
         edited = run("edit.py", text, "--redraw", "4:9", *num_flows)
         assert len(edited) == len(text) and edited != text
+
     # Flow 1 runs left to right: what stands before the edit of its state stays.
     assert edited[:4] == text[:4]
     steps = run("edit.py", text, "--towards", other, "--steps", 3).split("\n")
@@ -219,7 +256,22 @@ def test_edit(run):
 
 
 def test_generate_is_steered(run):
-    first = run("generate.py", "--max_new_tokens", 16, "--top_k", 1, "--flow_temperatures", 1, 1, 0.5)
+    first = run(
+        "generate.py", "--max_new_tokens", 16, "--top_k", 1, "--flow_temperatures", 1, 1, 0.5
+    )
     assert len(first.strip("\n")) <= 16
-    options = ["--num_candidates", 3, "--top_p", 0.5, "--mixture_temperature", 0.8, "--num_samples", 2]
-    assert run("generate.py", *options) == run("generate.py", *options) != run("generate.py", "--num_samples", 2)
+    options = [
+        "--num_candidates",
+        3,
+        "--top_p",
+        0.5,
+        "--mixture_temperature",
+        0.8,
+        "--num_samples",
+        2,
+    ]
+    assert (
+        run("generate.py", *options)
+        == run("generate.py", *options)
+        != run("generate.py", "--num_samples", 2)
+    )

@@ -1,4 +1,6 @@
-"""What the study compares: stacks of flows, how they are trained, and what is made equal to the discrete model."""
+"""What the study compares: stacks of flows, how they are trained, and what is made equal to the
+discrete model.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,8 +20,8 @@ TOLERANCE = 0.03  # of what is made equal
 class Case:
     """A model of the study. The discrete one has no `flows`.
 
-    `equal` is what the width of the feed-forward layers makes equal to the discrete model: "parameters", or "FLOPs" of
-    a sequence.
+    `equal` is what the width of the feed-forward layers makes equal to the discrete model:
+    "parameters", or "FLOPs" of a sequence.
     """
 
     flows: Callable[[int], list[dict[str, Any]]] | None  # of the layers in all
@@ -54,7 +56,9 @@ def papers_affine(layers: int) -> list[dict[str, Any]]:
 
 
 def papers_mix_1(num_components: int = 27) -> Callable[[int], list[dict[str, Any]]]:
-    return lambda layers: alternating([(mix_1(num_components), depth) for depth in papers_depths(layers)])
+    return lambda layers: alternating(
+        [(mix_1(num_components), depth) for depth in papers_depths(layers)]
+    )
 
 
 def papers_mix_d(layers: int) -> list[dict[str, Any]]:
@@ -64,7 +68,9 @@ def papers_mix_d(layers: int) -> list[dict[str, Any]]:
 
 def deep(above: int = 1, **options: Any) -> Callable[[int], list[dict[str, Any]]]:
     """Most layers in the Mix-d flow next to the data, two Mix-1 flows of `above` layers over it."""
-    return lambda layers: alternating([(mix_d(**options), layers - 2 * above), (mix_1(2), above), (mix_1(2), above)])
+    return lambda layers: alternating(
+        [(mix_d(**options), layers - 2 * above), (mix_1(2), above), (mix_1(2), above)]
+    )
 
 
 def alone(more: float = 1, **options: Any) -> Callable[[int], list[dict[str, Any]]]:
@@ -142,10 +148,12 @@ def build(name: str, layers: int, config: dict[str, Any]) -> PreTrainedModel:
     discrete = make(discrete=True)
     if case.flows is None:
         return discrete
+
     # It is linear in the width of the feed-forward layers.
     width, target = discrete.config.intermediate_size, size(discrete)
     low, high = size(make(width)), size(make(2 * width))
     model = make(max(1, round(width + width * (target - low) / (high - low))))
     if abs(size(model) / target - 1) > TOLERANCE:
         raise ValueError(f"{name} has {size(model):,} {case.equal}, the discrete model {target:,}.")
+
     return model

@@ -1,17 +1,21 @@
-"""The paper's table in shape, and what moves it: models at equal parameters (or FLOPs), data and steps.
+"""The paper's table in shape, and what moves it: models at equal parameters (or FLOPs), data and
+steps.
 
     python benchmarks/study/run.py --quick                                       # minutes on a CPU: does it run
     python benchmarks/study/run.py --dataset text8.txt --seeds 0 1 2             # 6 layers of width 64
-    python benchmarks/study/run.py --dataset text8.txt --groups models patches
-    python benchmarks/study/run.py --dataset text8.txt --num_layers 12 --hidden_size 768 --num_tokens 1024 \\
+    python benchmarks/study/run.py --dataset text8.txt --groups models patches python
+    benchmarks/study/run.py --dataset text8.txt --num_layers 12 --hidden_size 768 --num_tokens 1024
+    \\
         --batch_size 32 --mixed_precision bf16                                   # on a GPU
 
-The cases and their groups stand in `cases.py`. The same command goes on where it stopped: a finished run is a row of
-the output file and is not repeated, an unfinished one resumes from its newest checkpoint. What is equal is made so by
-the width of the feed-forward layers (within 3%, or the run is refused). Every model takes the same number of steps on
-the same sequences in the same order; progressive training gives the first flow three fifths of them and shares the rest
-evenly. Test text is scored as `tarflow_hf.evaluation` says, by the ELBO and the importance-weighted bound, and the
-stack cut after each of its flows; the discrete model's figure is exact. `report.py` makes tables and a picture.
+The cases and their groups stand in `cases.py`. The same command goes on where it stopped: a
+finished run is a row of the output file and is not repeated, an unfinished one resumes from its
+newest checkpoint. What is equal is made so by the width of the feed-forward layers (within 3%, or
+the run is refused). Every model takes the same number of steps on the same sequences in the same
+order; progressive training gives the first flow three fifths of them and shares the rest evenly.
+Test text is scored as `tarflow_hf.evaluation` says, by the ELBO and the importance-weighted bound,
+and the stack cut after each of its flows; the discrete model's figure is exact. `report.py` makes
+tables and a picture.
 """
 
 import argparse
@@ -35,15 +39,28 @@ from tarflow_hf.throughput import training_flops
 from tarflow_hf.training import TrainingConfig, train
 
 SETTINGS = ("dataset", "num_layers", "hidden_size", "num_tokens", "latent_size")
-SETTINGS += ("num_steps", "batch_size", "learning_rate", "mixed_precision", "test_sequences", "test_samples")
+SETTINGS += (
+    "num_steps",
+    "batch_size",
+    "learning_rate",
+    "mixed_precision",
+    "test_sequences",
+    "test_samples",
+)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), help="of cases; default: all")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), help="in place of groups")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--dataset", default=PYTHON_DOCS, help="as of examples/train.py, in the 27 characters of text8")
+    parser.add_argument(
+        "--dataset",
+        default=PYTHON_DOCS,
+        help="as of examples/train.py, in the 27 characters of text8",
+    )
     parser.add_argument("--num_layers", type=int, default=6, help="in all; a multiple of 6")
     parser.add_argument("--hidden_size", type=int, default=64)
     parser.add_argument("--num_tokens", type=int, default=128, help="of a sequence")
@@ -53,17 +70,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--test_sequences", type=int, default=512)
-    parser.add_argument("--test_samples", type=int, default=16, help="of the importance-weighted bound")
-    parser.add_argument("--output", type=Path, default=Path("runs/study/study.jsonl"), help="rows are appended")
-    parser.add_argument("--quick", action="store_true", help="width 32, 30 steps, few test sequences")
+    parser.add_argument(
+        "--test_samples", type=int, default=16, help="of the importance-weighted bound"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/study/study.jsonl"), help="rows are appended"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="width 32, 30 steps, few test sequences"
+    )
+
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.hidden_size, arguments.num_tokens, arguments.num_steps = 32, 64, 30
         arguments.test_sequences, arguments.test_samples = 16, 2
+
     if arguments.num_layers < 6 or arguments.num_layers % 6:
         parser.error(f"num_layers must be a multiple of 6, not {arguments.num_layers}.")
+
     if arguments.cases is None:
         arguments.cases = [case for group in arguments.groups or GROUPS for case in GROUPS[group]]
+
     return arguments
 
 
@@ -76,7 +103,9 @@ def stage_steps(mode: str, model: PreTrainedModel, num_steps: int) -> list[int] 
     return [num_steps - sum(steps), *steps]
 
 
-def run(case: str, seed: int, arguments: argparse.Namespace, data: dict[str, PackedTokens], tokenizer) -> dict:
+def run(
+    case: str, seed: int, arguments: argparse.Namespace, data: dict[str, PackedTokens], tokenizer
+) -> dict:
     """Trains a case, goes on with it, or finds it done; returns its row."""
     set_seed(seed)
     config = {
@@ -110,17 +139,21 @@ def run(case: str, seed: int, arguments: argparse.Namespace, data: dict[str, Pac
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [entry for entry in entries if "loss" in entry]
     model.requires_grad_(True)
+
     return {
         "case": case,
         "seed": seed,
         "parameters": model.num_parameters(),
-        "training_flops_per_token": training_flops(model, arguments.num_tokens) / arguments.num_tokens,
+        "training_flops_per_token": training_flops(model, arguments.num_tokens)
+        / arguments.num_tokens,
         **score(model, data["test"], arguments),
         "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in steps),
         "curve": [(entry["step"], round(entry["bits_per_character"], 4)) for entry in steps],
         **{name: getattr(arguments, name) for name in SETTINGS},
         "training_tokens": len(data["train"].tokens),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {platform.machine()}",
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
@@ -130,10 +163,11 @@ def run(case: str, seed: int, arguments: argparse.Namespace, data: dict[str, Pac
 
 
 def score(model: PreTrainedModel, test: PackedTokens, arguments: argparse.Namespace) -> dict:
-    """Bits per character of the test text, all figures on the same sequences and the same draws of the latents.
+    """Bits per character of the test text, all figures on the same sequences and the same draws of
+    the latents.
 
-    `bits_after_flows`: of the stack cut after each of its flows. `reconstruction_bits`: of the tokens given their
-    latents, what the overlap of the codebook's Gaussians costs.
+    `bits_after_flows`: of the stack cut after each of its flows. `reconstruction_bits`: of the
+    tokens given their latents, what the overlap of the codebook's Gaussians costs.
     """
     start = time.perf_counter()
     options = {"max_sequences": arguments.test_sequences}
@@ -147,13 +181,17 @@ def score(model: PreTrainedModel, test: PackedTokens, arguments: argparse.Namesp
         "bound_bits_per_character": bits(whole),
         "standard_error": whole.standard_error * bits(whole) / whole.nats_per_token,
     }
+
     if isinstance(model, TarFlowLMModel):
         cuts = range(1, len(model.config.flows))
-        scores["bits_after_flows"] = [bits(likelihood(model, test, num_flows=cut, **options)) for cut in cuts]
+        scores["bits_after_flows"] = [
+            bits(likelihood(model, test, num_flows=cut, **options)) for cut in cuts
+        ]
         scores["bits_after_flows"].append(scores["elbo_bits_per_character"])
         bound = likelihood(model, test, num_samples=arguments.test_samples, **options)
         scores["bound_bits_per_character"] = bits(bound)
         scores["reconstruction_bits"] = reconstruction_bits(model, test, arguments.test_sequences)
+
     return {**scores, "seconds_of_scoring": time.perf_counter() - start}
 
 
@@ -163,7 +201,12 @@ def reconstruction_bits(model: TarFlowLMModel, test: PackedTokens, num_sequences
     input_ids = torch.stack(sequences).to(model.device)
     latents = model.encode(input_ids, generator=torch.Generator(model.device).manual_seed(0))
     log_prob = model.decode(latents).gather(-1, input_ids.unsqueeze(-1))
-    return -log_prob.double().mean().item() / torch.tensor(2.0).log().item() / test.characters_per_token
+
+    return (
+        -log_prob.double().mean().item()
+        / torch.tensor(2.0).log().item()
+        / test.characters_per_token
+    )
 
 
 def finished(arguments: argparse.Namespace) -> dict[tuple[str, int], dict]:
@@ -179,17 +222,22 @@ def main():
     arguments = parse_arguments()
     tokenizer = character_tokenizer()
     splits = load_splits(arguments.dataset)
-    data = {name: PackedTokens(texts, tokenizer, arguments.num_tokens) for name, texts in splits.items()}
+    data = {
+        name: PackedTokens(texts, tokenizer, arguments.num_tokens) for name, texts in splits.items()
+    }
     rows = finished(arguments)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
+
     for seed in arguments.seeds:
         for case in arguments.cases:
             if (case, seed) in rows:
                 continue
+
             print(f"{case}, seed {seed}", flush=True)
             rows[case, seed] = run(case, seed, arguments, data, tokenizer)
             with arguments.output.open("a") as file:
                 file.write(json.dumps(rows[case, seed]) + "\n")
+
     print(tables([rows[case, seed] for case in arguments.cases for seed in arguments.seeds]))
 
 

@@ -66,15 +66,24 @@ class BitsPerToken(evaluate.Metric):
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         sequences = []
+
         for text in predictions:
             ids = tokenizer(text, add_special_tokens=False).input_ids
             if not ids:
                 raise ValueError(f"A text without tokens has no bits: {text!r}.")
-            sequences += cut_text(torch.tensor(ids), longest_sequence(model), getattr(model.config, "patch_size", 1))
-        result = likelihood(model, sequences, batch_size=batch_size, num_samples=num_samples, seed=seed)
+
+            sequences += cut_text(
+                torch.tensor(ids), longest_sequence(model), getattr(model.config, "patch_size", 1)
+            )
+
+        result = likelihood(
+            model, sequences, batch_size=batch_size, num_samples=num_samples, seed=seed
+        )
         return {
             "bits_per_token": result.bits_per_token,
-            "bits_per_character": result.bits_per_character(sum(map(len, predictions)) / result.num_tokens),
+            "bits_per_character": result.bits_per_character(
+                sum(map(len, predictions)) / result.num_tokens
+            ),
             "nats_per_token": result.nats_per_token,
             "standard_error": result.standard_error if len(sequences) > 1 else None,
             "perplexity": result.perplexity,

@@ -47,9 +47,12 @@ class GenerativePerplexity(evaluate.Metric):
         max_length: int = 1024,
         device: str | None = None,
     ) -> dict[str, float | int | list[float] | None]:
-        model, tokenizer = load_judge(judge, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model, tokenizer = load_judge(
+            judge, device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
         judged = judge_texts(predictions, model, tokenizer, batch_size, max_length)
         tokens = tokenizer(list(predictions), add_special_tokens=False, verbose=False).input_ids
+
         return {
             "perplexity": judged.perplexity,
             "nats_per_token": judged.nats_per_token,

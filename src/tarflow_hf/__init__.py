@@ -1,4 +1,6 @@
-"""TarFlowLM for Hugging Face Transformers: language models made of transformer autoregressive flows."""
+"""TarFlowLM for Hugging Face Transformers: language models made of transformer autoregressive
+flows.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

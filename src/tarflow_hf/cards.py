@@ -1,4 +1,6 @@
-"""Model cards, filled from a configuration, the options of a training run, and an evaluation's JSON."""
+"""Model cards, filled from a configuration, the options of a training run, and an evaluation's
+JSON.
+"""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +15,8 @@ from .data import PYTHON_DOCS
 from .modeling.configuration_tarflowlm import TarFlowLMConfig
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
-# The figures of an evaluation's JSON that a card gives: what they are, and the field with their standard error.
+# The figures of an evaluation's JSON that a card gives: what they are, and the field with their
+# standard error.
 METRICS = {
     "nats_per_token": ("nats per token, at most: importance-weighted bound", "standard_error"),
     "elbo_nats_per_token": ("nats per token, at most: ELBO", "elbo_standard_error"),
@@ -21,7 +24,10 @@ METRICS = {
     "elbo_bits_per_character": ("bits per character, at most: ELBO", None),
     "perplexity": ("perplexity per token, at most", None),
     "perplexity_per_word": ("perplexity per word, at most", None),
-    "reconstruction_accuracy": ("share of tokens that their latents decode to", "reconstruction_standard_error"),
+    "reconstruction_accuracy": (
+        "share of tokens that their latents decode to",
+        "reconstruction_standard_error",
+    ),
     "generative_perplexity": ("generative perplexity of samples", None),
     "mauve": ("MAUVE of samples", None),
     "entropy": ("unigram entropy of samples, nats", None),
@@ -43,7 +49,11 @@ OPTIONS = {
     "seed": "seed",
 }
 
-COUPLINGS = {"affine": "affine", "mixture_cdf": "Mix-1 (mixture CDF)", "mixture_rosenblatt": "Mix-d (Rosenblatt)"}
+COUPLINGS = {
+    "affine": "affine",
+    "mixture_cdf": "Mix-1 (mixture CDF)",
+    "mixture_rosenblatt": "Mix-d (Rosenblatt)",
+}
 
 TEMPLATE = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
 
@@ -62,19 +72,21 @@ def model_card(
     """A model's card. Nothing is on it that these arguments do not say.
 
     Args:
-        training: Options of the run, by the names that `examples/train.py` and its recipes give them, and its
-            `command`. `dataset` becomes metadata where it is one of the Hub.
-        evaluation: An evaluation as `json.load` reads it: a flat dict with its `command`, its `date`, and any of
-            METRICS, which become the table and the `model-index` (null: not known); `data` names the text, `versions`
-            the libraries, `num_samples` the samples of the importance-weighted bound, `num_tokens` what was scored.
+        training: Options of the run, by the names that `examples/train.py` and its recipes give
+            them, and its `command`. `dataset` becomes metadata where it is one of the Hub.
+        evaluation: An evaluation as `json.load` reads it: a flat dict with its `command`, its
+            `date`, and any of METRICS, which become the table and the `model-index` (null: not
+            known); `data` names the text, `versions` the libraries, `num_samples` the samples of
+            the importance-weighted bound, `num_tokens` what was scored.
         repo_id: Where it will be, for the code that shows how to use it.
         description: A sentence on what this model is.
-        is_trained: False for a recipe that was not run to its end: the card says so, and takes no evaluation.
+        is_trained: False for a recipe that was not run to its end: the card says so, and takes no
+            evaluation.
         license: Of the weights, by the Hub's identifiers.
 
     Raises:
-        ValueError: The evaluation has no command or date, no known figure, or one that is not finite; or it is one of a
-            model that is not trained.
+        ValueError: The evaluation has no command or date, no known figure, or one that is not
+            finite; or it is one of a model that is not trained.
 
     Example:
         >>> config = TarFlowLMConfig(vocab_size=27, latent_size=2, hidden_size=8, num_attention_heads=1, flows=[
@@ -85,12 +97,19 @@ def model_card(
         ('text-generation', 2.5)
     """
     training = {} if training is None else dict(training)
-    for option, of_stages in (("num_steps", "stage_steps"), ("learning_rate", "stage_learning_rates")):
+    for option, of_stages in (
+        ("num_steps", "stage_steps"),
+        ("learning_rate", "stage_learning_rates"),
+    ):
         if training.get(of_stages):
             training.pop(option, None)  # which stands for nothing then
+
     name = repo_id.split("/")[-1]
     if evaluation is not None and not is_trained:
-        raise ValueError("evaluation must be None for a model that is not trained: there is nothing to evaluate.")
+        raise ValueError(
+            "evaluation must be None for a model that is not trained: there is nothing to evaluate."
+        )
+
     results = None if evaluation is None else _eval_results(evaluation)
     dataset = training.get("dataset")
     card_data = ModelCardData(
@@ -113,7 +132,9 @@ def model_card(
         is_trained=is_trained,
         couplings=COUPLINGS,
         num_parameters=_num_parameters(config),
-        num_new_tokens=min(64, config.max_position_embeddings) // config.patch_size * config.patch_size,
+        num_new_tokens=min(64, config.max_position_embeddings)
+        // config.patch_size
+        * config.patch_size,
         prompts=_prompts(config),
         training=training,
         dataset=_describe_data(training),
@@ -122,6 +143,7 @@ def model_card(
         evaluation=evaluation,
         metrics=METRICS,
     )
+
     return ModelCard(content)
 
 
@@ -129,13 +151,20 @@ def _eval_results(evaluation: Mapping[str, Any]) -> list[EvalResult]:
     """The known figures of an evaluation, for the metadata."""
     for name in ("command", "date"):
         if not evaluation.get(name):
-            raise ValueError(f"evaluation needs its {name}: a number on a card stands beside what made it.")
+            raise ValueError(
+                f"evaluation needs its {name}: a number on a card stands beside what made it."
+            )
+
     known = {name: evaluation[name] for name in METRICS if evaluation.get(name) is not None}
     if not known:
-        raise ValueError(f"evaluation has none of the figures that a card gives: {', '.join(METRICS)}.")
+        raise ValueError(
+            f"evaluation has none of the figures that a card gives: {', '.join(METRICS)}."
+        )
+
     for name, value in known.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(f"evaluation's {name} must be a finite number, not {value!r}.")
+
     text = str(evaluation.get("data") or "held-out text")
     return [
         EvalResult(
@@ -160,6 +189,7 @@ def _describe_data(training: Mapping[str, Any]) -> str:
         return "the documentation inside Python's standard library"
     if dataset and _is_on_the_hub(dataset):
         return f"[{dataset}](https://huggingface.co/datasets/{dataset})"
+
     return f"`{Path(dataset).name}`, a file of the trainer's own" if dataset else ""
 
 
@@ -180,11 +210,13 @@ def _prompts(config: TarFlowLMConfig) -> str:
             "It was made to be told some of the tokens: `generate` continues a prompt, and fills gaps\n"
             "(`infill_mask`), by the distribution that it was trained for."
         )
+
     if any(flow["direction"] == "right_to_left" for flow in config.flows):
         return (
             "`generate` continues a prompt, and fills gaps (`infill_mask`), by an approximation: what is known\n"
             "is held fixed in the first flow only, because a flow here runs right to left."
         )
+
     return (
         "`generate` continues a prompt exactly by the model's distribution, because no flow runs right to left; it\n"
         "fills gaps (`infill_mask`) by an approximation."

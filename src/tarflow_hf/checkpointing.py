@@ -1,4 +1,6 @@
-"""Checkpoints of a run, written to the side, then renamed: what has the name is whole, whenever a run is killed."""
+"""Checkpoints of a run, written to the side, then renamed: what has the name is whole, whenever a
+run is killed.
+"""
 
 import json
 import os
@@ -30,14 +32,18 @@ class Progress:
 
 
 class BestWeights:
-    """The weights that a stage trained, as they were at its best evaluation; on the CPU, and in every checkpoint."""
+    """The weights that a stage trained, as they were at its best evaluation; on the CPU, and in
+    every checkpoint.
+    """
 
     def __init__(self) -> None:
         self.weights: dict[str, Tensor] = {}
 
     def keep(self, model: PreTrainedModel, trained: set[str]) -> None:
         named = model.named_parameters()
-        self.weights = {name: weight.detach().to("cpu", copy=True) for name, weight in named if name in trained}
+        self.weights = {
+            name: weight.detach().to("cpu", copy=True) for name, weight in named if name in trained
+        }
 
     def restore(self, model: PreTrainedModel) -> None:
         model.load_state_dict(self.weights, strict=False)
@@ -61,7 +67,9 @@ def check_output_dir(output_dir: Path) -> None:
         with tempfile.TemporaryFile(dir=output_dir):
             pass
     except OSError as error:
-        raise OSError(f"output_dir {output_dir} can't be written to: {error}. Choose another one.") from error
+        raise OSError(
+            f"output_dir {output_dir} can't be written to: {error}. Choose another one."
+        ) from error
 
 
 @contextmanager
@@ -69,8 +77,8 @@ def _written_aside(aside: Path, path: Path) -> Iterator[None]:
     """What fails while the folder `aside` is written removes it, and says what is to be done.
 
     Raises:
-        OSError: Whatever was raised: a full disk is an OSError to Python, but a RuntimeError to torch, and an error of
-            its own to safetensors.
+        OSError: Whatever was raised: a full disk is an OSError to Python, but a RuntimeError to
+            torch, and an error of its own to safetensors.
     """
     try:
         yield
@@ -88,7 +96,8 @@ def save_model(
     path: str | os.PathLike,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Saves weights, configuration, code and tokenizer to a folder that appears (or is replaced) all at once.
+    """Saves weights, configuration, code and tokenizer to a folder that appears (or is replaced)
+    all at once.
 
     A model whose weights are spread over several processes comes with its gathered `state_dict`.
 
@@ -98,34 +107,49 @@ def save_model(
     path = Path(path)
     aside = path.with_name(f".{path.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
+
     with _written_aside(aside, path):
         model.save_pretrained(aside, state_dict=state_dict)
         tokenizer.save_pretrained(aside)
+
     _replace(aside, path)
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, progress: Progress, description: dict[str, Any], keep: int
+    accelerator: Accelerator,
+    output_dir: Path,
+    progress: Progress,
+    description: dict[str, Any],
+    keep: int,
 ) -> None:
     """Saves everything that a resumed run needs, and removes all but the `keep` newest checkpoints.
 
     Raises:
         OSError: It can't be written; older ones are intact.
     """
-    aside, path = (output_dir / name.format(progress.step) for name in (".checkpoint-{}.part", "checkpoint-{}"))
+    aside, path = (
+        output_dir / name.format(progress.step) for name in (".checkpoint-{}.part", "checkpoint-{}")
+    )
+
     if accelerator.is_main_process:
         for left_over in output_dir.glob(".checkpoint-*"):  # by a run that was killed
             shutil.rmtree(left_over)
+
     accelerator.wait_for_everyone()
     with _written_aside(aside, path):
         accelerator.save_state(str(aside))
+
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with _written_aside(aside, path):
-            (aside / "run.json").write_text(json.dumps({**asdict(progress), **description}, indent=2))
+            (aside / "run.json").write_text(
+                json.dumps({**asdict(progress), **description}, indent=2)
+            )
+
         _replace(aside, path)
         for old in _checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
+
     accelerator.wait_for_everyone()
 
 
@@ -135,20 +159,25 @@ def newest_checkpoint(
     """The newest checkpoint and where it stands.
 
     Raises:
-        FileNotFoundError: There is none. ValueError: Another run made it; says what differs besides the `free_fields`.
+        FileNotFoundError: There is none. ValueError: Another run made it; says what differs besides
+            the `free_fields`.
     """
     checkpoints = _checkpoints(output_dir)
     if not checkpoints:
         raise FileNotFoundError(f"There is no checkpoint to resume from in {output_dir}.")
+
     run = json.loads((checkpoints[-1] / "run.json").read_text())
     differences = []
+
     for part, values in description.items():
         now, then = json.loads(json.dumps(values, default=str)), run.get(part, {})
         for name in sorted(set(now) | set(then)):
             if name not in free_fields and now.get(name) != then.get(name):
                 differences.append(f"{name} was {then.get(name)!r} and is {now.get(name)!r}")
+
     if differences:
         raise ValueError(f"{checkpoints[-1]} was made by another run: {'; '.join(differences)}.")
+
     return checkpoints[-1], Progress(**{name: run[name] for name in asdict(Progress())})
 
 

@@ -4,7 +4,8 @@
     tokenizer = character_tokenizer()                      # or any AutoTokenizer
     train = PackedTokens(splits["train"], tokenizer, 256)  # or StreamingPackedTokens
 
-A document is a string. Only a dataset of the Hub needs a network, and only it or a folder the `datasets` library.
+A document is a string. Only a dataset of the Hub needs a network, and only it or a folder the
+`datasets` library.
 """
 
 import ast
@@ -30,21 +31,26 @@ HELD_OUT = 0.05  # of the text, for each of validation and test
 MAX_HELD_OUT_DOCUMENTS = 1000  # of a dataset without these splits; the number taken from a stream
 
 PIECE = 100_000  # characters: longer documents are tokenized in pieces, which bounds the memory this takes
-BATCH = 1_000_000  # characters given to the tokenizer in one call, which spreads them over the cores
+BATCH = (
+    1_000_000  # characters given to the tokenizer in one call, which spreads them over the cores
+)
 
 
 def python_documentation() -> list[str]:
-    """The documentation inside the running Python's standard library: English that every machine has.
+    """The documentation inside the running Python's standard library: English that every machine
+    has.
 
-    A document is a topic of `pydoc_data.topics` (what `help("while")` prints) or all docstrings of one module. Files
-    are parsed, never imported; tests are left out. A docstring that occurs twice is kept once, so that held-out text
-    is no copy of training text. The order depends on the files alone; they differ from one Python to the next.
+    A document is a topic of `pydoc_data.topics` (what `help("while")` prints) or all docstrings of
+    one module. Files are parsed, never imported; tests are left out. A docstring that occurs twice
+    is kept once, so that held-out text is no copy of training text. The order depends on the files
+    alone; they differ from one Python to the next.
 
     Returns:
         About 700 documents, 2.2 million characters (2.1 million in the 27 symbols of text8).
 
     Raises:
-        FileNotFoundError: if this Python was installed without `pydoc_data` or without the library's sources.
+        FileNotFoundError: if this Python was installed without `pydoc_data` or without the
+            library's sources.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     topics = library / "pydoc_data" / "topics.py"
@@ -53,36 +59,60 @@ def python_documentation() -> list[str]:
             f"{topics} does not exist: this Python was installed without its documentation or its sources. "
             f"Install the full standard library, or train on a text file instead of {PYTHON_DOCS!r}."
         )
-    table = next(node.value for node in ast.parse(topics.read_bytes()).body if isinstance(node, ast.Assign))
-    documents = list(dict.fromkeys(ast.literal_eval(table).values()))  # a dict is a set that keeps its order
+
+    table = next(
+        node.value for node in ast.parse(topics.read_bytes()).body if isinstance(node, ast.Assign)
+    )
+    documents = list(
+        dict.fromkeys(ast.literal_eval(table).values())
+    )  # a dict is a set that keeps its order
     seen = set()
+
     for folder, subfolders, files in os.walk(library):
         excluded = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-        subfolders[:] = sorted(set(subfolders) - excluded)  # in place: tells os.walk where to go, and in which order
+        subfolders[:] = sorted(
+            set(subfolders) - excluded
+        )  # in place: tells os.walk where to go, and in which order
+
         for path in (Path(folder, name) for name in sorted(files) if name.endswith(".py")):
             docstrings = [text for text in dict.fromkeys(_docstrings(path)) if text not in seen]
             seen.update(docstrings)
             if docstrings:
                 documents.append("\n\n".join(docstrings))
+
     return documents
 
 
 def _docstrings(path: Path) -> list[str]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # old escape sequences in the library concern nobody here
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # old escape sequences in the library concern nobody here
             nodes = list(ast.walk(ast.parse(path.read_bytes())))
-    except (SyntaxError, ValueError):  # ValueError: null bytes, or not in the encoding that the file declares
+    except (
+        SyntaxError,
+        ValueError,
+    ):  # ValueError: null bytes, or not in the encoding that the file declares
         return []
-    nodes = [n for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # ast.walk goes breadth first; the module has no line
+
+    nodes = [
+        n
+        for n in nodes
+        if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    nodes.sort(
+        key=lambda node: getattr(node, "lineno", 0)
+    )  # ast.walk goes breadth first; the module has no line
+
     return [docstring for node in nodes if (docstring := ast.get_docstring(node))]
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of text8: 27 symbols, space = 0 and a = 1 to z = 26, and no special tokens.
 
-    Its normalizer applies the rules of text8: digits are spelled out, A-Z become lower case, and every run of anything
-    else becomes one space. It is a part of the tokenizer, so a saved one needs no code but `AutoTokenizer`.
+    Its normalizer applies the rules of text8: digits are spelled out, A-Z become lower case, and
+    every run of anything else becomes one space. It is a part of the tokenizer, so a saved one
+    needs no code but `AutoTokenizer`.
 
     References:
         Mahoney, About the Test Data: http://mattmahoney.net/dc/textdata
@@ -94,7 +124,8 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
         >>> tokenizer.decode(tokenizer("In 1984: (war) is PEACE").input_ids)
         'in one nine eight four war is peace'
     """
-    # BPE without merges, not WordLevel: it splits a text into characters by itself, faster than a pre-tokenizer would.
+    # BPE without merges, not WordLevel: it splits a text into characters by itself, faster than a
+    # pre-tokenizer would.
     vocabulary = {character: index for index, character in enumerate(" abcdefghijklmnopqrstuvwxyz")}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.normalizer = normalizers.Sequence(
@@ -105,6 +136,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.Fuse()
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_input_names=["input_ids", "attention_mask"],
@@ -126,44 +158,61 @@ def load_splits(
 
             - `"python-docs"`: see `python_documentation` and `split_documents`;
             - the path of a UTF-8 text file, read without the `datasets` library: see `split_text`;
-            - a dataset on the Hub, or a folder of data files. Its own splits are used; where it has no "validation" or
-              no "test", these are its first rows (5%, at most 1,000; of a stream 1,000), and "train" is the rest.
+            - a dataset on the Hub, or a folder of data files. Its own splits are used; where it has
+              no "validation" or no "test", these are its first rows (5%, at most 1,000; of a stream
+              1,000), and "train" is the rest.
         text_column: Column of a dataset that holds the text.
-        dataset_config: Configuration of a dataset, as in `datasets.load_dataset(source, dataset_config)`.
+        dataset_config: Configuration of a dataset, as in `datasets.load_dataset(source,
+            dataset_config)`.
         streaming: Read a dataset while it is downloaded, keeping nothing on disk.
 
     Returns:
-        `{"train": documents, "validation": documents, "test": documents}`, each iterable as often as needed.
+        `{"train": documents, "validation": documents, "test": documents}`, each iterable as often
+        as needed.
 
     Raises:
         ImportError: if `source` needs the `datasets` library and it is not installed.
-        ValueError: if the file is empty, binary or not UTF-8, if `source` is neither a file nor a dataset, if the
-            dataset has no such column or no "train" split, or if it is too short to hold anything out.
+        ValueError: if the file is empty, binary or not UTF-8, if `source` is neither a file nor a
+            dataset, if the dataset has no such column or no "train" split, or if it is too short to
+            hold anything out.
     """
     if source == PYTHON_DOCS:
         return split_documents(python_documentation())
     if Path(source).is_file():
         return split_text(read_text(source))
+
     try:
         from datasets import load_dataset
     except ImportError as error:
-        message = f"{source!r} is not a text file here. To load it as a dataset, `pip install datasets`."
+        message = (
+            f"{source!r} is not a text file here. To load it as a dataset, `pip install datasets`."
+        )
         raise ImportError(message) from error
+
     try:
         splits = dict(load_dataset(source, dataset_config, streaming=streaming))
     except (OSError, ValueError) as error:  # DatasetNotFoundError and ConnectionError are OSErrors
         raise ValueError(
             f"{source!r} is neither {PYTHON_DOCS!r}, nor a file or folder here, nor a dataset that loads: {error}"
         ) from error
+
     if "train" not in splits:
-        raise ValueError(f"the dataset {source!r} has no split 'train', only {', '.join(map(repr, splits))}.")
-    columns = splits["train"].column_names or next(iter(splits["train"]), {})  # a stream may not know them
+        raise ValueError(
+            f"the dataset {source!r} has no split 'train', only {', '.join(map(repr, splits))}."
+        )
+
+    columns = splits["train"].column_names or next(
+        iter(splits["train"]), {}
+    )  # a stream may not know them
     if text_column not in columns:
         names = ", ".join(map(repr, columns))
-        raise ValueError(f"the dataset {source!r} has no column {text_column!r}; choose its text column among {names}.")
+        raise ValueError(
+            f"the dataset {source!r} has no column {text_column!r}; choose its text column among {names}."
+        )
 
     missing = [name for name in ("validation", "test") if name not in splits]
     rows = MAX_HELD_OUT_DOCUMENTS
+
     if missing and not streaming:
         rows = min(rows, int(HELD_OUT * len(splits["train"])))
         if rows == 0:
@@ -171,13 +220,16 @@ def load_splits(
                 f"the dataset {source!r} has no split {missing[0]!r}, and its {len(splits['train'])} training rows "
                 f"are too few to hold out {HELD_OUT:.0%} of them."
             )
+
     for name in missing:
         splits[name], splits["train"] = splits["train"].take(rows), splits["train"].skip(rows)
+
     return {name: splits[name][text_column] for name in ("train", "validation", "test")}
 
 
 def held_out_documents(source: str) -> Iterable[str]:
-    """The text to evaluate a model on: all of a UTF-8 text file, or the test split of what else `load_splits` takes.
+    """The text to evaluate a model on: all of a UTF-8 text file, or the test split of what else
+    `load_splits` takes.
 
     Raises:
         ImportError, ValueError: see `load_splits` and `read_text`.
@@ -189,18 +241,26 @@ def read_text(path: str | os.PathLike) -> str:
     """The content of a UTF-8 text file.
 
     Raises:
-        ValueError: if the file is empty, binary (contains a null byte), or not UTF-8; says at which byte.
+        ValueError: if the file is empty, binary (contains a null byte), or not UTF-8; says at which
+            byte.
     """
     content = Path(path).read_bytes()
     if (position := content.find(b"\0")) >= 0:
-        raise ValueError(f"{path} is a binary file, not text: there is a null byte at position {position}.")
+        raise ValueError(
+            f"{path} is a binary file, not text: there is a null byte at position {position}."
+        )
+
     try:
         text = content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         byte = content[error.start]
-        raise ValueError(f"{path} is not UTF-8 text: byte 0x{byte:02x} at position {error.start}.") from error
+        raise ValueError(
+            f"{path} is not UTF-8 text: byte 0x{byte:02x} at position {error.start}."
+        ) from error
+
     if not text.strip():
         raise ValueError(f"{path} is empty: there is no text in it.")
+
     return text
 
 
@@ -217,15 +277,18 @@ def split_documents(documents: Iterable[str]) -> dict[str, list[str]]:
     target = HELD_OUT * sum(map(len, documents))
     splits = {"train": [], "validation": [], "test": []}
     before = 0  # characters in the documents up to here
+
     for document in documents:
         name = "validation" if before < target else "test" if before < 2 * target else "train"
         splits[name].append(document)
         before += len(document)
+
     return splits
 
 
 def split_text(text: str) -> dict[str, list[str]]:
-    """Cuts a text into 90%, 5% and 5% of its characters, each cut moved back behind a line break or else a space.
+    """Cuts a text into 90%, 5% and 5% of its characters, each cut moved back behind a line break or
+    else a space.
 
     Example:
         >>> split_text("one two three four five six seven eight nine ten " * 2)["test"]
@@ -235,15 +298,22 @@ def split_text(text: str) -> dict[str, list[str]]:
     for end in (round(len(text) * (1 - 2 * HELD_OUT)), round(len(text) * (1 - HELD_OUT))):
         begin = max(0, end - 1000)  # no break this near: cut where it should be
         cuts.append((text.rfind("\n", begin, end) + 1) or (text.rfind(" ", begin, end) + 1) or end)
-    parts = {"train": text[: cuts[0]], "validation": text[cuts[0] : cuts[1]], "test": text[cuts[1] :]}
+
+    parts = {
+        "train": text[: cuts[0]],
+        "validation": text[cuts[0] : cuts[1]],
+        "test": text[cuts[1] :],
+    }
+
     return {name: [part] if part else [] for name, part in parts.items()}
 
 
 class PackedTokens(Dataset):
     """The tokens of all documents, one after the other, cut into blocks of equal length.
 
-    Blocks follow each other without gap or overlap; what is left behind the last whole block is dropped. Between two
-    documents stands the tokenizer's `eos_token`, or one space where it has none.
+    Blocks follow each other without gap or overlap; what is left behind the last whole block is
+    dropped. Between two documents stands the tokenizer's `eos_token`, or one space where it has
+    none.
 
     Args:
         documents: Strings, read once.
@@ -252,9 +322,11 @@ class PackedTokens(Dataset):
 
     Attributes:
         tokens (Tensor): All tokens (N,), in the smallest integer type that holds them.
-        num_characters (int): Characters that the N tokens stand for: those of the documents, or for a tokenizer of
-            single characters those that it makes of them, so that there each token is a character.
-        num_words (int): Words that the N tokens stand for, of the same text: what stands between spaces.
+        num_characters (int): Characters that the N tokens stand for: those of the documents, or for
+            a tokenizer of single characters those that it makes of them, so that there each token
+            is a character.
+        num_words (int): Words that the N tokens stand for, of the same text: what stands between
+            spaces.
 
     Raises:
         ValueError: if there are fewer than T tokens.
@@ -267,18 +339,23 @@ class PackedTokens(Dataset):
         1.0
     """
 
-    def __init__(self, documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int):
+    def __init__(
+        self, documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int
+    ):
         encoded = list(_encode(documents, tokenizer))
-        # An empty array in front, for a text without tokens; NumPy's promotion leaves the type to the others.
+        # An empty array in front, for a text without tokens; NumPy's promotion leaves the type to
+        # the others.
         tokens = np.concatenate([np.empty(0, np.uint8), *(tokens for tokens, *_ in encoded)])
         _check_length(len(tokens), sequence_length)
         self.tokens = torch.from_numpy(tokens)
         self.num_characters = sum(characters for _, characters, _ in encoded)
         self.num_words = sum(words for *_, words in encoded)
+
         vocabulary = tokenizer.get_vocab()
         if " " in vocabulary and _is_of_characters(vocabulary):
             is_space = tokens == vocabulary[" "]
             self.num_words = int((~is_space[1:] & is_space[:-1]).sum() + (not is_space[0]))
+
         self.sequence_length = sequence_length
 
     @property
@@ -288,7 +365,9 @@ class PackedTokens(Dataset):
 
     @property
     def tokens_per_word(self) -> float | None:
-        """The power to which the perplexity per token is raised to get that per word; None where there is no word."""
+        """The power to which the perplexity per token is raised to get that per word; None where
+        there is no word.
+        """
         return len(self.tokens) / self.num_words if self.num_words else None
 
     def __len__(self) -> int:
@@ -296,32 +375,39 @@ class PackedTokens(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """`{"input_ids": (T,)}`, int64."""
-        start = range(len(self))[index] * self.sequence_length  # the range raises IndexError, which ends a for loop
+        start = (
+            range(len(self))[index] * self.sequence_length
+        )  # the range raises IndexError, which ends a for loop
         return {"input_ids": self.tokens[start : start + self.sequence_length].long()}
 
 
 class StreamingPackedTokens(IterableDataset):
     """The blocks of `PackedTokens` in the same order, tokenized while the documents are read.
 
-    Each process that iterates reads all documents: let accelerate's main process read and dispatch, its default.
+    Each process that iterates reads all documents: let accelerate's main process read and dispatch,
+    its default.
 
-    Exact resume: load `{"epoch": epoch, "blocks": number of blocks used}` (and tell accelerate's loader: it calls
-    `set_epoch` with its own count). The next iteration tokenizes these blocks again, to the same tokens in the same
-    shuffled order, and skips them. `state_dict` counts the blocks handed out; a DataLoader asks ahead of the training,
-    so save `{"epoch": epoch, "blocks": steps * blocks_per_step}` instead.
+    Exact resume: load `{"epoch": epoch, "blocks": number of blocks used}` (and tell accelerate's
+    loader: it calls `set_epoch` with its own count). The next iteration tokenizes these blocks
+    again, to the same tokens in the same shuffled order, and skips them. `state_dict` counts the
+    blocks handed out; a DataLoader asks ahead of the training, so save `{"epoch": epoch, "blocks":
+    steps * blocks_per_step}` instead.
 
-    A stream has no total to divide by: bits per character need the `characters_per_token` of a held-out `PackedTokens`.
+    A stream has no total to divide by: bits per character need the `characters_per_token` of a
+    held-out `PackedTokens`.
 
     Args:
         documents: Strings, read once in each iteration.
         tokenizer: Any tokenizer of the `transformers` library.
         sequence_length: T, the number of tokens in a block.
-        shuffle_buffer: Number of blocks kept back, from which the next one is drawn at random; 0 keeps the order.
+        shuffle_buffer: Number of blocks kept back, from which the next one is drawn at random; 0
+            keeps the order.
         seed: Decides, together with the epoch, what is drawn.
 
     Raises:
         ValueError: at the end of an iteration, if there were fewer than T tokens.
-        RuntimeError: in a DataLoader with more than one worker, which would all read the same documents.
+        RuntimeError: in a DataLoader with more than one worker, which would all read the same
+            documents.
     """
 
     def __init__(
@@ -352,13 +438,18 @@ class StreamingPackedTokens(IterableDataset):
         self._handed_out = self._skip = state["blocks"]
 
     def has_blocks(self, num_blocks: int) -> bool:
-        """Whether there are this many blocks; reads that many from the beginning, and changes nothing."""
+        """Whether there are this many blocks; reads that many from the beginning, and changes
+        nothing.
+        """
         return sum(1 for _ in islice(self._blocks(), num_blocks)) == num_blocks
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
-            raise RuntimeError(f"StreamingPackedTokens needs num_workers <= 1 in its DataLoader: {worker.num_workers}")
+            raise RuntimeError(
+                f"StreamingPackedTokens needs num_workers <= 1 in its DataLoader: {worker.num_workers}"
+            )
+
         self._handed_out, self._skip = self._skip, 0
         for block in islice(self._shuffled(self._blocks()), self._handed_out, None):
             self._handed_out += 1
@@ -370,35 +461,50 @@ class StreamingPackedTokens(IterableDataset):
             total += len(tokens)
             rest = np.concatenate([rest, tokens])
             while len(rest) >= length > 0:
-                yield rest[:length].copy()  # a view in the shuffle buffer would keep the whole batch alive
+                yield rest[
+                    :length
+                ].copy()  # a view in the shuffle buffer would keep the whole batch alive
                 rest = rest[length:]
+
         _check_length(total, length)
 
     def _shuffled(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         draw = random.Random(f"{self.seed} {self.epoch}")
         buffer = list(islice(blocks, self.shuffle_buffer))
+
         for block in blocks:
             if buffer:
                 index = draw.randrange(len(buffer))
                 buffer[index], block = block, buffer[index]
             yield block
+
         draw.shuffle(buffer)
         yield from buffer
 
 
 def _check_length(num_tokens: int, sequence_length: int) -> None:
     if not 1 <= sequence_length <= num_tokens:
-        raise ValueError(f"no sequence of {sequence_length} tokens can be cut from a text of {num_tokens} tokens.")
+        raise ValueError(
+            f"no sequence of {sequence_length} tokens can be cut from a text of {num_tokens} tokens."
+        )
 
 
 def _is_of_characters(vocabulary: Iterable[str]) -> bool:
     return all(len(token) == 1 for token in vocabulary)
 
 
-def _encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Yields the tokens of all documents in order, a batch at a time, with the characters and words they stand for."""
+def _encode(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yields the tokens of all documents in order, a batch at a time, with the characters and words
+    they stand for.
+    """
     vocabulary = tokenizer.get_vocab()
-    dtype = next(kind for kind in (np.uint8, np.int16, np.int32) if max(vocabulary.values()) <= np.iinfo(kind).max)
+    dtype = next(
+        kind
+        for kind in (np.uint8, np.int16, np.int32)
+        if max(vocabulary.values()) <= np.iinfo(kind).max
+    )
     each_a_character = _is_of_characters(vocabulary)
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -408,19 +514,24 @@ def _encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Ite
     eos = tokenizer.eos_token_id
     between = [eos] if eos is not None else encode([" "])[0]
     last = None
+
     for batch in _batches(_pieces(documents, encode)):
         texts, begins = zip(*batch, strict=True)
         chunks = [np.empty(0, dtype)]
+
         for ids, new_document in zip(encode(list(texts)), begins, strict=True):
             if not ids:
                 continue
+
             if new_document and last is not None:
                 if eos is None and [last] == ids[:1] == between:
                     ids = ids[1:]  # both documents bring a space of their own, and one is enough
                 elif eos is not None or between not in ([last], ids[:1]):
                     chunks.append(np.array(between, dtype))
+
             chunks.append(np.array(ids, dtype))
             last = (ids or between)[-1]
+
         tokens = np.concatenate(chunks)
         num_words = sum(len(text.split()) for text in texts)
         yield tokens, len(tokens) if each_a_character else sum(map(len, texts)), num_words
@@ -434,17 +545,26 @@ def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
         if size >= BATCH:
             yield batch
             batch, size = [], 0
+
     if batch:
         yield batch
 
 
 def _pieces(documents: Iterable[str], encode: Callable) -> Iterator[tuple[str, bool]]:
-    """Yields (text, whether a document begins with it); the tokens of the pieces are those of the documents."""
+    """Yields (text, whether a document begins with it); the tokens of the pieces are those of the
+    documents.
+    """
     if isinstance(documents, str):
-        raise TypeError("documents is one string; give a list of strings.")  # else each character is a document
+        raise TypeError(
+            "documents is one string; give a list of strings."
+        )  # else each character is a document
+
     for document in documents:
         if not isinstance(document, str):
-            raise TypeError(f"a document is a string, not {type(document).__name__}: {document!r:.80}")
+            raise TypeError(
+                f"a document is a string, not {type(document).__name__}: {document!r:.80}"
+            )
+
         start = 0
         while start < len(document):
             end = _piece_end(document, start, encode)
@@ -455,17 +575,19 @@ def _pieces(documents: Iterable[str], encode: Callable) -> Iterator[tuple[str, b
 def _piece_end(text: str, start: int, encode: Callable) -> int:
     """Where the piece of `text` that begins at `start` may end without a change of tokens.
 
-    Most tokenizers split before a space anyway. But text8's rules merge it with a full stop before it, and some
-    SentencePiece tokenizers add a space to the front of each piece. So the tokenizer is asked about each place, with
-    64 characters around it: more than it looks at. If it rejects 100 places it will reject all: then the piece is the
-    rest of the text.
+    Most tokenizers split before a space anyway. But text8's rules merge it with a full stop before
+    it, and some SentencePiece tokenizers add a space to the front of each piece. So the tokenizer
+    is asked about each place, with 64 characters around it: more than it looks at. If it rejects
+    100 places it will reject all: then the piece is the rest of the text.
     """
     if len(text) - start <= PIECE:
         return len(text)
+
     for space in islice(re.compile(r"(?<=\S)\s(?=\S)").finditer(text, start + PIECE), 100):
         cut = space.start()
         left, right = text[max(start, cut - 64) : cut], text[cut : cut + 64]
         parts = encode([left, right, left + right])
         if parts[0] + parts[1] == parts[2]:
             return cut
+
     return len(text)

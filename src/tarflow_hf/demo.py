@@ -1,8 +1,10 @@
-"""What the demo page (`examples/app.py`) answers: from a model and what a visitor typed to a part of an HTML page.
+"""What the demo page (`examples/app.py`) answers: from a model and what a visitor typed to a part
+of an HTML page.
 
-`write`, `score` and `edit` raise a `ValueError` that a visitor understands where the text is none that the model takes.
-A page with what they return has `DEMO_STYLE`, and the colours of `passes.PAGE_STYLE`. They only read the model, which
-is in evaluation mode, and the same seed gives the same answer.
+`write`, `score` and `edit` raise a `ValueError` that a visitor understands where the text is none
+that the model takes. A page with what they return has `DEMO_STYLE`, and the colours of
+`passes.PAGE_STYLE`. They only read the model, which is in evaluation mode, and the same seed gives
+the same answer.
 """
 
 import re
@@ -40,21 +42,24 @@ def write(
 ) -> str:
     """A text that begins with the prompt, how it came from noise, and the bits of its tokens.
 
-    In the prompt `[...]` is a gap of as many tokens as dots. Where it has one the gaps are filled, and nothing follows.
-    The options are those of `generate`.
+    In the prompt `[...]` is a gap of as many tokens as dots. Where it has one the gaps are filled,
+    and nothing follows. The options are those of `generate`.
     """
     ids, missing = [], []
     for n, piece in enumerate(GAP.split(prompt)):  # every other one is the inside of a gap
         piece_ids = [0] * len(piece.replace("…", "...")) if n % 2 else _read(tokenizer, piece)[0]
         ids, missing = ids + piece_ids, missing + [n % 2 == 1] * len(piece_ids)
+
     given, is_missing = torch.tensor(ids, dtype=torch.long), torch.tensor(missing, dtype=torch.bool)
     room = model.config.max_position_embeddings
+
     if any(missing):
         _check_length(model, len(ids), room)
         options["infill_mask"] = is_missing.unsqueeze(0)
     else:
         _check_length(model, len(ids), room - model.config.patch_size)
         options["max_new_tokens"] = min(max_new_tokens, room - len(ids))
+
     out = model.generate(
         given.unsqueeze(0) if ids else None,
         temperature=temperature,
@@ -64,11 +69,13 @@ def write(
         **options,
     )
     note = "The text that each flow's state decodes to. Tokens that differ from the pass before are marked."
+
     if not all(missing):
         note += " What you gave is in italics."
         runs_back = any(flow["direction"] == "right_to_left" for flow in model.config.flows)
         if not model.config.conditional and (runs_back or missing != sorted(missing)):
             note += " It is held fixed in the first flow only, which approximates the model's own distribution."
+
     passes = find_passes(model, out.states, given_ids=given, given_mask=~is_missing)
     return (
         f'<h2>Text</h2>\n<p class="written" dir="auto">{escape(tokenizer.decode(out.sequences[0]))}</p>\n'
@@ -95,21 +102,28 @@ def edit(
 ) -> str:
     """A text, and what it becomes when the noise of a part of it is drawn anew.
 
-    The part is the one that begins at character `start`, if it stands there, or else the first like it. With
-    `num_flows` the state behind the first flows is drawn anew, in place of the noise.
+    The part is the one that begins at character `start`, if it stands there, or else the first like
+    it. With `num_flows` the state behind the first flows is drawn anew, in place of the noise.
     """
     ids, offsets = _read_whole(model, tokenizer, text)
     first = start if text.startswith(part, start) else text.find(part)
     if not part or first < 0:
-        raise ValueError("Say which part to redraw: select it in the text, or type it as it stands there.")
+        raise ValueError(
+            "Say which part to redraw: select it in the text, or type it as it stands there."
+        )
+
     is_redrawn = torch.tensor([a < first + len(part) and b > first for a, b in offsets])
     generator = torch.Generator().manual_seed(seed)
     state = model.flow(model.encode(ids, generator), num_flows=num_flows).noise
     state[:, is_redrawn] = torch.randn(state.shape, generator=generator)[:, is_redrawn].to(state)
     edited = model.generate(noise=state, num_flows=num_flows, eos_token_id=-1)
     before, after, nowhere = ids[0].cpu(), edited[0].cpu(), torch.zeros_like(is_redrawn)
-    passes = [Pass("Before", before, nowhere, nowhere), Pass("After", after, before != after, nowhere)]
+    passes = [
+        Pass("Before", before, nowhere, nowhere),
+        Pass("After", after, before != after, nowhere),
+    ]
     note = f"{int(is_redrawn.sum())} of {len(offsets)} tokens were redrawn. What changed is marked."
+
     return (
         f'<p class="note">{note} The bits are those of the text after.</p>\n{passes_section(passes, tokenizer)}\n'
         + _likelihood(model, tokenizer, edited)
@@ -117,18 +131,30 @@ def edit(
 
 
 def _likelihood(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
-    return likelihood_section(model, tokenizer, ids.to(model.device), generator=torch.Generator().manual_seed(0))
+    return likelihood_section(
+        model, tokenizer, ids.to(model.device), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """The ids of a text, and the first and last (exclusive) of the characters that each of them stands for."""
+    """The ids of a text, and the first and last (exclusive) of the characters that each of them
+    stands for.
+    """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded.input_ids, encoded.offset_mapping
-    unknown = [text[a:b] for token, (a, b) in zip(ids, offsets, strict=True) if token == tokenizer.unk_token_id]
+
+    unknown = [
+        text[a:b]
+        for token, (a, b) in zip(ids, offsets, strict=True)
+        if token == tokenizer.unk_token_id
+    ]
     if unknown:
-        raise ValueError(f"The model's vocabulary does not have: {' '.join(dict.fromkeys(unknown))}")
+        raise ValueError(
+            f"The model's vocabulary does not have: {' '.join(dict.fromkeys(unknown))}"
+        )
     if text.strip() and not tokenizer.decode(ids).strip():
         raise ValueError("Nothing of this text is in the model's vocabulary.")
+
     return ids, offsets
 
 
@@ -146,6 +172,10 @@ def _read_whole(
 def _check_length(model: TarFlowLMModel, length: int, room: int) -> None:
     patch_size = model.config.patch_size
     if length > room:
-        raise ValueError(f"The text has {length} tokens, and there is room for {room}: make it shorter.")
+        raise ValueError(
+            f"The text has {length} tokens, and there is room for {room}: make it shorter."
+        )
     if length % patch_size:
-        raise ValueError(f"This model takes {patch_size} tokens at a time: {length} is {length % patch_size} too many.")
+        raise ValueError(
+            f"This model takes {patch_size} tokens at a time: {length} is {length % patch_size} too many."
+        )

@@ -13,30 +13,48 @@ from .modeling.modeling_tarflowlm import TarFlowLMModel
 
 
 class FirstFault:
-    """Notes what is not finite on the device, in every step, so that nobody waits for it; `check` looks at the notes.
+    """Notes what is not finite on the device, in every step, so that nobody waits for it; `check`
+    looks at the notes.
 
-    A step computes the latents, the output of one flow after the other, and the loss; then the gradients of the flows,
-    from the last one back, and of the codebook (of a discrete model: the loss, then the gradients). What comes behind a
-    fault is not finite either, and with the optimiser's step neither are the weights: so only the first one tells.
+    A step computes the latents, the output of one flow after the other, and the loss; then the
+    gradients of the flows, from the last one back, and of the codebook (of a discrete model: the
+    loss, then the gradients). What comes behind a fault is not finite either, and with the
+    optimiser's step neither are the weights: so only the first one tells.
 
-    Of each part of a step call `see_loss`, behind the last part's backward pass `see_gradients`, then `end_step`.
+    Of each part of a step call `see_loss`, behind the last part's backward pass `see_gradients`,
+    then `end_step`.
     """
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator):
         self.accelerator = accelerator
         layers = dict(enumerate(model.flow.layers, 1)) if isinstance(model, TarFlowLMModel) else {}
-        trained: dict[str, nn.Module] = {f"flow {number}": layers[number] for number in reversed(layers)}
+        trained: dict[str, nn.Module] = {
+            f"flow {number}": layers[number] for number in reversed(layers)
+        }
         trained |= {"the codebook": model.codebook} if layers else {"the model": model}
         self.parameters = [list(module.parameters()) for module in trained.values()]
-        self.names = ["the latents", *(f"the output of flow {number}" for number in layers)] if layers else []
+        self.names = (
+            ["the latents", *(f"the output of flow {number}" for number in layers)]
+            if layers
+            else []
+        )
         self.num_outputs = len(self.names)
         self.names += ["the loss", *(f"the gradient of {name}" for name in trained)]
-        self.is_finite = torch.ones(len(self.names), dtype=torch.bool, device=accelerator.device)  # in this step
+        self.is_finite = torch.ones(
+            len(self.names), dtype=torch.bool, device=accelerator.device
+        )  # in this step
         self.none = torch.iinfo(torch.int64).max
-        self.fault = torch.full((), self.none, device=accelerator.device)  # step times number of names, plus index
-        self.hooks = [layer.register_forward_hook(partial(self._see, number)) for number, layer in layers.items()]
+        self.fault = torch.full(
+            (), self.none, device=accelerator.device
+        )  # step times number of names, plus index
+        self.hooks = [
+            layer.register_forward_hook(partial(self._see, number))
+            for number, layer in layers.items()
+        ]
 
-    def _see(self, number: int, layer: nn.Module, arguments: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+    def _see(
+        self, number: int, layer: nn.Module, arguments: tuple, output: Tensor | tuple[Tensor, ...]
+    ) -> None:
         if torch.is_grad_enabled():  # a step, and no evaluation
             if number == 1:
                 self._note(0, arguments[0])
@@ -53,8 +71,11 @@ class FirstFault:
         """Before they are clipped, which makes NaN of all of them where one is."""
         if self.accelerator.scaler is not None:
             return  # in fp16 gradients may overflow: such a step is not taken, and their scale is lowered
+
         for index, parameters in enumerate(self.parameters, self.num_outputs + 1):
-            if gradients := [parameter.grad for parameter in parameters if parameter.grad is not None]:
+            if gradients := [
+                parameter.grad for parameter in parameters if parameter.grad is not None
+            ]:
                 norm = nn.utils.get_total_norm(gradients)
                 self._note(index, norm.full_tensor() if isinstance(norm, DTensor) else norm)
 

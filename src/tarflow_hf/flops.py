@@ -1,12 +1,14 @@
-"""What a forward pass costs, against a discrete transformer: the true count, and the paper's (its Figure 7).
+"""What a forward pass costs, against a discrete transformer: the true count, and the paper's (its
+Figure 7).
 
-The true count is `throughput.forward_flops`, of the model that a configuration makes, built without memory. The paper's
-is a formula for GPT-2's blocks. Both count a multiply-add as two, and neither counts norms, biases, activations,
-look-ups or the arithmetic of the couplings. What differs:
+The true count is `throughput.forward_flops`, of the model that a configuration makes, built without
+memory. The paper's is a formula for GPT-2's blocks. Both count a multiply-add as two, and neither
+counts norms, biases, activations, look-ups or the arithmetic of the couplings. What differs:
 
-- attention: the paper counts the products of queries and keys, and leaves out those with the values;
-- the head of an autoregressive Mix-1 coupling: the paper counts masked matrices as dense; here only the blocks that are
-  not masked exist.
+- attention: the paper counts the products of queries and keys, and leaves out those with the
+  values;
+- the head of an autoregressive Mix-1 coupling: the paper counts masked matrices as dense; here only
+  the blocks that are not masked exist.
 """
 
 import copy
@@ -32,7 +34,8 @@ PATCH_SIZES = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs of a forward pass over one sequence: of a TarFlowLM, and of the discrete transformer beside it.
+    """FLOPs of a forward pass over one sequence: of a TarFlowLM, and of the discrete transformer
+    beside it.
 
     Example:
         >>> count = FlopCount(num_tokens=4, flow=20, discrete=80, paper_flow=10, paper_discrete=50)
@@ -64,7 +67,8 @@ class FlopCount:
 
 
 def count_flops(config: TarFlowLMConfig, num_tokens: int | None = None) -> FlopCount:
-    """The FLOPs of a sequence under any configuration, and under the discrete transformer of the same blocks and depth.
+    """The FLOPs of a sequence under any configuration, and under the discrete transformer of the
+    same blocks and depth.
 
     Args:
         num_tokens: Length of the sequence; `max_position_embeddings` by default.
@@ -79,24 +83,32 @@ def count_flops(config: TarFlowLMConfig, num_tokens: int | None = None) -> FlopC
     """
     num_tokens = config.max_position_embeddings if num_tokens is None else num_tokens
     if num_tokens < 1 or num_tokens % config.patch_size:
-        raise ValueError(f"num_tokens must be a positive multiple of patch_size: {num_tokens}, {config.patch_size}.")
+        raise ValueError(
+            f"num_tokens must be a positive multiple of patch_size: {num_tokens}, {config.patch_size}."
+        )
+
     with torch.device("meta"):  # weights with shapes, and nothing in them
         flow, discrete = TarFlowLMModel(config), discrete_baseline(config)
+
     width, num_layers = config.hidden_size, config.num_hidden_layers
     return FlopCount(
         num_tokens=num_tokens,
         flow=sum(forward_flops(flow, num_tokens)),
         discrete=sum(forward_flops(discrete, num_tokens)),
         paper_flow=sum(paper_flow_flops(config, num_tokens)),
-        paper_discrete=paper_body_flops(num_tokens, width, num_layers) + 2 * num_tokens * width * config.vocab_size,
+        paper_discrete=paper_body_flops(num_tokens, width, num_layers)
+        + 2 * num_tokens * width * config.vocab_size,
     )
 
 
-def count_by_patch_size(config: TarFlowLMConfig, patch_sizes: Sequence[int] = PATCH_SIZES) -> dict[int, FlopCount]:
-    """The counts of a configuration at its own and at other patch sizes, all else equal, in rising order.
+def count_by_patch_size(
+    config: TarFlowLMConfig, patch_sizes: Sequence[int] = PATCH_SIZES
+) -> dict[int, FlopCount]:
+    """The counts of a configuration at its own and at other patch sizes, all else equal, in rising
+    order.
 
-    Patch sizes that do not divide its `max_position_embeddings` are left out. With one token to a patch there is no
-    second decoder (`patch_head_layers`).
+    Patch sizes that do not divide its `max_position_embeddings` are left out. With one token to a
+    patch there is no second decoder (`patch_head_layers`).
 
     Example:
         >>> config = gpt2_sized_config("small", patch_size=2, max_position_embeddings=128)
@@ -108,20 +120,27 @@ def count_by_patch_size(config: TarFlowLMConfig, patch_sizes: Sequence[int] = PA
     for patch_size in sorted({*patch_sizes, config.patch_size}):
         if patch_size < 1 or length % patch_size:
             continue
+
         changed = copy.deepcopy(config)
         changed.patch_size = patch_size
         if hasattr(changed.block_config, "max_position_embeddings"):
             changed.block_config.max_position_embeddings = length // patch_size
+
         if patch_size == 1:
             changed.flows = [
-                flow | {"patch_head_layers": 0} if "patch_head_layers" in flow else flow for flow in changed.flows
+                flow | {"patch_head_layers": 0} if "patch_head_layers" in flow else flow
+                for flow in changed.flows
             ]
+
         counts[patch_size] = count_flops(changed)
+
     return counts
 
 
 def paper_body_flops(num_positions: int, width: int, num_layers: int) -> int:
-    """S (4w + n (24 w^2 + 2 w S)): n of GPT-2's layers of width w over S positions, without an output head."""
+    """S (4w + n (24 w^2 + 2 w S)): n of GPT-2's layers of width w over S positions, without an
+    output head.
+    """
     return num_positions * (4 * width + num_layers * (24 * width**2 + 2 * width * num_positions))
 
 
@@ -129,17 +148,22 @@ def paper_flow_flops(config: TarFlowLMConfig, num_tokens: int) -> list[int]:
     """The paper's count of each flow: its body over S / P positions, and its coupling's head."""
     width, positions = config.hidden_size, num_tokens // config.patch_size
     flops = []
+
     for flow in config.flows:
         body = paper_body_flops(positions, width, flow["num_hidden_layers"])
-        flops.append(body + positions * paper_head_flops(flow, width, config.latent_size, config.patch_size))
+        flops.append(
+            body + positions * paper_head_flops(flow, width, config.latent_size, config.patch_size)
+        )
+
     return flops
 
 
 def paper_head_flops(flow: dict, width: int, latent_size: int, patch_size: int = 1) -> int:
     """Of one position of c = P d dimensions, from the decoder's output of width w.
 
-    An autoregressive Mix-1 head has E features of each dimension, H/2 hidden units and o = 3K outputs for each; with
-    masked matrices as if they were dense, that is 6E (c - 1)^2 + Hc (w + E (c - 1)) + H c^2 o. Other heads are linear.
+    An autoregressive Mix-1 head has E features of each dimension, H/2 hidden units and o = 3K
+    outputs for each; with masked matrices as if they were dense, that is 6E (c - 1)^2 + Hc (w + E
+    (c - 1)) + H c^2 o. Other heads are linear.
 
     Example:
         >>> flow = {"coupling": "mixture_cdf", "autoregressive": True, "num_components": 64, "head_hidden_size": 128}
@@ -149,15 +173,19 @@ def paper_head_flops(flow: dict, width: int, latent_size: int, patch_size: int =
     size = patch_size * latent_size
     if flow["coupling"] == "affine":
         return 2 * width * 2 * size
+
     outputs = 3 * flow["num_components"]
     if flow["coupling"] == "mixture_rosenblatt":
         return 2 * width * patch_size * flow["num_components"]
     if not flow["autoregressive"]:
         return 2 * width * size * outputs
+
     hidden = flow["head_hidden_size"]
     features = min(max(1, hidden * 9 // 16 // max(1, size - 1)), 96)
     from_inputs = 6 * features * (size - 1) ** 2
-    return from_inputs + hidden * size * (width + features * (size - 1)) + hidden * size**2 * outputs
+    return (
+        from_inputs + hidden * size * (width + features * (size - 1)) + hidden * size**2 * outputs
+    )
 
 
 def gpt2_sized_config(
@@ -168,8 +196,8 @@ def gpt2_sized_config(
     max_position_embeddings: int = 1024,
     latent_size: int = 16,
 ) -> TarFlowLMConfig:
-    """The paper's stack at GPT-2's sizes: three flows with 1/6, 1/6 and 2/3 of the layers, Mix-1 with K = 64 (or with
-    `coupling` "mixture_rosenblatt" Mix-d in the first, or "affine" in all).
+    """The paper's stack at GPT-2's sizes: three flows with 1/6, 1/6 and 2/3 of the layers, Mix-1
+    with K = 64 (or with `coupling` "mixture_rosenblatt" Mix-d in the first, or "affine" in all).
 
     Raises:
         ValueError: There is no such size.
@@ -180,13 +208,21 @@ def gpt2_sized_config(
     """
     if size not in GPT2_SIZES:
         raise ValueError(f"size must be one of {', '.join(GPT2_SIZES)}, not {size!r}.")
+
     num_layers, width, num_heads = GPT2_SIZES[size]
     flows = []
-    for index, layers in enumerate((num_layers // 6, num_layers // 6, num_layers - 2 * (num_layers // 6))):
+
+    for index, layers in enumerate(
+        (num_layers // 6, num_layers // 6, num_layers - 2 * (num_layers // 6))
+    ):
         kind = "mixture_cdf" if coupling == "mixture_rosenblatt" and index > 0 else coupling
-        flow: dict[str, Any] = {"coupling": kind, "direction": ("left_to_right", "right_to_left")[index % 2]}
+        flow: dict[str, Any] = {
+            "coupling": kind,
+            "direction": ("left_to_right", "right_to_left")[index % 2],
+        }
         flow |= {"num_hidden_layers": layers}
         flows.append(flow | ({"num_components": 64} if kind == "mixture_cdf" else {}))
+
     return TarFlowLMConfig(
         vocab_size=vocab_size,
         latent_size=latent_size,
@@ -201,9 +237,14 @@ def gpt2_sized_config(
 def figure_7(
     sizes: Sequence[str] = tuple(GPT2_SIZES), patch_sizes: Sequence[int] = PATCH_SIZES, **options
 ) -> dict[str, dict[int, FlopCount]]:
-    """The counts at every size and patch size: the data of the paper's Figure 7. Options of `gpt2_sized_config`."""
+    """The counts at every size and patch size: the data of the paper's Figure 7. Options of
+    `gpt2_sized_config`.
+    """
     return {
-        size: {patch_size: count_flops(gpt2_sized_config(size, patch_size, **options)) for patch_size in patch_sizes}
+        size: {
+            patch_size: count_flops(gpt2_sized_config(size, patch_size, **options))
+            for patch_size in patch_sizes
+        }
         for size in sizes
     }
 
@@ -219,16 +260,25 @@ def flops_table(counts: dict[str, dict[int, FlopCount]]) -> str:
     """
     patch_sizes = next(iter(counts.values()))
     lines = ["patch size" + "".join(f"{patch_size:>12}   " for patch_size in patch_sizes).rstrip()]
+
     for size, row in counts.items():
         cells = (f"{count.ratio:.3f} ({count.paper_ratio:.3f})" for count in row.values())
         lines.append(f"{size:<9}" + "".join(f"  {cell}" for cell in cells))
+
     return "\n".join(lines)
 
 
 def patch_size_rows(counts: dict[int, FlopCount]) -> list[tuple[str, str, str, str]]:
-    """Of `count_by_patch_size`: patch size, FLOPs a token, their ratio to the discrete transformer, by the paper."""
+    """Of `count_by_patch_size`: patch size, FLOPs a token, their ratio to the discrete transformer,
+    by the paper.
+    """
     return [
-        (str(patch_size), f"{count.flow_per_token:.4g}", f"{count.ratio:.3f}", f"{count.paper_ratio:.3f}")
+        (
+            str(patch_size),
+            f"{count.flow_per_token:.4g}",
+            f"{count.ratio:.3f}",
+            f"{count.paper_ratio:.3f}",
+        )
         for patch_size, count in counts.items()
     ]
 
@@ -243,4 +293,6 @@ def patch_size_table(counts: dict[int, FlopCount]) -> str:
         2                     5   0.250         0.200
     """
     rows = [("patch size", "FLOPs/token", "ratio", "by the paper"), *patch_size_rows(counts)]
-    return "\n".join(f"{size:<10}  {flops:>11}  {ratio:>6}  {paper:>12}" for size, flops, ratio, paper in rows)
+    return "\n".join(
+        f"{size:<10}  {flops:>11}  {ratio:>6}  {paper:>12}" for size, flops, ratio, paper in rows
+    )

@@ -1,9 +1,10 @@
-"""Publishing: a model with its code, tokenizer and card in one commit to the Hub, which is then loaded back.
+"""Publishing: a model with its code, tokenizer and card in one commit to the Hub, which is then
+loaded back.
 
     publish(model, tokenizer, "USER/NAME", card=model_card(model.config, repo_id="USER/NAME"))
 
-Everything that can be wrong on this side is found before anything is written. `model.push_to_hub` and
-`Trainer(push_to_hub=True)` work as in the library, without these checks.
+Everything that can be wrong on this side is found before anything is written. `model.push_to_hub`
+and `Trainer(push_to_hub=True)` work as in the library, without these checks.
 """
 
 import inspect
@@ -17,7 +18,14 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    get_token,
+)
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedTokenizerBase
@@ -30,13 +38,21 @@ __all__ = ["PublishError", "check_access", "model_card", "publish"]
 PROBE = "the quick brown fox jumps over the lazy dog"
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 
-# What a commit replaces as a whole: weights, code and tokenizer of another shape would be loaded beside the new ones.
+# What a commit replaces as a whole: weights, code and tokenizer of another shape would be loaded
+# beside the new ones.
 REPLACED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".py")
-REPLACED_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+REPLACED_FILES = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+}
 
 
 class PublishError(RuntimeError):
-    """What was to be published does not load as it should, or has not arrived; says what the Hub has now."""
+    """What was to be published does not load as it should, or has not arrived; says what the Hub
+    has now.
+    """
 
 
 def publish(
@@ -53,42 +69,52 @@ def publish(
     commit_message: str = "Upload TarFlowLM",
     probe_text: str = PROBE,
 ) -> CommitInfo:
-    """Publishes a model so that `AutoModelForCausalLM.from_pretrained(repo_id, trust_remote_code=True)` loads it.
+    """Publishes a model so that `AutoModelForCausalLM.from_pretrained(repo_id,
+    trust_remote_code=True)` loads it.
 
     1. Checks the name, the token, the card's metadata and the tokenizer.
-    2. Saves everything to a temporary folder, loads that in a fresh process that can't import this package, and
-       compares the bound on the likelihood of `probe_text`, with the same noise, with that of the model at hand.
-    3. Writes one commit: weights (safetensors), configurations, tokenizer, code, card. It also deletes weights, code
-       and tokenizer files of the commit before that have no successor; other files stay.
+    2. Saves everything to a temporary folder, loads that in a fresh process that can't import this
+       package, and compares the bound on the likelihood of `probe_text`, with the same noise, with
+       that of the model at hand.
+    3. Writes one commit: weights (safetensors), configurations, tokenizer, code, card. It also
+       deletes weights, code and tokenizer files of the commit before that have no successor; other
+       files stay.
     4. Loads that commit in the same way, and compares again. Then it is tagged.
 
     Args:
         model: In any mode, on any device. In memory it is left as it is.
-        repo_id: "USER/NAME" or "ORGANIZATION/NAME"; "NAME" alone is one of the token's owner. Made where it does not
-            exist.
-        card: Text of README.md, as of [`model_card`], which makes one from the configuration where this is None.
-        private: Of a new repository; by default as the owner's settings have it. An existing one is refused if it is
-            public and this is True.
+        repo_id: "USER/NAME" or "ORGANIZATION/NAME"; "NAME" alone is one of the token's owner. Made
+            where it does not exist.
+        card: Text of README.md, as of [`model_card`], which makes one from the configuration where
+            this is None.
+        private: Of a new repository; by default as the owner's settings have it. An existing one is
+            refused if it is public and this is True.
         branch: Where the commit goes; made from "main" where it does not exist.
         tag: A name for the commit once it has been verified, such as "v1.0".
-        token: Of a user who may write; by default the one that `hf auth login` or `HF_TOKEN` has set.
+        token: Of a user who may write; by default the one that `hf auth login` or `HF_TOKEN` has
+            set.
         max_shard_size: Weights beyond it go to several files.
 
     Returns:
         The commit: `oid`, `commit_url`.
 
     Raises:
-        ValueError: The name, the token, the card, the tokenizer or the model is not fit to be published, and nothing
-            was written. PublishError: The saved model does not load as it should, and nothing was written; or the
-            connection failed, or what the Hub has loads as something else: the message says what to do.
+        ValueError: The name, the token, the card, the tokenizer or the model is not fit to be
+            published, and nothing was written. PublishError: The saved model does not load as it
+            should, and nothing was written; or the connection failed, or what the Hub has loads as
+            something else: the message says what to do.
     """
     if not isinstance(model, TarFlowLMModel):
         raise ValueError(
             f"publish takes a TarFlowLMModel, not {type(model).__name__}: unwrap what is compiled or distributed; a "
             "model of the library's own is published by its push_to_hub."
         )
+
     if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(f"The tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}.")
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}."
+        )
+
     api = HfApi(token=token)
     repo_id = check_access(repo_id, private=private, tag=tag, token=token)
     card = model_card(model.config, repo_id=repo_id) if card is None else card
@@ -98,17 +124,24 @@ def publish(
     expected = nats_per_token(model.eval(), tokenizer, probe_text)
     for module, mode in was_training.items():
         module.training = mode
+
     if not math.isfinite(expected):
-        raise ValueError(f"The model gives {probe_text!r} {expected} nats per token: it is broken, and not published.")
+        raise ValueError(
+            f"The model gives {probe_text!r} {expected} nats per token: it is broken, and not published."
+        )
 
     with tempfile.TemporaryDirectory() as folder, CleanRoom() as clean_room:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
         (Path(folder) / "README.md").write_text(str(card), encoding="utf-8")
+
         try:
             saved = clean_room.nats_per_token(folder, probe_text)
         except RuntimeError as error:
-            raise PublishError(f"What was saved does not load, and nothing was published: {error}") from error
+            raise PublishError(
+                f"What was saved does not load, and nothing was published: {error}"
+            ) from error
+
         # The processes may differ in device, and in how they round in half precision.
         tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 3e-2
         if not math.isclose(saved, expected, rel_tol=tolerance, abs_tol=tolerance):
@@ -120,18 +153,23 @@ def publish(
         commit = _commit(api, Path(folder), repo_id, private, branch, commit_message)
         place = f"{repo_id} at {commit.oid}"
         token = get_token() if token is None else token
+
         try:
-            loaded = clean_room.nats_per_token(repo_id, probe_text, revision=commit.oid, token=token)
+            loaded = clean_room.nats_per_token(
+                repo_id, probe_text, revision=commit.oid, token=token
+            )
         except RuntimeError as error:
             raise PublishError(
                 f"{place} was published but does not load here: {error}\nIf the connection was lost, publish again: "
                 f"what is there already is not sent twice. Until then nobody should use it."
             ) from error
+
         if not math.isclose(loaded, saved, rel_tol=1e-5, abs_tol=1e-5):
             raise PublishError(
                 f"{place} was published but gives {probe_text!r} {loaded:.6f} nats per token instead of {saved:.6f}: "
                 f"it is another model. Don't use it; publish again, and see who else writes to {repo_id}."
             )
+
     if tag is not None:
         try:
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
@@ -140,40 +178,51 @@ def publish(
                 f"{place} was published and verified, but not tagged {tag!r}: {error}\nTag it with "
                 f"`hf repos tag create {repo_id} {tag} --revision {commit.oid}`."
             ) from error
+
     return commit
 
 
-def check_access(repo_id: str, *, private: bool | None = None, tag: str | None = None, token: str | None = None) -> str:
-    """The full name of a repository that the token may write to, which need not exist. Writes nothing.
+def check_access(
+    repo_id: str, *, private: bool | None = None, tag: str | None = None, token: str | None = None
+) -> str:
+    """The full name of a repository that the token may write to, which need not exist. Writes
+    nothing.
 
     Raises:
-        ValueError: The name is not valid, or not the token's to write; there is no token, or it may only read; the
-            repository is public and was to be private, or has the tag already.
+        ValueError: The name is not valid, or not the token's to write; there is no token, or it may
+            only read; the repository is public and was to be private, or has the tag already.
     """
     validate_repo_id(repo_id)
     api = HfApi(token=token)
+
     if token is None and get_token() is None:
         raise ValueError(
             f"There is no token to write to {repo_id} with: make one that may write at {TOKENS_PAGE}, then give it "
             "to `hf auth login`, in the variable HF_TOKEN, or as token=."
         )
+
     try:
         user = api.whoami()
     except HfHubHTTPError as error:
         if error.response.status_code != 401:
             raise
-        raise ValueError(f"The Hub does not accept the token: make one at {TOKENS_PAGE}. {error}") from error
+        raise ValueError(
+            f"The Hub does not accept the token: make one at {TOKENS_PAGE}. {error}"
+        ) from error
+
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise ValueError(
             f"The token of {user['name']} may only read: make one that may write at {TOKENS_PAGE}, then give it to "
             "`hf auth login`, in the variable HF_TOKEN, or as token=."
         )
+
     owners = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
     owner, name = repo_id.split("/") if "/" in repo_id else (user["name"], repo_id)
     if owner not in owners:
         raise ValueError(
             f"The token's owner can't write to {owner}/{name}: choose {' or '.join(owners)} before /{name}."
         )
+
     repo_id = f"{owner}/{name}"
     try:
         info = api.model_info(repo_id)
@@ -185,6 +234,7 @@ def check_access(repo_id: str, *, private: bool | None = None, tag: str | None =
             raise ValueError(f"{repo_id} has a tag {tag!r} already: choose another one.")
     except RepositoryNotFoundError:
         pass
+
     return repo_id
 
 
@@ -214,14 +264,20 @@ def _commit(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if branch != "main":
             api.create_branch(repo_id, branch=branch, exist_ok=True)
+
         head = api.model_info(repo_id, revision=branch).sha
         left_over = [
             name
             for name in api.list_repo_files(repo_id, revision=head)
-            if name not in files and "/" not in name and (name.endswith(REPLACED) or name in REPLACED_FILES)
+            if name not in files
+            and "/" not in name
+            and (name.endswith(REPLACED) or name in REPLACED_FILES)
         ]
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(n) for n in left_over]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationDelete(n) for n in left_over
+        ]
         operations += [CommitOperationAdd(name, path) for name, path in files.items()]
+
         return api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=branch, parent_commit=head
         )
@@ -238,10 +294,13 @@ def nats_per_token(model, tokenizer, text: str) -> float:
 
     Its source also runs in the clean room: it uses nothing but its arguments and torch.
     """
-    ids = tokenizer(text).input_ids * model.config.patch_size  # so many times over, which is a multiple of it
+    ids = (
+        tokenizer(text).input_ids * model.config.patch_size
+    )  # so many times over, which is a multiple of it
     ids = ids[: model.config.max_position_embeddings]
     if not ids:
         raise ValueError(f"The tokenizer makes no token of {text!r}: choose another probe_text.")
+
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, len(ids), model.config.latent_size, generator=generator)
     input_ids = torch.tensor([ids], device=model.device)
@@ -249,7 +308,8 @@ def nats_per_token(model, tokenizer, text: str) -> float:
 
 
 class CleanRoom:
-    """A fresh process in which this package can't be imported: it loads models as any machine would, by their own code.
+    """A fresh process in which this package can't be imported: it loads models as any machine
+    would, by their own code.
 
     It runs on the CPU, with a cache of its own for modules and files, and takes one request a line.
     """
@@ -290,10 +350,15 @@ for line in sys.stdin:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env={**os.environ, "HF_MODULES_CACHE": f"{self.folder.name}/modules", "CUDA_VISIBLE_DEVICES": ""},
+            env={
+                **os.environ,
+                "HF_MODULES_CACHE": f"{self.folder.name}/modules",
+                "CUDA_VISIBLE_DEVICES": "",
+            },
         )
         assert self.process.stdout is not None
         self.answers = self.process.stdout
+
         return self
 
     def __exit__(self, *exception) -> None:
@@ -307,13 +372,23 @@ for line in sys.stdin:
         Raises:
             RuntimeError: It could not be loaded or run; with the other process's error.
         """
-        request = {"source": source, "text": text, "cache_dir": f"{self.folder.name}/files", **options}
+        request = {
+            "source": source,
+            "text": text,
+            "cache_dir": f"{self.folder.name}/files",
+            **options,
+        }
+
         try:
             print(json.dumps(request), file=self.process.stdin, flush=True)
             answer = json.loads(self.answers.readline())
         except (BrokenPipeError, json.JSONDecodeError) as error:  # it has died
             self.errors.seek(0)
-            raise RuntimeError(f"The process that loads it has ended: {self.errors.read()[-2000:]}") from error
+            raise RuntimeError(
+                f"The process that loads it has ended: {self.errors.read()[-2000:]}"
+            ) from error
+
         if "error" in answer:
             raise RuntimeError(answer["error"])
+
         return answer["nats"]

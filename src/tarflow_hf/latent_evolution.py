@@ -1,4 +1,5 @@
-"""How the states of a sequence change from flow to flow: their size, their likeness, their dimensions, their centre.
+"""How the states of a sequence change from flow to flow: their size, their likeness, their
+dimensions, their centre.
 
 evolution_of_text(model, sequences), evolution_of_samples(model, 64)  ->  Evolution  ->  plots.plot_evolution
 """
@@ -33,7 +34,9 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Evolution:
-    """Measures of the states h0 (the latents), ..., hL (the noise), over sequences. Plain data, by `asdict`."""
+    """Measures of the states h0 (the latents), ..., hL (the noise), over sequences. Plain data, by
+    `asdict`.
+    """
 
     num_sequences: int
     num_tokens: int  # of the longest sequence
@@ -57,8 +60,9 @@ def measure_state(state: Tensor, mask: Tensor | None = None) -> dict[str, Tensor
     Returns:
         - `norm`: the mean L2 norm of the tokens' states;
         - `cosine`: the mean cosine over all pairs of tokens, 1 of a single token;
-        - `participation_ratio`: (sum of lambda)^2 / sum of lambda^2 over the eigenvalues of the tokens' covariance: in
-          how many directions they vary; 0 where they do not, such as a single token;
+        - `participation_ratio`: (sum of lambda)^2 / sum of lambda^2 over the eigenvalues of the
+          tokens' covariance: in how many directions they vary; 0 where they do not, such as a
+          single token;
         - `centroid`: their mean (B, d).
 
     Raises:
@@ -71,24 +75,39 @@ def measure_state(state: Tensor, mask: Tensor | None = None) -> dict[str, Tensor
     """
     if state.ndim != 3:
         raise ValueError(f"A state must be of shape (B, T, d), not {tuple(state.shape)}.")
+
     state = state.detach().cpu()
     is_real = torch.ones(state.shape[:2], dtype=torch.bool) if mask is None else mask.cpu() != 0
+
     count = is_real.sum(-1)
     if is_real.shape != state.shape[:2] or not state.numel() or not bool((count > 0).all()):
-        raise ValueError(f"Every sequence needs a token: the state has shape {tuple(state.shape)}, tokens {count}.")
+        raise ValueError(
+            f"Every sequence needs a token: the state has shape {tuple(state.shape)}, tokens {count}."
+        )
+
     state = state.double().masked_fill(~is_real.unsqueeze(-1), 0)
     if not bool(state.isfinite().all()):
-        raise ValueError(f"The state is not finite in {int((~state.isfinite()).any(-1).sum())} tokens.")
+        raise ValueError(
+            f"The state is not finite in {int((~state.isfinite()).any(-1).sum())} tokens."
+        )
+
     t = count.unsqueeze(-1)  # (B, 1)
     centroid = state.sum(1) / t
+
     # sum over pairs of cos = (|sum of directions|^2 - sum of their squares) / 2
     direction = F.normalize(state, dim=-1)
     pairs = direction.sum(1).square().sum(-1) - direction.square().sum((1, 2))
     cosine = torch.where(count > 1, pairs / (count * (count - 1)).clamp(min=1), 1.0)
     centred = (state - centroid.unsqueeze(1)).masked_fill(~is_real.unsqueeze(-1), 0)
-    covariance = centred.mT @ centred / t.unsqueeze(-1)  # (B, d, d): its trace is the sum of eigenvalues, and so on
-    trace, trace_of_square = covariance.diagonal(dim1=1, dim2=2).sum(-1), covariance.square().sum((1, 2))
+    covariance = (
+        centred.mT @ centred / t.unsqueeze(-1)
+    )  # (B, d, d): its trace is the sum of eigenvalues, and so on
+    trace, trace_of_square = (
+        covariance.diagonal(dim1=1, dim2=2).sum(-1),
+        covariance.square().sum((1, 2)),
+    )
     ratio = torch.where(trace_of_square > 0, trace.square() / trace_of_square, 0.0)
+
     return {
         "norm": state.norm(dim=-1).sum(-1) / count,
         "cosine": cosine,
@@ -101,7 +120,8 @@ def measure_evolution(batches: Iterable[Sequence[Tensor]]) -> Evolution:
     """The evolution over batches, each with its states h0, ..., hL of shape (B, T, d).
 
     Raises:
-        ValueError: There is no batch, or batches differ in their number of states; or see `measure_state`.
+        ValueError: There is no batch, or batches differ in their number of states; or see
+            `measure_state`.
     """
     values, num_sequences, num_tokens, latent_size = {}, 0, 0, 0
     for states in batches:
@@ -111,16 +131,21 @@ def measure_evolution(batches: Iterable[Sequence[Tensor]]) -> Evolution:
                 measured = measure_state(state)
             except ValueError as error:
                 raise ValueError(f"State {level} of {len(states) - 1}: {error}") from None
+
             movement = None if centroid is None else (measured["centroid"] - centroid).norm(dim=-1)
             centroid = measured.pop("centroid")
             if movement is not None:
                 measured["centroid_movement"] = movement
+
             for name, value in measured.items():
                 values.setdefault(name, {}).setdefault(level, []).append(value)
+
         num_sequences += len(states[0])
         num_tokens, latent_size = max(num_tokens, states[0].shape[1]), states[0].shape[2]
+
     if not num_sequences:
         raise ValueError("There is no sequence to measure.")
+
     statistics = {
         name: [
             Statistic(x.mean().item(), x.std(correction=0).item())
@@ -128,6 +153,7 @@ def measure_evolution(batches: Iterable[Sequence[Tensor]]) -> Evolution:
         ]
         for name in MEASURES
     }
+
     return Evolution(num_sequences, num_tokens, latent_size, **statistics)
 
 
@@ -140,15 +166,21 @@ def evolution_of_text(
     seed: int = 0,
     progress: bool = False,
 ) -> Evolution:
-    """Of a text's latents on their way to noise, from sequences as `evaluation.likelihood` takes them."""
+    """Of a text's latents on their way to noise, from sequences as `evaluation.likelihood` takes
+    them.
+    """
     model.eval()
 
     def states():
         index = 0
         batches = batches_of_equal_length(islice(sequences, max_sequences), batch_size)
-        for batch in tqdm(batches, desc="encoding", unit="batch", disable=not progress, leave=False):
+        for batch in tqdm(
+            batches, desc="encoding", unit="batch", disable=not progress, leave=False
+        ):
             ids = torch.stack([sequence["input_ids"] for sequence in batch]).to(model.device)
-            noise = latent_noise(model, ids.shape[1], [(seed, index + row) for row in range(len(batch))])[0]
+            noise = latent_noise(
+                model, ids.shape[1], [(seed, index + row) for row in range(len(batch))]
+            )[0]
             index += len(batch)
             yield model.flow(model.encode(ids, noise=noise)).states
 
@@ -176,8 +208,12 @@ def evolution_of_samples(
     def states():
         starts = range(0, num_sequences, batch_size)
         for start in tqdm(starts, desc="sampling", unit="batch", disable=not progress, leave=False):
-            seeds = [(seed, index) for index in range(start, min(start + batch_size, num_sequences))]
-            yield model.generate(noise=latent_noise(model, length, seeds)[0], output_states=True, **options).states
+            seeds = [
+                (seed, index) for index in range(start, min(start + batch_size, num_sequences))
+            ]
+            yield model.generate(
+                noise=latent_noise(model, length, seeds)[0], output_states=True, **options
+            ).states
 
     return measure_evolution(states())
 
@@ -194,6 +230,7 @@ def evolution_table(evolution: Evolution) -> str:
     """
     names = ("norm", "cosine", "participation", "centre moves")
     lines = ["state    " + "".join(f"{name:>17}" for name in names)]
+
     for level in range(evolution.num_states):
         cells = [
             getattr(evolution, name)[level - (name == "centroid_movement")]
@@ -201,5 +238,8 @@ def evolution_table(evolution: Evolution) -> str:
             if level or name != "centroid_movement"
         ]
         name = f"flow {level}" if level else "latents"
-        lines.append(f"{name:<9}" + "".join(f"  {f'{cell.mean:.3f} ± {cell.std:.3f}':>15}" for cell in cells))
+        lines.append(
+            f"{name:<9}" + "".join(f"  {f'{cell.mean:.3f} ± {cell.std:.3f}':>15}" for cell in cells)
+        )
+
     return "\n".join(lines)

@@ -1,17 +1,21 @@
-"""TarFlowLM for the language model evaluation harness (`pip install lm-eval`), which finds it by its own runner:
+"""TarFlowLM for the language model evaluation harness (`pip install lm-eval`), which finds it by
+its own runner:
 
-    python -m tarflow_hf.lm_eval_model --model tarflowlm --model_args pretrained=runs/demo/model --tasks wikitext
+    python -m tarflow_hf.lm_eval_model --model tarflowlm --model_args pretrained=runs/demo/model
+    --tasks wikitext
 
-or, in Python, after `import tarflow_hf.lm_eval_model`, by `lm_eval.simple_evaluate(model="tarflowlm", ...)`.
+or, in Python, after `import tarflow_hf.lm_eval_model`, by
+`lm_eval.simple_evaluate(model="tarflowlm", ...)`.
 
 What its numbers are:
 
-- `loglikelihood_rolling` (perplexity, bits per byte): a lower bound on the log-likelihood, so perplexities are upper
-  bounds. A text longer than the model takes is cut into sequences, over whose cuts nothing reaches; no window slides.
-- `loglikelihood` (multiple choice, log-probabilities of answers) of a conditional model: a lower bound on
-  log p(answer | question), the one it was trained for. Of any other model it is a DIFFERENCE OF TWO BOUNDS,
-  bound(question, answer) - bound(question), which may lie on either side of the truth. The results' `config` says which
-  of the two it was.
+- `loglikelihood_rolling` (perplexity, bits per byte): a lower bound on the log-likelihood, so
+  perplexities are upper bounds. A text longer than the model takes is cut into sequences, over
+  whose cuts nothing reaches; no window slides.
+- `loglikelihood` (multiple choice, log-probabilities of answers) of a conditional model: a lower
+  bound on log p(answer | question), the one it was trained for. Of any other model it is a
+  DIFFERENCE OF TWO BOUNDS, bound(question, answer) - bound(question), which may lie on either side
+  of the truth. The results' `config` says which of the two it was.
 - `generate_until`: what `generate` continues, with all it says of exactness.
 
 A tokenizer that loses something of a text, as that of text8, is scored on what is left of it.
@@ -53,16 +57,18 @@ class TarFlowLMEvaluator(LM):
         batch_size: Sequences at once; "auto" is 16.
         device: Default "cuda" where there is one.
         num_samples: Of the importance-weighted bound.
-        seed: Of the latents. With it they follow from the text (of `loglikelihood` from the context, so that the
-            choices of a question share them), whatever stands beside it.
-        check_greedy: Whether `loglikelihood` also finds out if the model would have written the continuation with its
-            noise at 0, for tasks with such an accuracy (lambada). It takes a generation for each request; where it is
-            False, the answer is always no. Multiple choice does not need it.
+        seed: Of the latents. With it they follow from the text (of `loglikelihood` from the
+            context, so that the choices of a question share them), whatever stands beside it.
+        check_greedy: Whether `loglikelihood` also finds out if the model would have written the
+            continuation with its noise at 0, for tasks with such an accuracy (lambada). It takes a
+            generation for each request; where it is False, the answer is always no. Multiple choice
+            does not need it.
         max_gen_toks: Of `generate_until`, where a task does not say.
         dtype, revision, trust_remote_code: Of `from_pretrained`.
 
     Raises:
-        ValueError: The checkpoint is another kind of model, which the harness evaluates by `--model hf`.
+        ValueError: The checkpoint is another kind of model, which the harness evaluates by `--model
+            hf`.
     """
 
     def __init__(
@@ -83,23 +89,38 @@ class TarFlowLMEvaluator(LM):
         super().__init__()
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         model = pretrained
+
         if isinstance(pretrained, str):
-            tokenizer = AutoTokenizer.from_pretrained(pretrained if tokenizer is None else tokenizer, **options)
+            tokenizer = AutoTokenizer.from_pretrained(
+                pretrained if tokenizer is None else tokenizer, **options
+            )
             model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype, **options)
+
         if not isinstance(model, TarFlowLMModel):
-            raise ValueError(f"{pretrained} is no TarFlowLM but {type(model).__name__}: evaluate it by --model hf.")
+            raise ValueError(
+                f"{pretrained} is no TarFlowLM but {type(model).__name__}: evaluate it by --model hf."
+            )
         if tokenizer is None:
             raise ValueError("A model that is given as such needs its tokenizer, too.")
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples}.")
-        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):  # the harness's default
+
+        if device is None or (
+            device.startswith("cuda") and not torch.cuda.is_available()
+        ):  # the harness's default
             device = "cuda" if torch.cuda.is_available() else "cpu"
+
         self.model, self.tokenizer = model.to(device).eval(), tokenizer
         self._device = torch.device(device)
-        self.batch_size = 16 if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
+        self.batch_size = (
+            16 if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
+        )
         self.num_samples, self.seed, self.check_greedy = num_samples, seed, check_greedy
         self.max_gen_toks = max_gen_toks
-        self.patch_size, self.max_length = model.config.patch_size, model.config.max_position_embeddings
+        self.patch_size, self.max_length = (
+            model.config.patch_size,
+            model.config.max_position_embeddings,
+        )
 
     @property
     def tokenizer_name(self) -> str:
@@ -115,52 +136,84 @@ class TarFlowLMEvaluator(LM):
         }
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else []
+        return (
+            self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else []
+        )
 
-    # ---------------------------------------------------------------------------------------------------- scoring
+    # -------------------------------------------------------------------------------------- scoring
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
         """Bounds on log p(text), in nats; 0 of an empty text."""
         pieces, totals = [], [0.0] * len(requests)
         for index, request in enumerate(requests):
             tokens = torch.tensor(self.encode(request.args[0]), dtype=torch.long)
-            pieces += [(index, cut["input_ids"]) for cut in cut_text(tokens, self.max_length, self.patch_size)]
+            pieces += [
+                (index, cut["input_ids"])
+                for cut in cut_text(tokens, self.max_length, self.patch_size)
+            ]
+
         bounds = self._bounds([(ids, 0) for _, ids in pieces], disable_tqdm)
         for (index, _), bound in zip(pieces, bounds, strict=True):
             totals[index] += bound
+
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+
         return totals
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of a conditional model bounds on log p(continuation | context), of any other differences of bounds; and
-        whether the continuation is what the model writes with its noise at 0 (see `check_greedy`).
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Of a conditional model bounds on log p(continuation | context), of any other differences
+        of bounds; and whether the continuation is what the model writes with its noise at 0 (see
+        `check_greedy`).
         """
         if not self.model.config.conditional:
             logger.warning_once(f"loglikelihood is {DIFFERENCE}: this model is not conditional.")
+
         pairs = [self._encode_pair(*request.args) for request in requests]
         is_conditional = self.model.config.conditional
         contexts = [torch.tensor(context, dtype=torch.long) for context, _ in pairs]
-        seeds = [self._seed(context) for context in contexts]  # the choices of a question share the latents' noise
+        seeds = [
+            self._seed(context) for context in contexts
+        ]  # the choices of a question share the latents' noise
         wholes = []
+
         for context, (_, continuation) in zip(contexts, pairs, strict=True):
-            padding = -len(continuation) % self.patch_size  # tokens that are modelled, too: see `cut_text`
+            padding = (
+                -len(continuation) % self.patch_size
+            )  # tokens that are modelled, too: see `cut_text`
             tokens = torch.tensor(continuation)
-            wholes.append((torch.cat([context, tokens, tokens[-1:].expand(padding)]), len(context) * is_conditional))
+            wholes.append(
+                (
+                    torch.cat([context, tokens, tokens[-1:].expand(padding)]),
+                    len(context) * is_conditional,
+                )
+            )
+
         scores = self._bounds(wholes, disable_tqdm, seeds)
         if not is_conditional:
-            known = {tuple(context): (torch.tensor(context, dtype=torch.long), 0) for context, _ in pairs}
+            known = {
+                tuple(context): (torch.tensor(context, dtype=torch.long), 0) for context, _ in pairs
+            }
             rest = dict(zip(known, self._bounds(list(known.values()), disable_tqdm), strict=True))
-            scores = [score - rest[tuple(context)] for score, (context, _) in zip(scores, pairs, strict=True)]
+            scores = [
+                score - rest[tuple(context)]
+                for score, (context, _) in zip(scores, pairs, strict=True)
+            ]
+
         greedy = self._is_greedy(pairs, disable_tqdm) if self.check_greedy else [False] * len(pairs)
         results = list(zip(scores, greedy, strict=True))
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, result)
+
         return results
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of context and continuation: the first ones of the context are left out where both are too long, or
-        where the context is not of whole patches.
+        """Tokens of context and continuation: the first ones of the context are left out where both
+        are too long, or where the context is not of whole patches.
 
         Raises:
             ValueError: There is no continuation, or it alone is too long.
@@ -168,27 +221,43 @@ class TarFlowLMEvaluator(LM):
         num_spaces = len(context) - len(context.rstrip())  # they belong to the word that follows
         if num_spaces:
             context, continuation = context[:-num_spaces], context[-num_spaces:] + continuation
+
         whole, num_context = self.encode(context + continuation), len(self.encode(context))
         before, after = whole[:num_context], whole[num_context:]
+
         length = len(after) + -len(after) % self.patch_size
         if not after or length > self.max_length:
             raise ValueError(
                 f"A continuation must have 1 to {self.max_length} tokens (max_position_embeddings), not {len(after)}: "
                 f"{continuation[:80]!r}."
             )
+
         room = min(len(before), self.max_length - length) // self.patch_size * self.patch_size
         return before[len(before) - room :], after
 
     @torch.no_grad()
     def _bounds(
-        self, sequences: Sequence[tuple[Tensor, int]], disable_tqdm: bool, seeds: Sequence[int] | None = None
+        self,
+        sequences: Sequence[tuple[Tensor, int]],
+        disable_tqdm: bool,
+        seeds: Sequence[int] | None = None,
     ) -> list[float]:
-        """Importance-weighted bounds, in nats, of ids (T,) given their first ones, whose number comes with them."""
+        """Importance-weighted bounds, in nats, of ids (T,) given their first ones, whose number
+        comes with them.
+        """
         seeds = [self._seed(ids) for ids, _ in sequences] if seeds is None else seeds
         bounds = [0.0] * len(sequences)
+
         # Of a similar length, longest first; an empty sequence has probability one.
-        order = sorted((i for i, (ids, _) in enumerate(sequences) if len(ids)), key=lambda i: -len(sequences[i][0]))
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        order = sorted(
+            (i for i, (ids, _) in enumerate(sequences) if len(ids)),
+            key=lambda i: -len(sequences[i][0]),
+        )
+
+        batches = [
+            order[start : start + self.batch_size]
+            for start in range(0, len(order), self.batch_size)
+        ]
         for batch in tqdm(batches, desc="bounds", disable=disable_tqdm):
             rows = [sequences[i][0] for i in batch]
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._device)
@@ -197,33 +266,48 @@ class TarFlowLMEvaluator(LM):
                 torch.tensor(numbers, device=self._device).unsqueeze(-1)
                 for numbers in ([len(row) for row in rows], [sequences[i][1] for i in batch])
             )
+
             # As many as the model takes, so that the first ones are the same whatever the length.
-            noise = latent_noise(self.model, self.max_length, [(self.seed, seeds[i]) for i in batch], self.num_samples)
+            noise = latent_noise(
+                self.model,
+                self.max_length,
+                [(self.seed, seeds[i]) for i in batch],
+                self.num_samples,
+            )
             options = {"attention_mask": (position < lengths).long()}
             if bool(given.any()):
                 options["observed_mask"] = position < given
+
             samples = elbo_samples(self.model, ids, noise[:, :, : ids.shape[1]], **options)
             for i, bound in zip(batch, log_mean_exp(samples.cpu().double()).tolist(), strict=True):
                 bounds[i] = bound
+
         return bounds
 
     def _seed(self, ids: Tensor) -> int:
         return zlib.crc32(ids.numpy().tobytes())
 
-    # ------------------------------------------------------------------------------------------------- generation
+    # ----------------------------------------------------------------------------------- generation
 
-    def _is_greedy(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[bool]:
+    def _is_greedy(
+        self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool
+    ) -> list[bool]:
         """Whether each continuation is that of `generate` with the noise at 0."""
         num_new = [len(after) + -len(after) % self.patch_size for _, after in pairs]
         prompts = [before for before, _ in pairs]
-        outputs = self._generate(prompts, num_new, {"do_sample": False, "eos_token_id": -1}, disable_tqdm)
-        return [output[: len(after)] == after for output, (_, after) in zip(outputs, pairs, strict=True)]
+        outputs = self._generate(
+            prompts, num_new, {"do_sample": False, "eos_token_id": -1}, disable_tqdm
+        )
+
+        return [
+            output[: len(after)] == after for output, (_, after) in zip(outputs, pairs, strict=True)
+        ]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations, cut before the first of the strings in `until`.
 
-        Of the task's `generation_kwargs` count `until`, `max_gen_toks`, `do_sample` (False by default: the noise at 0),
-        `temperature`, `top_k` and `top_p`.
+        Of the task's `generation_kwargs` count `until`, `max_gen_toks`, `do_sample` (False by
+        default: the noise at 0), `temperature`, `top_k` and `top_p`.
 
         Raises:
             ValueError: There are others.
@@ -231,12 +315,15 @@ class TarFlowLMEvaluator(LM):
         prompts, num_new, texts = [], [], [""] * len(requests)
         groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
         stops = []
+
         for index, request in enumerate(requests):
             context: str = request.args[0]
             options: dict[str, Any] = dict(request.args[1])
             until = options.pop("until", None) or []
             stops.append([until] if isinstance(until, str) else list(until))
-            length = min(options.pop("max_gen_toks", self.max_gen_toks), self.max_length - self.patch_size)
+            length = min(
+                options.pop("max_gen_toks", self.max_gen_toks), self.max_length - self.patch_size
+            )
             length = max(length // self.patch_size, 1) * self.patch_size
             tokens = self.encode(context)
             room = min(len(tokens), self.max_length - length) // self.patch_size * self.patch_size
@@ -245,39 +332,68 @@ class TarFlowLMEvaluator(LM):
             options = {"do_sample": False, **options}
             if unknown := sorted(set(options) - {"do_sample", "temperature", "top_k", "top_p"}):
                 raise ValueError(f"generate_until has no options {unknown}.")
+
             if not options["do_sample"]:
-                options = {"do_sample": False}  # a temperature of 0, as tasks write it, says the same
+                options = {
+                    "do_sample": False
+                }  # a temperature of 0, as tasks write it, says the same
+
             groups.setdefault(repr(sorted(options.items())), (options, []))[1].append(index)
+
         for options, indices in groups.values():
             chosen = [prompts[i] for i in indices], [num_new[i] for i in indices]
-            for i, output in zip(indices, self._generate(*chosen, options, disable_tqdm), strict=True):
-                text = self.tokenizer.decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                texts[i] = min((text.split(stop)[0] for stop in stops[i] if stop), key=len, default=text)
+            for i, output in zip(
+                indices, self._generate(*chosen, options, disable_tqdm), strict=True
+            ):
+                text = self.tokenizer.decode(
+                    output, skip_special_tokens=True, clean_up_tokenization_spaces=False
+                )
+                texts[i] = min(
+                    (text.split(stop)[0] for stop in stops[i] if stop), key=len, default=text
+                )
                 self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
+
         return texts
 
     def _generate(
-        self, prompts: Sequence[list[int]], num_new: Sequence[int], options: dict[str, Any], disable_tqdm: bool
+        self,
+        prompts: Sequence[list[int]],
+        num_new: Sequence[int],
+        options: dict[str, Any],
+        disable_tqdm: bool,
     ) -> list[list[int]]:
-        """The new tokens behind each prompt. A batch has prompts of one length, continued by as many tokens."""
+        """The new tokens behind each prompt. A batch has prompts of one length, continued by as
+        many tokens.
+        """
         outputs: list[list[int]] = [[]] * len(prompts)
         groups: dict[tuple[int, int], list[int]] = {}
         for i, (prompt, length) in enumerate(zip(prompts, num_new, strict=True)):
             groups.setdefault((len(prompt), length), []).append(i)
+
         generator = torch.Generator(self._device).manual_seed(self.seed)
         with tqdm(total=len(prompts), desc="generating", disable=disable_tqdm) as bar:
             for (size, length), group in groups.items():
                 for batch in (
-                    group[start : start + self.batch_size] for start in range(0, len(group), self.batch_size)
+                    group[start : start + self.batch_size]
+                    for start in range(0, len(group), self.batch_size)
                 ):
                     sizes: dict[str, Any] = {"max_new_tokens": length}
-                    ids = torch.tensor([prompts[i] for i in batch], device=self._device) if size else None
+                    ids = (
+                        torch.tensor([prompts[i] for i in batch], device=self._device)
+                        if size
+                        else None
+                    )
                     if ids is None:
                         sizes["num_return_sequences"] = len(batch)
-                    tokens = self.model.generate(ids, generator=generator, **sizes, **options)[:, size:]
+
+                    tokens = self.model.generate(ids, generator=generator, **sizes, **options)[
+                        :, size:
+                    ]
                     for i, row in zip(batch, tokens.tolist(), strict=True):
                         outputs[i] = row
+
                     bar.update(len(batch))
+
         return outputs
 
 

@@ -1,4 +1,5 @@
-"""The multi-pass view (the paper's Figure 6): the text that every flow's state decodes to, from noise to final text.
+"""The multi-pass view (the paper's Figure 6): the text that every flow's state decodes to, from
+noise to final text.
 
 states (of `generate(output_states=True)` or `model.flow`)  ->  `find_passes`  ->  `passes_text` or `passes_page`
 
@@ -19,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
-# Control characters, which a terminal obeys and HTML has not, but for tabs and new lines; and those that reorder text.
+# Control characters, which a terminal obeys and HTML has not, but for tabs and new lines; and those
+# that reorder text.
 NOT_PRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -34,19 +36,34 @@ class Pass:
     is_first: bool = False  # whether there is no pass before
 
     def segments(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool, bool]]:
-        """Runs of tokens that are alike in being changed and given: (text, changed, given), printable."""
-        tokens = zip(self.is_changed.tolist(), self.is_given.tolist(), self.token_ids.tolist(), strict=True)
+        """Runs of tokens that are alike in being changed and given: (text, changed, given),
+        printable.
+        """
+        tokens = zip(
+            self.is_changed.tolist(), self.is_given.tolist(), self.token_ids.tolist(), strict=True
+        )
         segments = []
+
         for (is_changed, is_given), run in groupby(tokens, key=lambda token: token[:2]):
-            text = tokenizer.decode([token_id for *_, token_id in run], clean_up_tokenization_spaces=False)
-            segments.append((NOT_PRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text), is_changed, is_given))
+            text = tokenizer.decode(
+                [token_id for *_, token_id in run], clean_up_tokenization_spaces=False
+            )
+            segments.append(
+                (NOT_PRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text), is_changed, is_given)
+            )
+
         return segments
 
     def summary(self) -> str:
         """How much of it changed, if there is a pass before, and how much is given, if anything."""
-        parts = [] if self.is_first else [f"{int(self.is_changed.sum())} of {len(self.token_ids)} tokens changed"]
+        parts = (
+            []
+            if self.is_first
+            else [f"{int(self.is_changed.sum())} of {len(self.token_ids)} tokens changed"]
+        )
         if bool(self.is_given.any()):
             parts.append(f"{int(self.is_given.sum())} given")
+
         return ", ".join(parts)
 
 
@@ -65,13 +82,15 @@ def find_passes(
         states: h0 (the latents), ..., hL (the noise), each (B, T, d).
         row: Which of the B sequences.
         given_ids: The prompt (n,), n <= T, whose tokens stand for what the states decode to there.
-        given_mask: Of a text with gaps, where in `given_ids` that is so, (n,); by default all of them.
+        given_mask: Of a text with gaps, where in `given_ids` that is so, (n,); by default all of
+            them.
 
     Returns:
         One [`Pass`] for each state, the noise first.
 
     Raises:
-        ValueError: There is no such row, the prompt is longer than the states, or the mask is not of its shape.
+        ValueError: There is no such row, the prompt is longer than the states, or the mask is not
+            of its shape.
 
     Example:
         >>> from tarflow_hf import TarFlowLMConfig
@@ -94,9 +113,11 @@ def find_passes(
     num_rows, length = states[0].shape[:2]
     if not 0 <= row < num_rows:
         raise ValueError(f"row must be in 0, ..., {num_rows - 1}, not {row}.")
+
     num_given = 0 if given_ids is None else len(given_ids)
     if num_given > length:
         raise ValueError(f"given_ids are {num_given} tokens, but the states have only {length}.")
+
     is_given = torch.arange(length) < num_given
     if given_mask is not None:
         if given_ids is None or given_mask.shape != given_ids.shape:
@@ -104,16 +125,22 @@ def find_passes(
                 f"given_mask must have the shape ({num_given},) of given_ids, not {tuple(given_mask.shape)}."
             )
         is_given[:num_given] = given_mask.cpu() != 0
+
     passes = []
     for level in reversed(range(len(states))):
         name = "Text" if level == 0 else f"Before flow {level}"
         if level > 0 and level == len(states) - 1:
             name = f"Noise (before flow {level})"
+
         token_ids = model.decode(states[level][row]).argmax(-1).cpu()
         if given_ids is not None:
-            token_ids[:num_given] = torch.where(is_given[:num_given], given_ids.cpu(), token_ids[:num_given])
+            token_ids[:num_given] = torch.where(
+                is_given[:num_given], given_ids.cpu(), token_ids[:num_given]
+            )
+
         is_changed = token_ids != (passes[-1].token_ids if passes else token_ids)
         passes.append(Pass(name, token_ids, is_changed, is_given, is_first=not passes))
+
     return passes
 
 
@@ -138,31 +165,43 @@ def draw_passes(
     """
     if text and prompt:
         raise ValueError(f"text and prompt can't both be given: {text!r}, {prompt!r}.")
+
     generator = torch.Generator(model.device).manual_seed(seed)
     given = text or prompt
     ids = tokenizer(given, return_tensors="pt").input_ids.to(model.device) if given else None
+
     if text:
         states = model.flow(model.encode(ids, generator=generator)).states
     else:
         states = model.generate(ids, generator=generator, output_states=True, **options).states
+
     return find_passes(model, states, given_ids=ids[0] if ids is not None and prompt else None)
 
 
-def passes_text(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, color: bool = False) -> str:
+def passes_text(
+    passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, color: bool = False
+) -> str:
     """For a terminal: what changed in reverse video if `color`, else in brackets."""
     before, after = ("\x1b[7m", "\x1b[27m") if color else ("[", "]")
     blocks = []
+
     for state in passes:
         text = "".join(
-            before + text + after if is_changed else text for text, is_changed, _ in state.segments(tokenizer)
+            before + text + after if is_changed else text
+            for text, is_changed, _ in state.segments(tokenizer)
         )
         heading = ": ".join(filter(None, (state.name, state.summary())))
         blocks.append(f"{heading}\n{text}")
+
     return "\n\n".join(blocks)
 
 
-def passes_section(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, heading: str = "h2") -> str:
-    """The passes as a part of an HTML page that has `PASSES_STYLE`: a list with one item for each, under a heading."""
+def passes_section(
+    passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, heading: str = "h2"
+) -> str:
+    """The passes as a part of an HTML page that has `PASSES_STYLE`: a list with one item for each,
+    under a heading.
+    """
     items = []
     for state in passes:
         text = ""
@@ -170,11 +209,13 @@ def passes_section(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, h
             segment = escape(segment)
             segment = f'<span class="given">{segment}</span>' if is_given else segment
             text += f"<mark>{segment}</mark>" if is_changed else segment
+
         summary = state.summary()
         summary = f'<p class="summary">{summary}</p>\n' if summary else ""
         items.append(
             f'<li>\n<{heading}>{escape(state.name)}</{heading}>\n{summary}<p class="text" dir="auto">{text}</p>\n</li>'
         )
+
     return '<ol class="passes">\n' + "\n".join(items) + "\n</ol>"
 
 
@@ -189,8 +230,8 @@ main { max-width: 52rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 """
 
-# Of the section alone, on a page that has the colours --quiet, --line and --mark. What is marked is announced to
-# screen readers, too, which pass over <mark>, and is not told by its colour alone.
+# Of the section alone, on a page that has the colours --quiet, --line and --mark. What is marked is
+# announced to screen readers, too, which pass over <mark>, and is not told by its colour alone.
 PASSES_STYLE = """\
 .passes { list-style: none; margin: 1.5rem 0 0; padding: 0; }
 .passes li { border-top: 1px solid var(--line); padding: 1rem 0; }
@@ -229,12 +270,16 @@ $section
 """)
 
 
-def passes_page(passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, title: str = "From noise to text") -> str:
+def passes_page(
+    passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, title: str = "From noise to text"
+) -> str:
     """A self-contained HTML page: no script, nothing loaded, light or dark as the reader has it."""
     has_given = any(bool(state.is_given.any()) for state in passes)
     return PAGE.substitute(
         title=escape(title),
         style=PAGE_STYLE + PASSES_STYLE,
-        given=', those that were given are <span class="given">in italics</span>' if has_given else "",
+        given=', those that were given are <span class="given">in italics</span>'
+        if has_given
+        else "",
         section=passes_section(passes, tokenizer),
     )

@@ -1,4 +1,6 @@
-"""Pictures of plain results. Each function returns a matplotlib figure: `figure.savefig("name.svg")`, or .png, .pdf."""
+"""Pictures of plain results. Each function returns a matplotlib figure:
+`figure.savefig("name.svg")`, or .png, .pdf.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,7 +13,14 @@ if TYPE_CHECKING:
 
     from .flops import FlopCount
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by all eyes (Okabe and Ito)
+COLORS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+)  # told apart by all eyes (Okabe and Ito)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -29,21 +38,33 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def plot_flops(counts: "dict[str, dict[int, FlopCount]]") -> "Figure":
-    """The paper's Figure 7: FLOPs of a TarFlowLM over those of the discrete transformer, against the patch size.
+    """The paper's Figure 7: FLOPs of a TarFlowLM over those of the discrete transformer, against
+    the patch size.
 
     Left by the paper's count, right by the true one; of `flops.figure_7`.
     """
     figure = new_figure(9, 4)
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, name, title in ((left, "paper_ratio", "by the paper's count"), (right, "ratio", "by the true count")):
+    for axes, name, title in (
+        (left, "paper_ratio", "by the paper's count"),
+        (right, "ratio", "by the true count"),
+    ):
         for index, (size, row) in enumerate(counts.items()):
             ratios = [getattr(count, name) for count in row.values()]
-            axes.plot(list(row), ratios, label=f"GPT-2 {size}", color=COLORS[index % 6], marker=MARKERS[index % 6])
+            axes.plot(
+                list(row),
+                ratios,
+                label=f"GPT-2 {size}",
+                color=COLORS[index % 6],
+                marker=MARKERS[index % 6],
+            )
+
         axes.axhline(1, color="#888888", linewidth=1, linestyle="--")
         axes.set(xscale="log", yscale="log", xlabel="patch size (tokens)", title=title)
         axes.set_xticks(list(row), [str(patch_size) for patch_size in row], minor=False)
         set_ratio_ticks(axes)
         axes.grid(alpha=0.3)
+
     left.set_ylabel("FLOPs, TarFlowLM / discrete")
     left.legend(frameon=False)
     return figure
@@ -63,7 +84,9 @@ def plot_evolution(evolutions: dict[str, Evolution], directions: Sequence[str] =
     return figure
 
 
-def plot_measure(name: str, evolutions: dict[str, Evolution], directions: Sequence[str] = ()) -> "Figure":
+def plot_measure(
+    name: str, evolutions: dict[str, Evolution], directions: Sequence[str] = ()
+) -> "Figure":
     """One of the `MEASURES` alone, else as `plot_evolution`."""
     figure = new_figure(4.8, 3.2)
     axes = figure.subplots()
@@ -72,37 +95,55 @@ def plot_measure(name: str, evolutions: dict[str, Evolution], directions: Sequen
     return figure
 
 
-def draw_measure(axes: "Axes", name: str, evolutions: dict[str, Evolution], directions: Sequence[str]) -> None:
+def draw_measure(
+    axes: "Axes", name: str, evolutions: dict[str, Evolution], directions: Sequence[str]
+) -> None:
     for index, (label, evolution) in enumerate(evolutions.items()):
         statistics = getattr(evolution, name)
         first = evolution.num_states - len(statistics)  # nothing has moved at the latents
-        x = [level + 0.08 * index for level in range(first, evolution.num_states)]  # side by side where they agree
+        x = [
+            level + 0.08 * index for level in range(first, evolution.num_states)
+        ]  # side by side where they agree
         mean = [statistic.mean for statistic in statistics]
         std = [statistic.std for statistic in statistics]
         color, marker = COLORS[index % 6], MARKERS[index % 6]
         axes.errorbar(x, mean, std, label=label, color=color, marker=marker, capsize=3)
+
     last = evolution.num_states - 1
     names = ["latents"] + [f"flow {number}" for number in range(1, last + 1)]
     for number, direction in enumerate(directions, 1):
         names[number] += {"left_to_right": "\n→", "right_to_left": "\n←"}.get(direction, "\n⇆")
+
     axes.set_xticks(range(last + 1), names)
     axes.set(title=MEASURES[name], xlim=(-0.3, last + 0.3))
     axes.grid(alpha=0.3)
 
 
 def plot_patch_sizes(counts: "dict[int, FlopCount]") -> "Figure":
-    """FLOPs over those of the discrete transformer against the patch size, by both counts; of `count_by_patch_size`."""
+    """FLOPs over those of the discrete transformer against the patch size, by both counts; of
+    `count_by_patch_size`.
+    """
     figure = new_figure(4.8, 3.2)
     axes = figure.subplots()
-    for index, (name, label) in enumerate((("ratio", "true count"), ("paper_ratio", "the paper's count"))):
+
+    for index, (name, label) in enumerate(
+        (("ratio", "true count"), ("paper_ratio", "the paper's count"))
+    ):
         ratios = [getattr(count, name) for count in counts.values()]
         axes.plot(list(counts), ratios, label=label, color=COLORS[index], marker=MARKERS[index])
+
     axes.axhline(1, color="#888888", linewidth=1, linestyle="--", label="discrete transformer")
-    axes.set(xscale="log", yscale="log", xlabel="patch size (tokens)", ylabel="FLOPs, TarFlowLM / discrete")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="patch size (tokens)",
+        ylabel="FLOPs, TarFlowLM / discrete",
+    )
     axes.set_xticks(list(counts), [str(patch_size) for patch_size in counts])
     set_ratio_ticks(axes)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+
     return figure
 
 

@@ -22,7 +22,8 @@ from .modeling.modeling_tarflowlm import TarFlowLMModel
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What every result's JSON begins with. Results add their own fields, so that the whole is one flat object.
+    """What every result's JSON begins with. Results add their own fields, so that the whole is one
+    flat object.
 
     Attributes:
         command: As it was typed, from the repository's root.
@@ -35,7 +36,8 @@ class Provenance:
         model_type: "tarflowlm", or the architecture of a discrete model.
         num_parameters: Of the model.
         data: The name of the text file, or of the corpus whose test split it is.
-        data_sha256: Of the file's bytes; or of the split's documents in UTF-8, a null byte between two.
+        data_sha256: Of the file's bytes; or of the split's documents in UTF-8, a null byte between
+            two.
     """
 
     command: str
@@ -64,7 +66,10 @@ class Provenance:
         values, names = json.loads(text), [field.name for field in fields(cls)]
         if set(values) != set(names):
             differing = sorted(set(values) ^ set(names))
-            raise ValueError(f"This is no {cls.__name__}: its fields differ from those expected in {differing}.")
+            raise ValueError(
+                f"This is no {cls.__name__}: its fields differ from those expected in {differing}."
+            )
+
         return cls(**values)
 
 
@@ -85,10 +90,12 @@ def provenance_of(
     """
     words = ["python", *sys.argv] if command is None else command
     device, name, checksum = model.device, data, None
+
     if data is not None and Path(data).is_file():
         name, checksum = Path(data).name, hashlib.sha256(Path(data).read_bytes()).hexdigest()
     elif data is not None:
         checksum = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+
     return {
         "command": shlex.join(words),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -125,7 +132,10 @@ def weights_checksum(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+
     return digest.hexdigest()
 
 
@@ -142,4 +152,5 @@ def without_nan(value: Any) -> Any:
         return [without_nan(item) for item in value]
     if isinstance(value, float) and (value != value or abs(value) == float("inf")):
         return None
+
     return value

@@ -1,9 +1,11 @@
-"""A self-contained HTML page about a checkpoint: nothing is loaded, no script runs, light or dark as the reader has it.
+"""A self-contained HTML page about a checkpoint: nothing is loaded, no script runs, light or dark
+as the reader has it.
 
-Each section makes its part from plain results (an `Evaluation`, a `SampleEvaluation`, passes, evolutions, FLOPs), with
-the same digits as the command prints that stands beside it:
+Each section makes its part from plain results (an `Evaluation`, a `SampleEvaluation`, passes,
+evolutions, FLOPs), with the same digits as the command prints that stands beside it:
 
-    page = report_page("Report", "What it is.", [likelihood_section(evaluation, rows, command), ...])
+    page = report_page("Report", "What it is.", [likelihood_section(evaluation, rows, command),
+    ...])
 
 `examples/report.py` measures what it needs, and knows the commands.
 """
@@ -40,9 +42,9 @@ class Section:
     body: str  # HTML, headings from h3 on
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Parts of a section. What they are given is plain text, unless it is called HTML.
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -65,6 +67,7 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> s
         f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
         for name, *cells in rows
     )
+
     return (
         f'<div class="wide" role="region" aria-label="{escape(caption)}" tabindex="0">\n<table>\n'
         f"<caption>{escape(caption)}</caption>\n<thead><tr>{columns}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n"
@@ -77,13 +80,17 @@ def paragraph(text: str) -> str:
 
 
 def reproduce(command: str, what: str = "Reproduce") -> str:
-    """The command line that prints the same. Lines break between its words, not inside of an option's name."""
+    """The command line that prints the same. Lines break between its words, not inside of an
+    option's name.
+    """
     words = re.sub(r"(?<= )--\w+", r"<span>\g<0></span>", escape(command))
     return f'<div class="command"><p>{escape(what)}:</p>\n<pre><code>{words}</code></pre></div>'
 
 
 def text_block(text: str) -> str:
-    """A text of a model as it is: spaces and line breaks too, and without what would reorder or hide it."""
+    """A text of a model as it is: spaces and line breaks too, and without what would reorder or
+    hide it.
+    """
     return f'<p class="sample" dir="auto">{escape(NOT_PRINTABLE.sub(chr(0xFFFD), text))}</p>'
 
 
@@ -101,12 +108,16 @@ def inline_svg(figure: "Figure", name: str, title: str, description: str) -> str
     # Text stays text, and the same picture has the same bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+
     svg = content.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
+    svg = re.sub(
+        r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL
+    )
     width, height = re.findall(r'viewBox="0 0 (\S+) (\S+)"', svg)[0]
     inside = svg[svg.index(">", svg.index("<svg")) + 1 :]
     inside = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", inside)
     inside = re.sub(r"font-family: [^;\"]*;?", "", inside).replace("#000000", "currentColor")
+
     return (
         f'<svg role="img" aria-labelledby="{name}-title {name}-description" viewBox="0 0 {width} {height}">\n'
         f'<title id="{name}-title">{escape(title)}</title>\n'
@@ -114,24 +125,31 @@ def inline_svg(figure: "Figure", name: str, title: str, description: str) -> str
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sections
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def model_section(model: PreTrainedModel, provenance: Provenance) -> Section:
     """What the checkpoint is."""
     config = model.config
     rows = [
-        ("kind", provenance.model_type if isinstance(model, TarFlowLMModel) else f"discrete, {provenance.model_type}"),
+        (
+            "kind",
+            provenance.model_type
+            if isinstance(model, TarFlowLMModel)
+            else f"discrete, {provenance.model_type}",
+        ),
         ("parameters", f"{provenance.num_parameters:,}"),
         ("longest sequence, tokens", f"{config.max_position_embeddings:,}"),
         ("vocabulary", f"{config.vocab_size:,}"),
         ("width", f"{config.hidden_size:,}"),
     ]
+
     if not isinstance(model, TarFlowLMModel):
         rows.append(("layers", str(config.num_hidden_layers)))
         return Section("model", "The model", table("Configuration", ["what", "value"], rows))
+
     rows += [
         ("latent size of a token", str(config.latent_size)),
         ("patch size, tokens", str(config.patch_size)),
@@ -149,10 +167,15 @@ def model_section(model: PreTrainedModel, provenance: Provenance) -> Section:
     ]
     head = ["flow", "coupling", "direction", "layers", "components"]
     stack = table("The flows, from the data side to the noise side", head, flows)
-    return Section("model", "The model", table("Configuration", ["what", "value"], rows) + "\n" + stack)
+
+    return Section(
+        "model", "The model", table("Configuration", ["what", "value"], rows) + "\n" + stack
+    )
 
 
-def likelihood_section(evaluation: Evaluation, rows: dict[str, Likelihood], command: str) -> Section:
+def likelihood_section(
+    evaluation: Evaluation, rows: dict[str, Likelihood], command: str
+) -> Section:
     """Of `evaluate_text`: the bounds, or the exact figure."""
     e, columns = evaluation, list(rows.values())
     kind = (
@@ -163,13 +186,21 @@ def likelihood_section(evaluation: Evaluation, rows: dict[str, Likelihood], comm
     measures = [
         ("nats per token", [f"{row.nats_per_token:.4f}" for row in columns]),
         ("its standard error", [f"{row.standard_error:.4f}" for row in columns]),
-        ("bits per character", [f"{row.bits_per_character(e.characters_per_token):.4f}" for row in columns]),
+        (
+            "bits per character",
+            [f"{row.bits_per_character(e.characters_per_token):.4f}" for row in columns],
+        ),
         ("perplexity of a token", [f"{row.perplexity:.3f}" for row in columns]),
     ]
+
     if e.tokens_per_word is not None:
         measures.append(
-            ("perplexity of a word", [f"{row.perplexity_per_word(e.tokens_per_word):.1f}" for row in columns])
+            (
+                "perplexity of a word",
+                [f"{row.perplexity_per_word(e.tokens_per_word):.1f}" for row in columns],
+            )
         )
+
     caption = f"Likelihood of {e.num_tokens:,} tokens in {e.num_sequences:,} sequences of {e.data}"
     body = [
         paragraph(
@@ -178,15 +209,21 @@ def likelihood_section(evaluation: Evaluation, rows: dict[str, Likelihood], comm
         table(caption, ["measure", *rows], [(name, *cells) for name, cells in measures]),
         reproduce(command),
     ]
+
     return Section("likelihood", "Likelihood of held-out text", "\n".join(body))
 
 
 def codebook_section(evaluation: Evaluation, command: str) -> Section:
-    """Of `evaluate_text`: what comes back from the latents, and where the entries of the codebook are."""
+    """Of `evaluate_text`: what comes back from the latents, and where the entries of the codebook
+    are.
+    """
     e = evaluation
     given_back = [
         ("tokens that come back", f"{e.reconstruction_accuracy:.4%}"),
-        ("its standard error", "unknown" if e.num_sequences == 1 else f"{e.reconstruction_standard_error:.4%}"),
+        (
+            "its standard error",
+            "unknown" if e.num_sequences == 1 else f"{e.reconstruction_standard_error:.4%}",
+        ),
         ("different tokens in the text", f"{e.num_text_tokens:,}"),
         ("different tokens that come back", f"{e.num_used_tokens:,}"),
     ]
@@ -209,15 +246,22 @@ def codebook_section(evaluation: Evaluation, command: str) -> Section:
         table("The codebook", ["what", "value"], entries),
         reproduce(command),
     ]
+
     return Section("codebook", "Reconstruction and codebook", "\n".join(body))
 
 
-def samples_section(evaluation: SampleEvaluation, samples: Sequence[Sample], command: str) -> Section:
+def samples_section(
+    evaluation: SampleEvaluation, samples: Sequence[Sample], command: str
+) -> Section:
     """Of `evaluate_samples`: the metrics, their warnings, and some of the samples."""
     e = evaluation
     rows = [(name, own, text or "of both") for name, own, text in sample_rows(e)]
+
     if e.judge is None:
-        rows += [(name, "not measured", "not measured") for name in ("generative perplexity", "MAUVE")]
+        rows += [
+            (name, "not measured", "not measured") for name in ("generative perplexity", "MAUVE")
+        ]
+
     caption = f"{e.num_samples:,} samples of {e.length:,} tokens, and as many sequences of {e.data}"
     body = [
         paragraph(
@@ -227,28 +271,40 @@ def samples_section(evaluation: SampleEvaluation, samples: Sequence[Sample], com
         ),
         table(caption, ["measure", "samples", "text"], rows),
         "" if e.judge is not None else paragraph(NOT_MEASURED + " Give one by --judge."),
-        *(f'<p class="warning"><strong>Warning:</strong> {escape(warning)}</p>' for warning in e.warnings),
+        *(
+            f'<p class="warning"><strong>Warning:</strong> {escape(warning)}</p>'
+            for warning in e.warnings
+        ),
         reproduce(command),
     ]
     for number, sample in enumerate(samples, 1):
         body.append(f"<h3>Sample {number}</h3>\n{text_block(sample.text)}")
+
     return Section("samples", "Samples", "\n".join(filter(None, body)))
 
 
 def passes_of_texts_section(
     views: Sequence[tuple[str, Sequence[Pass], str]], tokenizer: PreTrainedTokenizerBase
 ) -> Section:
-    """The text of every flow's state: of each view its title, its passes and the command that prints them."""
+    """The text of every flow's state: of each view its title, its passes and the command that
+    prints them.
+    """
     body = [
         "<p>What every flow's state decodes to, from noise to the final text. "
         "Tokens that differ from the pass before are <mark>marked</mark>.</p>"
     ]
+
     for title, passes, command in views:
-        body.append(f"<h3>{escape(title)}</h3>\n{passes_section(passes, tokenizer, 'h4')}\n{reproduce(command)}")
+        body.append(
+            f"<h3>{escape(title)}</h3>\n{passes_section(passes, tokenizer, 'h4')}\n{reproduce(command)}"
+        )
+
     return Section("passes", "From noise to text", "\n".join(body))
 
 
-def evolution_section(evolutions: dict[str, Evolution], directions: Sequence[str], command: str) -> Section:
+def evolution_section(
+    evolutions: dict[str, Evolution], directions: Sequence[str], command: str
+) -> Section:
     """How the states change from flow to flow: a picture and a table for each measure."""
     panels = []
     for name, title in MEASURES.items():
@@ -259,7 +315,10 @@ def evolution_section(evolutions: dict[str, Evolution], directions: Sequence[str
         rows = [
             (
                 state,
-                *(f"{statistics[index].mean:.3f} ± {statistics[index].std:.3f}" for statistics in measured.values()),
+                *(
+                    f"{statistics[index].mean:.3f} ± {statistics[index].std:.3f}"
+                    for statistics in measured.values()
+                ),
             )
             for index, state in enumerate(names)
         ]
@@ -271,7 +330,10 @@ def evolution_section(evolutions: dict[str, Evolution], directions: Sequence[str
         figure = plot_measure(name, evolutions, directions)
         svg = inline_svg(figure, f"evolution-{name.replace('_', '-')}", title, description)
         panels.append(f"<figure>\n{svg}\n{table(title, ['state', *measured], rows)}\n</figure>")
-    counts = " and ".join(f"{e.num_sequences:,} sequences of {label}" for label, e in evolutions.items())
+
+    counts = " and ".join(
+        f"{e.num_sequences:,} sequences of {label}" for label, e in evolutions.items()
+    )
     body = [
         paragraph(
             f"The states of {counts}, each of {next(iter(evolutions.values())).num_tokens:,} tokens: mean ± standard "
@@ -282,6 +344,7 @@ def evolution_section(evolutions: dict[str, Evolution], directions: Sequence[str
         f'<div class="panels">\n{"".join(panels)}\n</div>',
         reproduce(command),
     ]
+
     return Section("evolution", "From flow to flow", "\n".join(body))
 
 
@@ -293,9 +356,12 @@ def flops_section(counts: dict[int, FlopCount], patch_size: int, command: str) -
     ]
     head = ["patch size", "FLOPs per token", "ratio, true count", "ratio, the paper's"]
     description = "; ".join(
-        f"patch size {size}: {ratio}, by the paper's count {paper}" for size, _, ratio, paper in rows
+        f"patch size {size}: {ratio}, by the paper's count {paper}"
+        for size, _, ratio, paper in rows
     )
-    svg = inline_svg(plot_patch_sizes(counts), "flops-by-patch-size", "FLOPs against the patch size", description)
+    svg = inline_svg(
+        plot_patch_sizes(counts), "flops-by-patch-size", "FLOPs against the patch size", description
+    )
     count = counts[patch_size]
     body = [
         paragraph(
@@ -308,6 +374,7 @@ def flops_section(counts: dict[int, FlopCount], patch_size: int, command: str) -
         table("FLOPs against those of the discrete transformer", head, rows),
         reproduce(command),
     ]
+
     return Section("flops", "FLOPs and patch size", "\n".join(body))
 
 
@@ -323,16 +390,19 @@ def origin_section(provenance: Provenance) -> Section:
         ("on", p.device),
         ("versions", ", ".join(f"{name} {version}" for name, version in p.versions.items())),
     ]
+
     return Section(
         "origin",
         "Origin",
-        table("Checkpoint, text and versions", ["what", "value"], rows) + "\n" + reproduce(p.command, "Made by"),
+        table("Checkpoint, text and versions", ["what", "value"], rows)
+        + "\n"
+        + reproduce(p.command, "Made by"),
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The page
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 REPORT_STYLE = """\
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: 1rem; border-top: 2px solid var(--line); }
@@ -405,11 +475,15 @@ def report_page(title: str, summary: str, sections: Sequence[Section]) -> str:
     names = [section.name for section in sections]
     if len(set(names)) < len(names):
         raise ValueError(f"Two sections have the same name: {names}.")
+
     return PAGE.substitute(
         title=escape(title),
         style=PAGE_STYLE + PASSES_STYLE + REPORT_STYLE,
         summary=escape(summary),
-        contents="\n".join(f'<li><a href="#{section.name}">{escape(section.title)}</a></li>' for section in sections),
+        contents="\n".join(
+            f'<li><a href="#{section.name}">{escape(section.title)}</a></li>'
+            for section in sections
+        ),
         sections="\n".join(
             f'<section aria-labelledby="{section.name}">\n<h2 id="{section.name}">{escape(section.title)}</h2>\n'
             f"{section.body}\n</section>"

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
-# Dense FLOPs a second in bf16 or fp16 with float32 sums, by the makers' data sheets; the first name that fits counts.
+# Dense FLOPs a second in bf16 or fp16 with float32 sums, by the makers' data sheets; the first name
+# that fits counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -25,11 +26,12 @@ PEAK_FLOPS = {
 
 
 def forward_flops(model: PreTrainedModel, num_tokens: int) -> list[int]:
-    """FLOPs of the matrix products for one sequence of `num_tokens` tokens, of each flow; a discrete model is one.
+    """FLOPs of the matrix products for one sequence of `num_tokens` tokens, of each flow; a
+    discrete model is one.
 
-    A multiply-add is two. Attention counts both its products over all pairs, though a causal one needs half of them, as
-    is customary. Norms, activations, look-ups and the arithmetic of the couplings themselves are not counted, nor is
-    what tells a conditional model the observed tokens.
+    A multiply-add is two. Attention counts both its products over all pairs, though a causal one
+    needs half of them, as is customary. Norms, activations, look-ups and the arithmetic of the
+    couplings themselves are not counted, nor is what tells a conditional model the observed tokens.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -41,48 +43,76 @@ def forward_flops(model: PreTrainedModel, num_tokens: int) -> list[int]:
     """
     if not isinstance(model, TarFlowLMModel):
         return [2 * num_tokens * _weights(model) + _attention(model.config, num_tokens)]
+
     patch_size, positions = model.config.patch_size, num_tokens // model.config.patch_size
     flops = []
+
     for layer in model.flow.layers:
         total = 2 * positions * _weights(layer) + _attention(layer.decoder.config, positions)
         if layer.embedding is not None:
             top_k = layer.posterior_top_k or model.config.vocab_size
             total += 2 * num_tokens * min(top_k, model.config.vocab_size) * model.config.hidden_size
+
         inner = getattr(layer.head, "patch_decoder", None)
         if inner is not None:  # it and the logits run for each token of a patch
-            of_tokens = _weights(inner) - _weights(inner.context_projection) + _weights(layer.head.projection)
-            total += 2 * (num_tokens - positions) * of_tokens + positions * _attention(inner.decoder.config, patch_size)
+            of_tokens = (
+                _weights(inner)
+                - _weights(inner.context_projection)
+                + _weights(layer.head.projection)
+            )
+            total += 2 * (num_tokens - positions) * of_tokens + positions * _attention(
+                inner.decoder.config, patch_size
+            )
+
         flops.append(total)
+
     return flops
 
 
 def training_flops(model: PreTrainedModel, num_tokens: int, num_flows: int | None = None) -> int:
-    """FLOPs of a training step for one sequence: forward, and twice as many backward where anything is trained.
+    """FLOPs of a training step for one sequence: forward, and twice as many backward where anything
+    is trained.
 
     Recomputed activations do not count: this is what the model needs, not what the machine does.
     """
     if not isinstance(model, TarFlowLMModel):
         return 3 * sum(forward_flops(model, num_tokens))
+
     layers = model.flow.layers[:num_flows]
-    passes = [3 if any(parameter.requires_grad for parameter in layer.parameters()) else 1 for layer in layers]
-    return sum(n * flops for n, flops in zip(passes, forward_flops(model, num_tokens), strict=False))
+    passes = [
+        3 if any(parameter.requires_grad for parameter in layer.parameters()) else 1
+        for layer in layers
+    ]
+
+    return sum(
+        n * flops for n, flops in zip(passes, forward_flops(model, num_tokens), strict=False)
+    )
 
 
 def _weights(module: nn.Module) -> int:
-    """Entries of the matrices that a position is multiplied by: not those of tables, codebooks and stacked biases.
+    """Entries of the matrices that a position is multiplied by: not those of tables, codebooks and
+    stacked biases.
 
-    A matrix counts where it is used, though two modules share it: an output head tied to a token table is a product.
+    A matrix counts where it is used, though two modules share it: an output head tied to a token
+    table is a product.
     """
     total, tables = 0, ("embedding", "codebook", "bias")
     for path, part in module.named_modules():
         if not isinstance(part, nn.Embedding):
             names = ((f"{path}.{name}", p) for name, p in part.named_parameters(recurse=False))
-            total += sum(p.numel() for name, p in names if p.ndim >= 2 and not any(table in name for table in tables))
+            total += sum(
+                p.numel()
+                for name, p in names
+                if p.ndim >= 2 and not any(table in name for table in tables)
+            )
+
     return total
 
 
 def _attention(config, num_positions: int) -> int:
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     return 4 * config.num_hidden_layers * config.num_attention_heads * head_size * num_positions**2
 
 
@@ -95,9 +125,12 @@ def peak_flops(device: torch.device, mixed_precision: str | None) -> float | Non
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU, or the largest resident size of a process on a CPU."""
+    """Bytes: the most that was allocated on a GPU, or the largest resident size of a process on a
+    CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+
     import resource  # not on Windows
 
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

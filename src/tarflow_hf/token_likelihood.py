@@ -1,4 +1,5 @@
-"""What each token of a text costs: its share of the bound on the text's likelihood, as a number and as a picture.
+"""What each token of a text costs: its share of the bound on the text's likelihood, as a number and
+as a picture.
 
 ids  ->  `token_bits`  ->  `bits_section`, which `likelihood_section` puts beside what it means
 """
@@ -18,17 +19,21 @@ from .passes import NOT_PRINTABLE
 
 @torch.no_grad()
 def token_bits(
-    model: TarFlowLMModel, input_ids: Tensor, num_samples: int = 1, generator: torch.Generator | None = None
+    model: TarFlowLMModel,
+    input_ids: Tensor,
+    num_samples: int = 1,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Bits of each token, (B, T), which sum to those of -ELBO.
 
     The ELBO of one sample of the latents z = h_0 is a sum over positions n,
 
-        sum_n [ sum_(l < L) log|det dh_l,n / dh_(l-1),n| + log p_L(h_(L-1),n | h_(L-1), passed before n)
+        sum_n [ sum_(l < L) log|det dh_l,n / dh_(l-1),n| + log p_L(h_(L-1),n | h_(L-1), passed
+        before n)
                 - sum_(tokens t of n) log sum_k N(z_t; mean_k, scale_k^2) ],
 
-    and a token's share of it is the last term of its own, and an equal part of the others of its patch. What that says
-    of the token depends on the directions of the flows: see `what_bits_mean`.
+    and a token's share of it is the last term of its own, and an equal part of the others of its
+    patch. What that says of the token depends on the directions of the flows: see `what_bits_mean`.
 
     Args:
         model: In evaluation mode.
@@ -37,7 +42,8 @@ def token_bits(
         generator: Source of their noise.
 
     Returns:
-        Bits (B, T), minus the shares: few for what the model expects. Those of densities, so they may be negative.
+        Bits (B, T), minus the shares: few for what the model expects. Those of densities, so they
+            may be negative.
 
     Raises:
         ValueError: num_samples is below 1, or the ids are none that the model takes.
@@ -54,10 +60,12 @@ def token_bits(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, not {num_samples}.")
+
     ids = input_ids.repeat_interleave(num_samples, 0)
     latents = model.encode(ids, generator)
     with _terms_of_flows(model) as terms:
         model(ids, latents=latents)
+
     patch_size = model.config.patch_size
     prior = sum(terms).repeat_interleave(patch_size, 1) / patch_size  # (B S, N) to (B S, T)
     shares = prior - model.codebook().log_total(latents)
@@ -66,12 +74,16 @@ def token_bits(
 
 @contextmanager
 def _terms_of_flows(model: TarFlowLMModel) -> Iterator[list[Tensor]]:
-    """Collects what each flow adds to log p(z) at each position, (B, N), where the model sums over them."""
+    """Collects what each flow adds to log p(z) at each position, (B, N), where the model sums over
+    them.
+    """
     terms: list[Tensor] = []
 
     def listener(layer):
         def listen(head, arguments, output):
-            term = output[1] if isinstance(output, tuple) else output  # the last flow gives its log-density alone
+            term = (
+                output[1] if isinstance(output, tuple) else output
+            )  # the last flow gives its log-density alone
             terms.append(term.flip(1) if layer.direction == "right_to_left" else term)
 
         return listen
@@ -88,6 +100,7 @@ def what_bits_mean(model: TarFlowLMModel) -> str:
     """The sentence that belongs beside the numbers of `token_bits`."""
     patch_size = model.config.patch_size
     unit = "token" if patch_size == 1 else "patch"
+
     directions = {flow["direction"] == "right_to_left" for flow in model.config.flows}
     if len(directions) == 2:
         meaning = (
@@ -98,53 +111,67 @@ def what_bits_mean(model: TarFlowLMModel) -> str:
         side = "after" if directions == {True} else "before"
         units = "tokens" if patch_size == 1 else "patches"
         meaning = f"A {unit}'s bits bound its cost given the latents of the {units} {side} it."
+
     if patch_size > 1:
         meaning += f" What the {patch_size} tokens of a patch cost together is divided among them."
+
     return meaning
 
 
-def bits_of_pieces(token_ids: Tensor, bits: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, float]]:
-    """The text of ids (T,) in the smallest pieces that are whole characters, each with the bits of its tokens.
+def bits_of_pieces(
+    token_ids: Tensor, bits: Tensor, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, float]]:
+    """The text of ids (T,) in the smallest pieces that are whole characters, each with the bits of
+    its tokens.
 
-    A piece is one token, but for tokens that are parts of a character (of a byte-level tokenizer), which make one.
+    A piece is one token, but for tokens that are parts of a character (of a byte-level tokenizer),
+    which make one.
     """
     pieces: list[tuple[str, float]] = []
     num_characters, piece_bits = 0, 0.0
+
     for end, token in enumerate(bits.tolist(), 1):
         piece_bits += token
         text = tokenizer.decode(token_ids[:end], clean_up_tokenization_spaces=False)
         if end == len(token_ids) or not text.endswith("\N{REPLACEMENT CHARACTER}"):
             pieces.append((text[num_characters:], piece_bits))
             num_characters, piece_bits = len(text), 0.0
+
     return pieces
 
 
 def bits_section(token_ids: Tensor, bits: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
     """Ids (T,) with their bits (T,) as a part of an HTML page that has `BITS_STYLE`.
 
-    Under each token stands its number. The colour behind it is full where it costs what a blind guess among all tokens
-    of the vocabulary does, or more.
+    Under each token stands its number. The colour behind it is full where it costs what a blind
+    guess among all tokens of the vocabulary does, or more.
     """
     guess = math.log2(len(tokenizer))
     words, starts_word = [], True  # lines break between words
+
     for text, cost in bits_of_pieces(token_ids, bits, tokenizer):
         is_space = text.isspace()
         heat = min(max(cost / guess, 0.0), 1.0)
         shown = NOT_PRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
-        shown = shown.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}").replace("\t", "\N{RIGHTWARDS ARROW}")
+        shown = shown.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}").replace(
+            "\t", "\N{RIGHTWARDS ARROW}"
+        )
         shown = shown.replace(" ", "\N{OPEN BOX}") if is_space else shown
         if starts_word or (text[:1].isspace() and not is_space):
             words.append("")
+
         starts_word = is_space
         number = f"{cost:z.1f}".replace("-", "\N{MINUS SIGN}")
         words[-1] += (
             f'<span class="token" style="--heat:{heat:.2f}"><bdi>{escape(shown)}</bdi><small>{number}</small></span>'
         )
+
     legend = (
         '<p class="legend">0 bits <span aria-hidden="true"></span> '
         f"{guess:.1f} bits, as many as a guess among all {len(tokenizer):,} tokens</p>"
     )
     text = "\n".join(f'<span class="word">{word}</span>' for word in words)
+
     return f'{legend}\n<p class="bits">{text}</p>'
 
 
@@ -161,7 +188,11 @@ def likelihood_section(
     A part of an HTML page that has `BITS_STYLE`. Options and errors as of `token_bits`.
     """
     bits = token_bits(model, input_ids, num_samples, generator)[0].cpu()
-    total, num_characters = bits.sum().item(), len(tokenizer.decode(input_ids[0], clean_up_tokenization_spaces=False))
+    total, num_characters = (
+        bits.sum().item(),
+        len(tokenizer.decode(input_ids[0], clean_up_tokenization_spaces=False)),
+    )
+
     return (
         f"<h2>Likelihood: {total / num_characters:.2f} bits per character</h2>\n"
         f'<p class="note">{total:.0f} bits for {num_characters} characters, an upper bound: the mean of {num_samples} '

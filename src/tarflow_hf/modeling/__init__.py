@@ -1,1 +1,3 @@
-"""Everything that travels with a checkpoint: flat files that import torch, transformers and each other."""
+"""Everything that travels with a checkpoint: flat files that import torch, transformers and each
+other.
+"""

@@ -22,39 +22,52 @@ class TarFlowLMConfig(PreTrainedConfig):
     Args:
         vocab_size (`int`, defaults to 50257): Number of tokens V.
         latent_size (`int`, defaults to 16): Size d of the latent vector of one token.
-        patch_size (`int`, defaults to 1): Tokens P that a flow handles at once, as one position of size P d.
+        patch_size (`int`, defaults to 1): Tokens P that a flow handles at once, as one position of
+            size P d.
         max_position_embeddings (`int`, defaults to 1024): Longest sequence, in tokens.
-        hidden_size, num_attention_heads, intermediate_size (`int`, *optional*): Width, heads and feed-forward width of
-            the default decoder block, Llama's: 768, 12 and 8/3 of the width, rounded up to a multiple of 32.
-        flows (`list[dict]`, *optional*): The stack, from the data side to the noise side. Each flow has
+        hidden_size, num_attention_heads, intermediate_size (`int`, *optional*): Width, heads and
+            feed-forward width of the default decoder block, Llama's: 768, 12 and 8/3 of the width,
+            rounded up to a multiple of 32.
+        flows (`list[dict]`, *optional*): The stack, from the data side to the noise side. Each flow
+            has
 
             - `coupling`: "affine", "mixture_cdf" (Mix-1) or "mixture_rosenblatt" (Mix-d);
-            - `direction`: "left_to_right", "right_to_left" or "right_to_left_within_patch", which takes the tokens of
-              a patch in reverse but passes the patches left to right;
+            - `direction`: "left_to_right", "right_to_left" or "right_to_left_within_patch", which
+              takes the tokens of a patch in reverse but passes the patches left to right;
             - `num_hidden_layers`: depth of its decoder;
-            - `context`: what its decoder reads, "latent" (a projection of the latents) or "posterior" (a learned
-              embedding averaged under p(token | latent); first flow only, and its default if the codebook is tied);
-            - `num_components`: of a mixture; 8 for "mixture_cdf", the vocabulary for "mixture_rosenblatt";
-            - `autoregressive` ("mixture_cdf", default True): each dimension's parameters see the dimensions before
-              it, through a head of width `head_hidden_size` (default 128);
-            - `tie_codebook` ("mixture_rosenblatt"): use the encoder's codebook; the default in the first flow, and
-              impossible in the others, whose input does not live in the codebook's space;
-            - `patch_head_layers` ("mixture_rosenblatt", default 0): depth of a second decoder, over the tokens of each
-              patch, by which a token's mixture weights see the latents before it in its patch, too; without it the
-              tokens of a patch are independent given the patches before. Half of `num_hidden_layers` is a good depth.
-        block_config (`PreTrainedConfig` or `dict` with a `model_type`, *optional*): Full configuration of the flows'
-            decoder, of any causal architecture of the library. Its depth is set per flow, its vocabulary is not used.
-        conditional (`bool`, defaults to False): Whether the model may be told some of the tokens (`observed_mask`),
-            which then enter every flow as context: prompts and infilling are exact once it has been trained so.
-        posterior_top_k (`int`, *optional*): Number of tokens that the "posterior" context averages over (the most
-            likely ones, renormalised). Default: all of them up to a vocabulary of 256, 8 beyond.
+            - `context`: what its decoder reads, "latent" (a projection of the latents) or
+              "posterior" (a learned embedding averaged under p(token | latent); first flow only,
+              and its default if the codebook is tied);
+            - `num_components`: of a mixture; 8 for "mixture_cdf", the vocabulary for
+              "mixture_rosenblatt";
+            - `autoregressive` ("mixture_cdf", default True): each dimension's parameters see the
+              dimensions before it, through a head of width `head_hidden_size` (default 128);
+            - `tie_codebook` ("mixture_rosenblatt"): use the encoder's codebook; the default in the
+              first flow, and impossible in the others, whose input does not live in the codebook's
+              space;
+            - `patch_head_layers` ("mixture_rosenblatt", default 0): depth of a second decoder, over
+              the tokens of each patch, by which a token's mixture weights see the latents before it
+              in its patch, too; without it the tokens of a patch are independent given the patches
+              before. Half of `num_hidden_layers` is a good depth.
+        block_config (`PreTrainedConfig` or `dict` with a `model_type`, *optional*): Full
+            configuration of the flows' decoder, of any causal architecture of the library. Its
+            depth is set per flow, its vocabulary is not used.
+        conditional (`bool`, defaults to False): Whether the model may be told some of the tokens
+            (`observed_mask`), which then enter every flow as context: prompts and infilling are
+            exact once it has been trained so.
+        posterior_top_k (`int`, *optional*): Number of tokens that the "posterior" context averages
+            over (the most likely ones, renormalised). Default: all of them up to a vocabulary of
+            256, 8 beyond.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
-        initial_log_scale (`float`, defaults to -1): Initial log standard deviation of the codebook, whose means are
+        initial_log_scale (`float`, defaults to -1): Initial log standard deviation of the codebook,
+        whose means are
             drawn from N(0, I).
-        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): Special tokens, for `generate`.
+        bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): Special tokens, for
+            `generate`.
 
     Raises:
-        ValueError: A field contradicts itself or another; the message names it, its value and what is allowed.
+        ValueError: A field contradicts itself or another; the message names it, its value and what
+            is allowed.
 
     Example:
         >>> config = TarFlowLMConfig(vocab_size=27, latent_size=5, hidden_size=64, num_attention_heads=4, flows=[
@@ -102,24 +115,36 @@ class TarFlowLMConfig(PreTrainedConfig):
         self.vocab_size = _at_least_one("vocab_size", vocab_size)
         self.latent_size = _at_least_one("latent_size", latent_size)
         self.patch_size = _at_least_one("patch_size", patch_size)
-        self.max_position_embeddings = _at_least_one("max_position_embeddings", max_position_embeddings)
+
+        self.max_position_embeddings = _at_least_one(
+            "max_position_embeddings", max_position_embeddings
+        )
         if self.max_position_embeddings % self.patch_size:
             raise ValueError(
                 f"max_position_embeddings must be a multiple of patch_size: {max_position_embeddings}, {patch_size}."
             )
         if not isinstance(conditional, bool):
             raise ValueError(f"conditional must be true or false, not {conditional!r}.")
+
         self.conditional = conditional
         self.posterior_top_k = posterior_top_k
         if posterior_top_k is None and self.vocab_size > 256:
             self.posterior_top_k = 8
+
         if self.posterior_top_k is not None:
             _at_least_one("posterior_top_k", self.posterior_top_k)
+
         self.initializer_range = initializer_range
         self.initial_log_scale = initial_log_scale
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
+            bos_token_id,
+            eos_token_id,
+            pad_token_id,
+        )
 
-        self.block_config = self._block_config(block_config, hidden_size, num_attention_heads, intermediate_size)
+        self.block_config = self._block_config(
+            block_config, hidden_size, num_attention_heads, intermediate_size
+        )
         self.hidden_size = self.block_config.hidden_size
         self.num_attention_heads = self.block_config.num_attention_heads
         self.intermediate_size = getattr(self.block_config, "intermediate_size", None)
@@ -127,6 +152,7 @@ class TarFlowLMConfig(PreTrainedConfig):
         flows = _default_flows() if flows is None else flows
         if not isinstance(flows, (list, tuple)) or not flows:
             raise ValueError(f"flows must be a list of at least one flow, not {flows!r}.")
+
         self.flows = [self._flow(index, flow) for index, flow in enumerate(flows)]
 
         kwargs.setdefault("auto_map", {
@@ -138,26 +164,38 @@ class TarFlowLMConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Decoder layers of the whole stack, those over the positions: `patch_head_layers` do not count."""
+        """Decoder layers of the whole stack, those over the positions: `patch_head_layers` do not
+        count.
+        """
         return sum(flow["num_hidden_layers"] for flow in self.flows)
 
     def decoder_config(self, num_hidden_layers: int, **changes: Any) -> PreTrainedConfig:
         """The block config at another depth, with other changes of its fields."""
         fields = self.block_config.to_dict()
-        for name in ("model_type", "layer_types", "dtype", "transformers_version"):  # made anew for the depth
+        for name in (
+            "model_type",
+            "layer_types",
+            "dtype",
+            "transformers_version",
+        ):  # made anew for the depth
             fields.pop(name, None)
+
         fields |= {"num_hidden_layers": num_hidden_layers, **changes}
         return CONFIG_MAPPING[self.block_config.model_type](**fields)
 
-    def _block_config(self, block_config, hidden_size, num_attention_heads, intermediate_size) -> PreTrainedConfig:
+    def _block_config(
+        self, block_config, hidden_size, num_attention_heads, intermediate_size
+    ) -> PreTrainedConfig:
         if block_config is None:
             hidden_size = _at_least_one("hidden_size", 768 if hidden_size is None else hidden_size)
             num_attention_heads = 12 if num_attention_heads is None else num_attention_heads
             _at_least_one("num_attention_heads", num_attention_heads)
+
             if hidden_size % num_attention_heads:
                 raise ValueError(
                     f"hidden_size must be a multiple of num_attention_heads: {hidden_size}, {num_attention_heads}."
                 )
+
             block_config = {
                 "model_type": "llama",
                 "hidden_size": hidden_size,
@@ -166,6 +204,7 @@ class TarFlowLMConfig(PreTrainedConfig):
                 "max_position_embeddings": self.max_position_embeddings // self.patch_size,
                 "initializer_range": self.initializer_range,
             }
+
         if isinstance(block_config, dict):
             block_config = dict(block_config)
             model_type = block_config.pop("model_type", None)
@@ -173,9 +212,13 @@ class TarFlowLMConfig(PreTrainedConfig):
                 raise ValueError(
                     f"block_config needs the model_type of an architecture of transformers, not {model_type!r}."
                 )
+
             block_config = CONFIG_MAPPING[model_type](**block_config)
         elif not isinstance(block_config, PreTrainedConfig):
-            raise ValueError(f"block_config must be a configuration or a dict, not {type(block_config).__name__}.")
+            raise ValueError(
+                f"block_config must be a configuration or a dict, not {type(block_config).__name__}."
+            )
+
         for name, value in (
             ("hidden_size", hidden_size),
             ("num_attention_heads", num_attention_heads),
@@ -185,12 +228,14 @@ class TarFlowLMConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name} is {value}, but {getattr(block_config, name)} in block_config: leave it out, or agree."
                 )
+
         positions = getattr(block_config, "max_position_embeddings", None)
         if positions is not None and positions * self.patch_size < self.max_position_embeddings:
             raise ValueError(
                 f"block_config.max_position_embeddings is {positions}, fewer than the "
                 f"{self.max_position_embeddings // self.patch_size} positions of max_position_embeddings / patch_size."
             )
+
         return block_config
 
     def _flow(self, index: int, flow: dict[str, Any]) -> dict[str, Any]:
@@ -198,14 +243,27 @@ class TarFlowLMConfig(PreTrainedConfig):
         where = f"flows[{index}]"
         if not isinstance(flow, dict):
             raise ValueError(f"{where} must be a dict, not {flow!r}.")
+
         flow = dict(flow)
         for name, allowed in (("coupling", tuple(COUPLING_OPTIONS)), ("direction", DIRECTIONS)):
             if flow.get(name) not in allowed:
-                raise ValueError(f"{where}.{name} must be one of {', '.join(allowed)}, not {flow.get(name)!r}.")
+                raise ValueError(
+                    f"{where}.{name} must be one of {', '.join(allowed)}, not {flow.get(name)!r}."
+                )
+
         coupling = flow["coupling"]
-        allowed = ("coupling", "direction", "num_hidden_layers", "context", *COUPLING_OPTIONS[coupling])
+        allowed = (
+            "coupling",
+            "direction",
+            "num_hidden_layers",
+            "context",
+            *COUPLING_OPTIONS[coupling],
+        )
         if unknown := sorted(set(flow) - set(allowed)):
-            raise ValueError(f"{where} has unknown options {unknown}: a flow of {coupling} takes {', '.join(allowed)}.")
+            raise ValueError(
+                f"{where} has unknown options {unknown}: a flow of {coupling} takes {', '.join(allowed)}."
+            )
+
         _at_least_one(f"{where}.num_hidden_layers", flow.get("num_hidden_layers"))
 
         if coupling == "mixture_cdf":
@@ -213,9 +271,11 @@ class TarFlowLMConfig(PreTrainedConfig):
             flow.setdefault("autoregressive", True)
             flow.setdefault("head_hidden_size", 128)
             _at_least_one(f"{where}.head_hidden_size", flow["head_hidden_size"] // 2)
+
         if coupling == "mixture_rosenblatt":
             flow.setdefault("tie_codebook", index == 0)
             flow.setdefault("num_components", self.vocab_size)
+
             if flow["tie_codebook"] and index > 0:
                 raise ValueError(
                     f"{where}.tie_codebook must be False: only the first flow's input lives in the codebook's space."
@@ -225,8 +285,10 @@ class TarFlowLMConfig(PreTrainedConfig):
                     f"{where}.num_components must be vocab_size, {self.vocab_size}, with a tied codebook, "
                     f"not {flow['num_components']}: leave it out, or set tie_codebook to False."
                 )
+
         if "num_components" in flow:
             _at_least_one(f"{where}.num_components", flow["num_components"])
+
         patch_head_layers = flow.get("patch_head_layers", 0)
         if patch_head_layers != 0:
             _at_least_one(f"{where}.patch_head_layers", patch_head_layers)
@@ -235,17 +297,21 @@ class TarFlowLMConfig(PreTrainedConfig):
                     f"{where}.patch_head_layers must be 0, not {patch_head_layers}: with patch_size 1 no token has "
                     "another before it in its patch."
                 )
+
         for name in ("autoregressive", "tie_codebook"):
             if not isinstance(flow.get(name, False), bool):
                 raise ValueError(f"{where}.{name} must be true or false, not {flow[name]!r}.")
 
         flow.setdefault("context", "posterior" if flow.get("tie_codebook") else "latent")
         if flow["context"] not in CONTEXTS:
-            raise ValueError(f"{where}.context must be one of {', '.join(CONTEXTS)}, not {flow['context']!r}.")
+            raise ValueError(
+                f"{where}.context must be one of {', '.join(CONTEXTS)}, not {flow['context']!r}."
+            )
         if flow["context"] == "posterior" and index > 0:
             raise ValueError(
                 f"{where}.context must be latent: only the first flow's input has a posterior over tokens."
             )
+
         return flow
 
 
@@ -259,8 +325,18 @@ def _default_flows() -> list[dict[str, Any]]:
     # Twelve layers in all, most of them next to the data.
     return [
         {"coupling": "mixture_rosenblatt", "direction": "left_to_right", "num_hidden_layers": 10},
-        {"coupling": "mixture_cdf", "direction": "right_to_left", "num_hidden_layers": 1, "num_components": 64},
-        {"coupling": "mixture_cdf", "direction": "left_to_right", "num_hidden_layers": 1, "num_components": 64},
+        {
+            "coupling": "mixture_cdf",
+            "direction": "right_to_left",
+            "num_hidden_layers": 1,
+            "num_components": 64,
+        },
+        {
+            "coupling": "mixture_cdf",
+            "direction": "left_to_right",
+            "num_hidden_layers": 1,
+            "num_components": 64,
+        },
     ]
 
 

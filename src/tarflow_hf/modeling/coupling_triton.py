@@ -1,7 +1,8 @@
-"""The mixture-CDF coupling as Triton kernels: one pass over the parameters forward, one backward, nothing stored.
+"""The mixture-CDF coupling as Triton kernels: one pass over the parameters forward, one backward,
+nothing stored.
 
-The mathematics, and the names, are those of `coupling_reference.py`; float32 inside, whatever the arguments' dtype.
-A program handles a tile of BLOCK scalars with all their K components.
+The mathematics, and the names, are those of `coupling_reference.py`; float32 inside, whatever the
+arguments' dtype. A program handles a tile of BLOCK scalars with all their K components.
 """
 
 import torch
@@ -12,8 +13,8 @@ from .coupling_reference import AutoregressiveNetwork
 from .normal_triton import IS_INTERPRETED, exact_exp, lower_quantile, normal_tails
 
 MAX_COMPONENTS = 256  # of a mixture: they must fit into one tile
-# Scalars times components (padded to a power of two) of one program. 512 leave a thread 4, and no register spills;
-# Triton's interpreter takes as long for a large tile as for a small one.
+# Scalars times components (padded to a power of two) of one program. 512 leave a thread 4, and no
+# register spills; Triton's interpreter takes as long for a large tile as for a small one.
 TILE_ELEMENTS = 4096 if IS_INTERPRETED else 512
 
 try:  # everything that needs triton stands in here: a checkpoint must load where there is none
@@ -27,7 +28,9 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
 
     @triton.jit
     def _transform(z, log_weight, loc, log_scale):
-        """`_transform` of the reference, for z (N,) and parameters (N, K); absent components have weight 0."""
+        """`_transform` of the reference, for z (N,) and parameters (N, K); absent components have
+        weight 0.
+        """
         t = (z[:, None] - loc) * exact_exp(-log_scale)
         log_cdf_k, log_sf_k, cdf_hazard, sf_hazard = normal_tails(t)
         log_cdf = log_sum_exp(log_weight + log_cdf_k)
@@ -36,17 +39,24 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         sign = tl.where(is_lower, 1.0, -1.0)
         quantile = lower_quantile(tl.minimum(log_cdf, log_sf))
         log_tail = log_weight + tl.where(is_lower[:, None], log_cdf_k, log_sf_k)
-        # As log_softmax does it: the largest is subtracted first, so that the weights are exact relative to it.
+
+        # As log_softmax does it: the largest is subtracted first, so that the weights are exact
+        # relative to it.
         log_tail = log_tail - tl.max(log_tail, 1)[:, None]
         log_tail = log_tail - tl.log(tl.sum(tl.exp(log_tail), 1))[:, None]
         log_slope = log_tail + tl.where(is_lower[:, None], cdf_hazard, sf_hazard) - log_scale
         _c, _s, hazard, _h = normal_tails(quantile)
         log_det = log_sum_exp(log_slope) - hazard
+
         return sign * quantile, log_det, sign, t, log_tail, log_slope, hazard
 
     @triton.jit
-    def _load_parameters(logits_ptr, loc_ptr, log_scale_ptr, rows, num_rows, K: tl.constexpr, BLOCK_K: tl.constexpr):
-        """Log weights, locations, log scales (BLOCK, BLOCK_K) in float32, and where they are in the tensors."""
+    def _load_parameters(
+        logits_ptr, loc_ptr, log_scale_ptr, rows, num_rows, K: tl.constexpr, BLOCK_K: tl.constexpr
+    ):
+        """Log weights, locations, log scales (BLOCK, BLOCK_K) in float32, and where they are in the
+        tensors.
+        """
         k = tl.arange(0, BLOCK_K)
         inside = (rows < num_rows)[:, None] & (k < K)[None, :]
         offsets = rows[:, None].to(tl.int64) * K + k[None, :]
@@ -56,6 +66,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         logits = tl.where((k < K)[None, :], logits, float("-inf"))
         log_weight = logits - tl.max(logits, 1)[:, None]
         log_weight = log_weight - tl.log(tl.sum(tl.exp(log_weight), 1))[:, None]
+
         return log_weight, loc, log_scale, offsets, inside
 
     @triton.jit
@@ -68,7 +79,9 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         log_weight, loc, log_scale, _offsets, _inside = _load_parameters(
             logits_ptr, loc_ptr, log_scale_ptr, rows, num_rows, K, BLOCK_K
         )
-        u, log_det, _sign, _t, _log_tail, _log_slope, _hazard = _transform(z, log_weight, loc, log_scale)
+        u, log_det, _sign, _t, _log_tail, _log_slope, _hazard = _transform(
+            z, log_weight, loc, log_scale
+        )
         tl.store(u_ptr + rows, u, mask=rows < num_rows)
         tl.store(log_det_ptr + rows, log_det, mask=rows < num_rows)
 
@@ -92,22 +105,28 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         u, log_det, sign, t, log_tail, log_slope, hazard = _transform(z, log_weight, loc, log_scale)
         grad_log_det = tl.load(grad_log_det_ptr + rows, mask=is_row, other=0.0)
         grad_u = tl.load(grad_u_ptr + rows, mask=is_row, other=0.0)
+
         if INVERSE:
             grad_u_slope = -grad_u
             limit = 6.98e12  # the cube root of float32's range, as in the reference: room for the products below
-            grad_u = -tl.minimum(tl.maximum(grad_u * tl.minimum(exact_exp(-log_det), limit), -limit), limit)
+            grad_u = -tl.minimum(
+                tl.maximum(grad_u * tl.minimum(exact_exp(-log_det), limit), -limit), limit
+            )
         else:
             grad_u = grad_u + grad_log_det * u
             grad_u_slope = grad_u * exact_exp(log_det)
+
         rho = tl.exp(log_slope - log_sum_exp(log_slope)[:, None])
         weight = tl.exp(log_weight)
         grad_weight = (sign * grad_u * exact_exp(-hazard))[:, None]
         grad_density = grad_log_det[:, None]
         pull = grad_density * rho * t * exact_exp(-log_scale)
+
         if INVERSE:
             grad_z = -grad_u
         else:
             grad_z = grad_u_slope - tl.sum(tl.where(inside, pull, 0.0), 1)
+
         grad_logits = grad_weight * (tl.exp(log_tail) - weight) + grad_density * (rho - weight)
         grad_loc = -rho * grad_u_slope[:, None]
         grad_log_scale = grad_loc * t * exact_exp(log_scale) + grad_density * rho * (t * t - 1.0)
@@ -136,8 +155,8 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         grad_z_ptr, grad_logits_ptr, grad_loc_ptr, grad_log_scale_ptr, num_rows,
         K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        # d log p / dz = -sum_k rho_k t_k exp(-s_k), / dm_k = rho_k t_k exp(-s_k), / ds_k = rho_k (t_k^2 - 1),
-        # / dlogit_k = rho_k - pi_k.
+        # d log p / dz = -sum_k rho_k t_k exp(-s_k), / dm_k = rho_k t_k exp(-s_k), / ds_k = rho_k
+        # (t_k^2 - 1), / dlogit_k = rho_k - pi_k.
         rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         is_row = rows < num_rows
         z = tl.load(z_ptr + rows, mask=is_row, other=0.0).to(tl.float32)
@@ -166,9 +185,12 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         tolerance = eps * (1.0 + tl.abs(u))
         last_step = upper - lower
         num_left = tl.sum(tl.where(is_done, 0, 1), 0)
+
         steps = 0
         while (steps < 48) & (num_left > 0):
-            x_u, log_det, _sign, _t, _log_tail, _log_slope, _hazard = _transform(x, log_weight, loc, log_scale)
+            x_u, log_det, _sign, _t, _log_tail, _log_slope, _hazard = _transform(
+                x, log_weight, loc, log_scale
+            )
             value = x_u - u
             lower = tl.where(value <= 0.0, x, lower)
             upper = tl.where(value >= 0.0, x, upper)
@@ -183,6 +205,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
             x = tl.where(is_done, x, new_x)
             num_left = tl.sum(tl.where(is_done, 0, 1), 0)
             steps += 1
+
         return x
 
     @triton.jit
@@ -197,16 +220,23 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
             logits_ptr, loc_ptr, log_scale_ptr, rows, num_rows, K, BLOCK_K
         )
         is_component = (tl.arange(0, BLOCK_K) < K)[None, :]
-        tl.store(z_ptr + rows, _solve(u, log_weight, loc, log_scale, is_component, rows >= num_rows), mask=is_row)
+        tl.store(
+            z_ptr + rows,
+            _solve(u, log_weight, loc, log_scale, is_component, rows >= num_rows),
+            mask=is_row,
+        )
 
-    # ------------------------------------------------------ the inverse through the dimension-wise autoregressive head
+    # ----------------------------------- the inverse through the dimension-wise autoregressive head
 
     @triton.jit
     def _tanh(x):
         square = x * x
-        series = square * (0.13333333333333333 + square * (-0.05396825396825397 + square * 0.021869488536155203))
+        series = square * (
+            0.13333333333333333 + square * (-0.05396825396825397 + square * 0.021869488536155203)
+        )
         series = x * (1.0 + square * (-0.3333333333333333 + series))
         e = tl.exp(-2.0 * tl.abs(x))
+
         return tl.where(square < 0.09, series, tl.where(x < 0.0, -1.0, 1.0) * (1.0 - e) / (1.0 + e))
 
     @triton.jit
@@ -218,11 +248,18 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         return tl.where(x > 0.0, x, tl.exp(tl.minimum(x, 0.0)) - 1.0)
 
     @triton.jit
-    def _linear(x, weight_ptr, bias_ptr, rows, is_row, columns, is_column, NUM_COLUMNS: tl.constexpr):
+    def _linear(
+        x, weight_ptr, bias_ptr, rows, is_row, columns, is_column, NUM_COLUMNS: tl.constexpr
+    ):
         """Some rows of W x + b, x (columns,) in float32."""
         offsets = rows[:, None] * NUM_COLUMNS + columns[None, :]
-        weight = tl.load(weight_ptr + offsets, mask=is_row[:, None] & is_column[None, :], other=0.0).to(tl.float32)
-        return tl.sum(weight * x[None, :], 1) + tl.load(bias_ptr + rows, mask=is_row, other=0.0).to(tl.float32)
+        weight = tl.load(
+            weight_ptr + offsets, mask=is_row[:, None] & is_column[None, :], other=0.0
+        ).to(tl.float32)
+
+        return tl.sum(weight * x[None, :], 1) + tl.load(bias_ptr + rows, mask=is_row, other=0.0).to(
+            tl.float32
+        )
 
     @triton.jit
     def _autoregressive_inverse_kernel(
@@ -231,15 +268,24 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         D: tl.constexpr, E: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
         BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        # All D steps of one position: hidden units, parameters, solve, features of what was found. The features of the
-        # dimensions so far are (BLOCK_D, BLOCK_E), with 0 where there are none yet.
+        # All D steps of one position: hidden units, parameters, solve, features of what was found.
+        # The features of the dimensions so far are (BLOCK_D, BLOCK_E), with 0 where there are none
+        # yet.
         row = tl.program_id(0).to(tl.int64)
-        dims, e, h, k = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_K)
+        dims, e, h, k = (
+            tl.arange(0, BLOCK_D),
+            tl.arange(0, BLOCK_E),
+            tl.arange(0, BLOCK_H),
+            tl.arange(0, BLOCK_K),
+        )
         is_component = k < K
         is_hidden = h < H
         features = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
+
         for i in range(D):
-            hidden = tl.load(context_ptr + (row * D + i) * H + h, mask=is_hidden, other=0.0).to(tl.float32)
+            hidden = tl.load(context_ptr + (row * D + i) * H + h, mask=is_hidden, other=0.0).to(
+                tl.float32
+            )
             column = E * (i * (i - 1) // 2) + dims[:, None] * E + e[None, :]
             is_past = (dims < i)[:, None] & (e < E)[None, :]
             weight = tl.load(
@@ -251,15 +297,25 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
             bias_ptr = output_bias_ptr + i * (3 * K)
             logits = _linear(hidden, weight_ptr, bias_ptr, k, is_component, h, is_hidden, H)
             loc = _linear(hidden, weight_ptr, bias_ptr, K + k, is_component, h, is_hidden, H)
-            log_scale = _linear(hidden, weight_ptr, bias_ptr, 2 * K + k, is_component, h, is_hidden, H)
+            log_scale = _linear(
+                hidden, weight_ptr, bias_ptr, 2 * K + k, is_component, h, is_hidden, H
+            )
             log_scale = max_log_scale * _tanh(log_scale / max_log_scale)
             logits = tl.where(is_component, logits, float("-inf"))
             log_weight = logits - tl.max(logits, 0)
             log_weight = log_weight - tl.log(tl.sum(tl.exp(log_weight), 0))
             one = tl.arange(0, 1)
             u = tl.load(u_ptr + row * D + i + one)
-            z = _solve(u, log_weight[None, :], loc[None, :], log_scale[None, :], is_component[None, :], one > 0)
+            z = _solve(
+                u,
+                log_weight[None, :],
+                loc[None, :],
+                log_scale[None, :],
+                is_component[None, :],
+                one > 0,
+            )
             tl.store(z_ptr + row * D + i + one, z)
+
             if i < D - 1:
                 x = tl.sum(z, 0)
                 inside = e < E
@@ -274,17 +330,23 @@ except ImportError:
     triton = None
 
 
-# ----------------------------------------------------------------------------------------------------------- launchers
+# ---------------------------------------------------------------------------------------- launchers
 
 
 def _launch(kernel, num_rows: int, num_components: int, *tensors: Tensor, **options) -> None:
     if num_rows == 0:
         return
+
     block_k = triton.next_power_of_2(num_components)
     grid_block = max(1, TILE_ELEMENTS // block_k)
     grid = (triton.cdiv(num_rows, grid_block),)
-    with torch.cuda.device_of(tensors[0]):  # a kernel runs on the current device, which need not be the tensors'
-        kernel[grid](*tensors, num_rows, K=num_components, BLOCK=grid_block, BLOCK_K=block_k, **options)
+
+    with torch.cuda.device_of(
+        tensors[0]
+    ):  # a kernel runs on the current device, which need not be the tensors'
+        kernel[grid](
+            *tensors, num_rows, K=num_components, BLOCK=grid_block, BLOCK_K=block_k, **options
+        )
 
 
 def _sizes(z: Tensor, logits: Tensor) -> tuple[int, int]:
@@ -310,7 +372,10 @@ class _MixtureCDF(torch.autograd.Function):
         inputs = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in inputs]
         cotangents = _contiguous(grad_u, grad_log_det)
-        _launch(_backward_kernel, *_sizes(*inputs[:2]), *inputs, *cotangents, *gradients, INVERSE=False)
+        _launch(
+            _backward_kernel, *_sizes(*inputs[:2]), *inputs, *cotangents, *gradients, INVERSE=False
+        )
+
         return tuple(gradients)
 
 
@@ -322,6 +387,7 @@ class _MixtureCDFInverse(torch.autograd.Function):
         _launch(_inverse_kernel, *_sizes(u, parameters[0]), u, *parameters, z)
         ctx.save_for_backward(z, *parameters)
         ctx.dtype = u.dtype
+
         return z
 
     @staticmethod
@@ -330,7 +396,10 @@ class _MixtureCDFInverse(torch.autograd.Function):
         inputs = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in inputs]
         cotangents = [grad_z.contiguous(), torch.zeros_like(inputs[0])]
-        _launch(_backward_kernel, *_sizes(*inputs[:2]), *inputs, *cotangents, *gradients, INVERSE=True)
+        _launch(
+            _backward_kernel, *_sizes(*inputs[:2]), *inputs, *cotangents, *gradients, INVERSE=True
+        )
+
         return gradients[0].to(ctx.dtype), *gradients[1:]
 
 
@@ -348,7 +417,10 @@ class _MixtureCDFLogProb(torch.autograd.Function):
     def backward(ctx, grad):
         inputs = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in inputs]
-        _launch(_log_prob_backward_kernel, *_sizes(*inputs[:2]), *inputs, grad.contiguous(), *gradients)
+        _launch(
+            _log_prob_backward_kernel, *_sizes(*inputs[:2]), *inputs, grad.contiguous(), *gradients
+        )
+
         return tuple(gradients)
 
 
@@ -368,11 +440,17 @@ def mixture_cdf_log_prob(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tens
 
 
 @torch.compiler.disable
-def autoregressive_mixture_cdf_inverse(u: Tensor, from_context: Tensor, network: AutoregressiveNetwork) -> Tensor:
+def autoregressive_mixture_cdf_inverse(
+    u: Tensor, from_context: Tensor, network: AutoregressiveNetwork
+) -> Tensor:
     """u (n, D) and from_context (n, D, H); without gradients."""
     z = torch.empty_like(u, dtype=torch.float32)
     num_rows, size, hidden_size = from_context.shape
-    num_features, num_components = network.features_bias.shape[-1], network.output_bias.shape[-1] // 3
+    num_features, num_components = (
+        network.features_bias.shape[-1],
+        network.output_bias.shape[-1] // 3,
+    )
+
     if num_rows:
         tensors = _contiguous(u.float(), from_context, *network[:-1])
         with torch.cuda.device_of(u):
@@ -381,4 +459,5 @@ def autoregressive_mixture_cdf_inverse(u: Tensor, from_context: Tensor, network:
                 BLOCK_D=triton.next_power_of_2(size), BLOCK_E=triton.next_power_of_2(num_features),
                 BLOCK_H=triton.next_power_of_2(hidden_size), BLOCK_K=triton.next_power_of_2(num_components),
             )  # fmt: skip
+
     return z

@@ -1,8 +1,9 @@
 """The standard normal in log space, and root finding: what the couplings are made of.
 
-Notation: phi and Phi are the density and the distribution function of N(0, 1). Every function works element by
-element in the dtype of its argument (float32 or float64) and is accurate to a few units in the last place. None of
-them is meant to be differentiated through: the couplings derive their gradients by hand.
+Notation: phi and Phi are the density and the distribution function of N(0, 1). Every function works
+element by element in the dtype of its argument (float32 or float64) and is accurate to a few units
+in the last place. None of them is meant to be differentiated through: the couplings derive their
+gradients by hand.
 """
 
 import math
@@ -26,7 +27,9 @@ def normal_log_prob(x: Tensor) -> Tensor:
 
 
 class NormalTails(NamedTuple):
-    """Both tails of the standard normal at x and, with h = phi / Phi, both (reversed) hazards, all in log space."""
+    """Both tails of the standard normal at x and, with h = phi / Phi, both (reversed) hazards, all
+    in log space.
+    """
 
     log_cdf: Tensor  # log Phi(x)
     log_sf: Tensor  # log Phi(-x)
@@ -37,7 +40,8 @@ class NormalTails(NamedTuple):
 def normal_tails(x: Tensor) -> NormalTails:
     """All four at once, which costs little more than one: they share the special functions.
 
-    The larger tail is ``log(1 - smaller)`` and the smaller one's hazard forgets the exponential: neither cancels.
+    The larger tail is ``log(1 - smaller)`` and the smaller one's hazard forgets the exponential:
+    neither cancels.
 
     Example:
         >>> normal_tails(torch.tensor([0.0, -10.0])).log_cdf
@@ -54,6 +58,7 @@ def normal_tails(x: Tensor) -> NormalTails:
     small_hazard = -LOG_SQRT_2PI - log_factor - (half_square + log_exponential)
     large_hazard = -LOG_SQRT_2PI - half_square - large
     is_negative = x < 0
+
     return NormalTails(
         log_cdf=torch.where(is_negative, small, large),
         log_sf=torch.where(is_negative, large, small),
@@ -63,7 +68,8 @@ def normal_tails(x: Tensor) -> NormalTails:
 
 
 def log_reversed_hazard(x: Tensor) -> Tensor:
-    """``log(phi(x) / Phi(x))``, the log of the reversed hazard rate (the inverse Mills ratio at -x).
+    """``log(phi(x) / Phi(x))``, the log of the reversed hazard rate (the inverse Mills ratio at
+    -x).
 
     Close to ``log(-x)`` far to the left and to ``log phi(x)`` far to the right.
 
@@ -75,11 +81,13 @@ def log_reversed_hazard(x: Tensor) -> Tensor:
 
 
 def ndtri_exp(log_p: Tensor) -> Tensor:
-    """Standard normal quantile of a log-probability, ``Phi^-1(exp(log_p))``, without ever forming ``exp(log_p)``.
+    """Standard normal quantile of a log-probability, ``Phi^-1(exp(log_p))``, without ever forming
+    ``exp(log_p)``.
 
-    Newton's method on ``log Phi``, which is concave and increasing: from any start the iterates approach the root
-    from the left, quadratically. The start is the asymptotic expansion of the tail,
-    ``x^2 = w - log(w) - log(2 pi)`` with ``w = -2 log_p``, cut at 0. Same function as ``scipy.special.ndtri_exp``.
+    Newton's method on ``log Phi``, which is concave and increasing: from any start the iterates
+    approach the root from the left, quadratically. The start is the asymptotic expansion of the
+    tail, ``x^2 = w - log(w) - log(2 pi)`` with ``w = -2 log_p``, cut at 0. Same function as
+    ``scipy.special.ndtri_exp``.
 
     Args:
         log_p: Natural logarithms of probabilities, at most 0.
@@ -96,9 +104,11 @@ def ndtri_exp(log_p: Tensor) -> Tensor:
     log_tail = torch.where(is_upper, torch.log(-torch.expm1(log_p)), log_p)
     w = -2 * log_tail
     x = -(w - w.log() - 2 * LOG_SQRT_2PI).clamp(min=0).sqrt()
+
     for _ in range(4 if log_p.dtype == torch.float32 else 5):
         at = normal_tails(x)
         x = x - (at.log_cdf - log_tail) * torch.exp(-at.log_cdf_hazard)
+
     x = torch.where(log_tail == -math.inf, log_tail, x)
     return torch.where(is_upper, -x, x)
 
@@ -111,13 +121,15 @@ def find_root(
     initial: Tensor,
     tolerance: Tensor,
 ) -> Tensor:
-    """Root of an increasing function in a bracket, element by element: Newton steps, safeguarded by bisection.
+    """Root of an increasing function in a bracket, element by element: Newton steps, safeguarded by
+    bisection.
 
-    A Newton step is taken where it stays in the bracket and is at most half as long as the step before, or as the
-    bracket that was halved before; the bracket is halved otherwise. An element rests once its value is within
-    ``tolerance`` or its bracket has no number left inside. To close the bracket, a Newton step too short to move x is
-    made as long as the spacing of numbers there: it crosses the root, or shows that the slope holds nowhere but at x.
-    The number of steps is fixed by the dtype and nothing is read back from the device; only on a CPU, where looking is
+    A Newton step is taken where it stays in the bracket and is at most half as long as the step
+    before, or as the bracket that was halved before; the bracket is halved otherwise. An element
+    rests once its value is within ``tolerance`` or its bracket has no number left inside. To close
+    the bracket, a Newton step too short to move x is made as long as the spacing of numbers there:
+    it crosses the root, or shows that the slope holds nowhere but at x. The number of steps is
+    fixed by the dtype and nothing is read back from the device; only on a CPU, where looking is
     free, the loop ends when every element rests.
 
     Args:
@@ -138,6 +150,7 @@ def find_root(
     x, last_step = initial, upper - lower
     eps = torch.finfo(x.dtype).eps
     done = torch.zeros_like(x, dtype=torch.bool)
+
     for _ in range(2 * (24 if x.dtype == torch.float32 else 53)):
         value, log_slope = function(x)
         lower = torch.where(value <= 0, x, lower)
@@ -146,11 +159,14 @@ def find_root(
         done = done | (value.abs() <= tolerance) | (upper - lower <= spacing)
         if x.device.type == "cpu" and bool(done.all()):
             break
+
         step = -value * torch.exp(-log_slope)
         newton = x + torch.where(step.abs() < spacing, -value.sign() * spacing, step)
+
         # A comparison with NaN or infinity (a slope of 0) is false, which means bisection.
         is_good = (newton >= lower) & (newton <= upper) & (2 * step.abs() <= last_step)
         new_x = torch.where(is_good, newton, lower + 0.5 * (upper - lower))
         last_step = torch.where(is_good, step.abs(), upper - lower)
         x = torch.where(done, x, new_x)
+
     return x

@@ -1,6 +1,8 @@
-"""The standard normal in log space for Triton kernels: `normal.py` in float32, of exp, log and polynomials alone.
+"""The standard normal in log space for Triton kernels: `normal.py` in float32, of exp, log and
+polynomials alone.
 
-Triton's own special functions come from a library of the GPU's maker, which its interpreter does not have.
+Triton's own special functions come from a library of the GPU's maker, which its interpreter does
+not have.
 """
 
 try:  # everything that needs triton stands in here: a checkpoint must load where there is none
@@ -11,20 +13,22 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
     def exact_exp(x):
         """exp(x) to 2 units in the last place, however large x is.
 
-        `tl.exp` on a GPU is 2^(x log2(e)) with that product rounded: at x = -20 it has lost 4 bits. Here the integer
-        part of the product is split off first. For factors that are used as they are; in a sum of exponentials whose
-        largest is 1, `tl.exp` is as good.
+        `tl.exp` on a GPU is 2^(x log2(e)) with that product rounded: at x = -20 it has lost 4 bits.
+        Here the integer part of the product is split off first. For factors that are used as they
+        are; in a sum of exponentials whose largest is 1, `tl.exp` is as good.
         """
         x = tl.minimum(tl.maximum(x, -104.0), 89.0)
         n = tl.floor(x * 1.4426950408889634 + 0.5)
         rest = (
             x - n * 0.693145751953125
         ) - n * 1.428606765330187e-06  # log(2) in two parts: the first product is exact
+
         return tl.exp(rest) * tl.exp2(n)
 
     @triton.jit
     def log1p(x):
-        # Exact in the last places where x is small: log(u) x / (u - 1) with u = 1 + x as rounded (Kahan).
+        # Exact in the last places where x is small: log(u) x / (u - 1) with u = 1 + x as rounded
+        # (Kahan).
         u = 1.0 + x
         return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
@@ -32,8 +36,9 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
     def log_half_erfcx(a):
         """log(erfcx(a) / 2), a >= 0, to 2 units in the last place of erfcx.
 
-        (1 + 2 a) erfcx(a) is smooth in t = (a - 2) / (a + 2), which maps [0, inf) to [-1, 1): a Chebyshev fit of degree
-        12, written as a polynomial. The idea is that of Shepherd & Laframboise, Mathematics of Computation 36, 1981.
+        (1 + 2 a) erfcx(a) is smooth in t = (a - 2) / (a + 2), which maps [0, inf) to [-1, 1): a
+        Chebyshev fit of degree 12, written as a polynomial. The idea is that of Shepherd &
+        Laframboise, Mathematics of Computation 36, 1981.
         """
         t = (a - 2.0) / (a + 2.0)
         p = -2.025598951149732e-05 * t + 6.336945807561278e-05
@@ -48,11 +53,14 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         p = p * t - 0.1660303771495819
         p = p * t - 0.0927637591958046
         p = p * t + 1.2769783735275269
+
         return tl.log(0.5 * p / (1.0 + 2.0 * a))
 
     @triton.jit
     def normal_tails(x):
-        """log Phi(x), log Phi(-x), log h(x), log h(-x), with h = phi / Phi: `normal_tails` of `normal.py`."""
+        """log Phi(x), log Phi(-x), log h(x), log h(-x), with h = phi / Phi: `normal_tails` of
+        `normal.py`.
+        """
         log_sqrt_2pi = 0.9189385332046727
         half_square = 0.5 * x * x
         log_factor = log_half_erfcx(tl.abs(x) * 0.7071067811865476)
@@ -61,6 +69,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         small_hazard = -log_sqrt_2pi - log_factor
         large_hazard = -log_sqrt_2pi - half_square - large
         is_negative = x < 0.0
+
         return (
             tl.where(is_negative, small, large),
             tl.where(is_negative, large, small),
@@ -73,13 +82,16 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         """Phi^-1(exp(log_p)) for log_p at most log(1/2), as `ndtri_exp` of `normal.py`."""
         w = -2.0 * log_p
         x = -tl.sqrt(tl.maximum(w - tl.log(w) - 1.8378770664093453, 0.0))
+
         for _ in tl.static_range(4):
             log_cdf, _log_sf, hazard, _sf_hazard = normal_tails(x)
             x = x - (log_cdf - log_p) * exact_exp(-hazard)
+
         return x
 
 except ImportError:
     triton = exact_exp = log1p = log_half_erfcx = lower_quantile = normal_tails = None
 
-# Without a GPU the kernels run in Triton's interpreter, which TRITON_INTERPRET=1 asks for before they are defined.
+# Without a GPU the kernels run in Triton's interpreter, which TRITON_INTERPRET=1 asks for before
+# they are defined.
 IS_INTERPRETED = type(normal_tails).__name__ == "InterpretedFunction"

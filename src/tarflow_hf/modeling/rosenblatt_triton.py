@@ -1,9 +1,11 @@
-"""The Rosenblatt coupling of a large mixture as Triton kernels: one pass over the components, nothing of size n K d.
+"""The Rosenblatt coupling of a large mixture as Triton kernels: one pass over the components,
+nothing of size n K d.
 
-With w_k^(i) = logit_k + sum_{j<i} log N(z_j; mu_kj, sigma_k^2), everything a position needs are 3 d + 1 logsumexps over
-the components k: of w^(0), ..., w^(d), and of w_k^(i) + log Phi(+-t_ki). One kernel makes them; the rest is arithmetic
-on (n, d) tensors. The backward pass, and the log-density alone, take the same form. The mathematics, and the names, are
-those of `coupling_reference.py`: float32, but the weights w of a transform, whose squares cancel, in float64.
+With w_k^(i) = logit_k + sum_{j<i} log N(z_j; mu_kj, sigma_k^2), everything a position needs are 3 d
++ 1 logsumexps over the components k: of w^(0), ..., w^(d), and of w_k^(i) + log Phi(+-t_ki). One
+kernel makes them; the rest is arithmetic on (n, d) tensors. The backward pass, and the log-density
+alone, take the same form. The mathematics, and the names, are those of `coupling_reference.py`:
+float32, but the weights w of a transform, whose squares cancel, in float64.
 
 The order of every sum is fixed by the shapes: results do not vary from run to run.
 """
@@ -24,7 +26,9 @@ BLOCK_ROWS = 16 if IS_INTERPRETED else 8
 BLOCK_COMPONENTS = 64
 INVERSE_BLOCK_COMPONENTS = 2048
 MAX_SPLITS = 32  # programs that share the components of a block of rows
-MAX_PARTIAL_SUMS = 2**25  # numbers that the programs of a backward pass leave behind, to be added up
+MAX_PARTIAL_SUMS = (
+    2**25
+)  # numbers that the programs of a backward pass leave behind, to be added up
 # Arguments that are loop bounds: a size of 1 must not become a constant of another type.
 SIZES = ["num_rows", "num_components", "tiles_per_split"]
 
@@ -42,7 +46,9 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
 
     @triton.jit
     def _add_exp(peak, total, here, old_shift, new_shift, x):
-        """Adds sum_k exp(x_k), x (N, K), to column `here` of the sums exp(peak) total, (N, C), each after its shift."""
+        """Adds sum_k exp(x_k), x (N, K), to column `here` of the sums exp(peak) total, (N, C), each
+        after its shift.
+        """
         x_peak = tl.maximum(tl.max(x, 1), -1e30)
         x_total = tl.sum(tl.exp((x - x_peak[:, None]).to(tl.float32)), 1)
         old = peak + old_shift
@@ -50,11 +56,16 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         peak = tl.maximum(old, new)
         old_share = tl.exp((old - peak).to(tl.float32))
         new_share = tl.exp((new - peak).to(tl.float32))
+
         return peak, total * old_share + tl.where(here, x_total[:, None], 0.0) * new_share
 
     @triton.jit
-    def _load_weights(logits_ptr, rows, is_row, row_stride, k, is_component, component_stride, dtype: tl.constexpr):
-        offsets = rows.to(tl.int64)[:, None] * row_stride + k.to(tl.int64)[None, :] * component_stride
+    def _load_weights(
+        logits_ptr, rows, is_row, row_stride, k, is_component, component_stride, dtype: tl.constexpr
+    ):
+        offsets = (
+            rows.to(tl.int64)[:, None] * row_stride + k.to(tl.int64)[None, :] * component_stride
+        )
         inside = is_row[:, None] & is_component[None, :]
         return tl.load(logits_ptr + offsets, mask=inside, other=float("-inf")).to(dtype)
 
@@ -64,9 +75,10 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         num_rows, num_components, row_stride, component_stride, tiles_per_split,
         D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, TRANSFORM: tl.constexpr,
     ):  # fmt: skip
-        # Of this split's share of the components: the logsumexps of the weights (splits, n, d + 1), without TRANSFORM
-        # just the first and the last, and those of both tails (splits, n, d), relative to that of their weights. The
-        # weights' peak is kept in `dtype`, and everything else relative to it: all may be far from 0, not from it.
+        # Of this split's share of the components: the logsumexps of the weights (splits, n, d + 1),
+        # without TRANSFORM just the first and the last, and those of both tails (splits, n, d),
+        # relative to that of their weights. The weights' peak is kept in `dtype`, and everything
+        # else relative to it: all may be far from 0, not from it.
         rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         split = tl.program_id(1)
         is_row = rows < num_rows
@@ -75,42 +87,71 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         origin = tl.full([BLOCK, COLUMNS], -1e30, dtype)
         total = tl.zeros([BLOCK, COLUMNS], tl.float32)
         peak, cdf_peak, sf_peak, cdf_total, sf_total = origin, origin, origin, total, total
+
         for tile in range(split * tiles_per_split, (split + 1) * tiles_per_split):
             k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
             is_component = k < num_components
-            weight = _load_weights(logits_ptr, rows, is_row, row_stride, k, is_component, component_stride, dtype)
+            weight = _load_weights(
+                logits_ptr, rows, is_row, row_stride, k, is_component, component_stride, dtype
+            )
             log_scale = tl.load(log_scale_ptr + k, mask=is_component, other=0.0).to(dtype)[None, :]
             inverse_scale = tl.load(inverse_scale_ptr + k, mask=is_component, other=0.0)[None, :]
+
             for i in range(D + 1):
                 here = column == i
-                z = tl.load(z_ptr + rows.to(tl.int64) * D + i, mask=is_row & (i < D), other=0.0).to(dtype)
-                mean = tl.load(mean_ptr + i * num_components + k, mask=is_component & (i < D), other=0.0).to(dtype)
+                z = tl.load(z_ptr + rows.to(tl.int64) * D + i, mask=is_row & (i < D), other=0.0).to(
+                    dtype
+                )
+                mean = tl.load(
+                    mean_ptr + i * num_components + k, mask=is_component & (i < D), other=0.0
+                ).to(dtype)
                 t = (z[:, None] - mean[None, :]) * inverse_scale
+
                 if TRANSFORM or i == 0 or i == D:
                     base = tl.maximum(tl.max(weight, 1), -1e30)[:, None]
                     share = weight - base
                     new_origin = tl.where(here, tl.maximum(origin, base), origin)
                     old_shift = origin - new_origin
                     new_shift = tl.where(here, base - new_origin, 0.0)
-                    # Log tails are at most 0: what is 104 below every sum so far is 0 beside it in float32.
-                    least = tl.sum(tl.where(here, tl.minimum(tl.minimum(cdf_peak, sf_peak), peak), 0.0), 1)
+
+                    # Log tails are at most 0: what is 104 below every sum so far is 0 beside it in
+                    # float32.
+                    least = tl.sum(
+                        tl.where(here, tl.minimum(tl.minimum(cdf_peak, sf_peak), peak), 0.0), 1
+                    )
                     if tl.max(tl.sum(new_shift, 1) - least, 0) > -104.0:
                         origin = new_origin
                         peak, total = _add_exp(peak, total, here, old_shift, new_shift, share)
+
                         if TRANSFORM:
                             log_cdf, log_sf = _log_tails(t.to(tl.float32), 0.5 * t * t)
                             cdf_peak, cdf_total = _add_exp(
                                 cdf_peak, cdf_total, here, old_shift, new_shift, share + log_cdf
                             )
-                            sf_peak, sf_total = _add_exp(sf_peak, sf_total, here, old_shift, new_shift, share + log_sf)
+                            sf_peak, sf_total = _add_exp(
+                                sf_peak, sf_total, here, old_shift, new_shift, share + log_sf
+                            )
+
                 weight = weight - (0.5 * t * t + log_scale + 0.9189385332046727)
+
         offsets = (split * num_rows + rows).to(tl.int64)[:, None]
         log_total = peak + tl.log(total).to(dtype)
-        tl.store(weight_ptr + offsets * (D + 1) + column, origin + log_total, mask=is_row[:, None] & (column <= D))
+        tl.store(
+            weight_ptr + offsets * (D + 1) + column,
+            origin + log_total,
+            mask=is_row[:, None] & (column <= D),
+        )
+
         if TRANSFORM:
             inside = is_row[:, None] & (column < D)
-            tl.store(cdf_ptr + offsets * D + column, cdf_peak + (tl.log(cdf_total) - log_total), mask=inside)
-            tl.store(sf_ptr + offsets * D + column, sf_peak + (tl.log(sf_total) - log_total), mask=inside)
+            tl.store(
+                cdf_ptr + offsets * D + column,
+                cdf_peak + (tl.log(cdf_total) - log_total),
+                mask=inside,
+            )
+            tl.store(
+                sf_ptr + offsets * D + column, sf_peak + (tl.log(sf_total) - log_total), mask=inside
+            )
 
     @triton.jit(do_not_specialize=SIZES)
     def _backward_kernel(
@@ -121,45 +162,67 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
         TRANSFORM: tl.constexpr, GRAD_LOGITS: tl.constexpr,
     ):  # fmt: skip
-        # `_rosenblatt_backward` of the reference for a tile of rows and components, from the last dimension to the
-        # first: `demand` is what the later dimensions ask of their weights. Of z's gradient the tile leaves its share,
-        # (component blocks, n, d), of the codebook's its own, (row blocks, d, K) and (row blocks, K).
+        # `_rosenblatt_backward` of the reference for a tile of rows and components, from the last
+        # dimension to the first: `demand` is what the later dimensions ask of their weights. Of z's
+        # gradient the tile leaves its share, (component blocks, n, d), of the codebook's its own,
+        # (row blocks, d, K) and (row blocks, K).
         row_block, component_block = tl.program_id(0), tl.program_id(1)
         rows = row_block * BLOCK + tl.arange(0, BLOCK)
         k = component_block * BLOCK_K + tl.arange(0, BLOCK_K)
         is_row, is_component = rows < num_rows, k < num_components
         rows64 = rows.to(tl.int64)
         dtype = inverse_scale_ptr.dtype.element_ty
-        logits = _load_weights(logits_ptr, rows, is_row, row_stride, k, is_component, component_stride, dtype)
+        logits = _load_weights(
+            logits_ptr, rows, is_row, row_stride, k, is_component, component_stride, dtype
+        )
         log_scale = tl.load(log_scale_ptr + k, mask=is_component, other=0.0).to(dtype)[None, :]
         inverse_scale = tl.load(inverse_scale_ptr + k, mask=is_component, other=0.0)[None, :]
         scale = 1.0 / tl.where(is_component[None, :], inverse_scale, 1.0).to(tl.float32)
         weight = logits
+
         for i in range(D):
             z = tl.load(z_ptr + rows64 * D + i, mask=is_row, other=0.0).to(dtype)
-            mean = tl.load(mean_ptr + i * num_components + k, mask=is_component, other=0.0).to(dtype)
+            mean = tl.load(mean_ptr + i * num_components + k, mask=is_component, other=0.0).to(
+                dtype
+            )
             t = (z[:, None] - mean[None, :]) * inverse_scale
             weight = weight - (0.5 * t * t + log_scale + 0.9189385332046727)
+
         grad_log_prob = tl.load(grad_log_prob_ptr + rows, mask=is_row, other=0.0)[:, None]
         last = tl.load(weight_sum_ptr + rows64 * (D + 1) + D, mask=is_row, other=0.0)[:, None]
         demand = grad_log_prob * tl.exp(tl.minimum(weight - last, 0.0).to(tl.float32))
         grad_log_scale = tl.zeros([BLOCK_K], tl.float32)
+
         for step in range(D):
             i = D - 1 - step
             z = tl.load(z_ptr + rows64 * D + i, mask=is_row, other=0.0).to(dtype)
-            mean = tl.load(mean_ptr + i * num_components + k, mask=is_component, other=0.0).to(dtype)
+            mean = tl.load(mean_ptr + i * num_components + k, mask=is_component, other=0.0).to(
+                dtype
+            )
             t = (z[:, None] - mean[None, :]) * inverse_scale
             t32 = t.to(tl.float32)
             pull = demand * t32 * inverse_scale.to(tl.float32)
             grad_loc = pull
             grad_scale = demand * (t32 * t32 - 1.0)
+
             if TRANSFORM:
-                after = tl.load(weight_sum_ptr + rows64 * (D + 1) + i + 1, mask=is_row, other=0.0)[:, None]
-                before = tl.load(weight_sum_ptr + rows64 * (D + 1) + i, mask=is_row, other=0.0)[:, None]
+                after = tl.load(weight_sum_ptr + rows64 * (D + 1) + i + 1, mask=is_row, other=0.0)[
+                    :, None
+                ]
+                before = tl.load(weight_sum_ptr + rows64 * (D + 1) + i, mask=is_row, other=0.0)[
+                    :, None
+                ]
                 log_tail = tl.load(log_tail_ptr + rows64 * D + i, mask=is_row, other=0.0)[:, None]
-                is_lower = tl.load(is_lower_ptr + rows64 * D + i, mask=is_row, other=0)[:, None] != 0
-                grad_u_slope = tl.load(grad_u_slope_ptr + rows64 * D + i, mask=is_row, other=0.0)[:, None]
-                grad_weight = tl.load(grad_weight_ptr + rows64 * D + i, mask=is_row, other=0.0)[:, None]
+                is_lower = (
+                    tl.load(is_lower_ptr + rows64 * D + i, mask=is_row, other=0)[:, None] != 0
+                )
+                grad_u_slope = tl.load(grad_u_slope_ptr + rows64 * D + i, mask=is_row, other=0.0)[
+                    :, None
+                ]
+                grad_weight = tl.load(grad_weight_ptr + rows64 * D + i, mask=is_row, other=0.0)[
+                    :, None
+                ]
+
                 # A weight is no more than their sum, which its rounding must not forget.
                 density_share = tl.exp(tl.minimum(weight - after, 0.0).to(tl.float32))
                 cdf_loc = -density_share * grad_u_slope
@@ -168,20 +231,31 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
                 weight = weight + (0.5 * t * t + log_scale + 0.9189385332046727)
                 log_cdf, log_sf = _log_tails(t32, 0.5 * t * t)
                 share = tl.minimum(weight - before, 0.0)
-                tail_share = tl.minimum(share + (tl.where(is_lower, log_cdf, log_sf) - log_tail), 0.0)
-                demand += grad_weight * (tl.exp(tail_share.to(tl.float32)) - tl.exp(share.to(tl.float32)))
+                tail_share = tl.minimum(
+                    share + (tl.where(is_lower, log_cdf, log_sf) - log_tail), 0.0
+                )
+                demand += grad_weight * (
+                    tl.exp(tail_share.to(tl.float32)) - tl.exp(share.to(tl.float32))
+                )
+
             row_share = component_block.to(tl.int64) * num_rows + rows64
             tl.store(grad_z_ptr + row_share * D + i, -tl.sum(pull, 1), mask=is_row)
             column_share = (row_block.to(tl.int64) * D + i) * num_components + k
             tl.store(grad_mean_ptr + column_share, tl.sum(grad_loc, 0), mask=is_component)
             grad_log_scale += tl.sum(grad_scale, 0)
+
         column_share = row_block.to(tl.int64) * num_components + k
         tl.store(grad_log_scale_ptr + column_share, grad_log_scale, mask=is_component)
+
         if GRAD_LOGITS:
             first = tl.load(weight_sum_ptr + rows64 * (D + 1), mask=is_row, other=0.0)[:, None]
             grad_logits = demand - grad_log_prob * tl.exp((logits - first).to(tl.float32))
             inside = is_row[:, None] & is_component[None, :]
-            tl.store(grad_logits_ptr + rows64[:, None] * num_components + k[None, :], grad_logits, mask=inside)
+            tl.store(
+                grad_logits_ptr + rows64[:, None] * num_components + k[None, :],
+                grad_logits,
+                mask=inside,
+            )
 
     @triton.jit
     def _log_add(peak, total, x):
@@ -194,8 +268,9 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         u_ptr, logits_ptr, mean_ptr, log_scale_ptr, inverse_scale_ptr, reach_ptr, weight_ptr, index_ptr, z_ptr,
         num_components, row_stride, component_stride, D: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        # One position a program. `weight` and `index` (n, K) are the list of its active components, and of their log
-        # weights relative to the largest; it shrinks in place from dimension to dimension.
+        # One position a program. `weight` and `index` (n, K) are the list of its active components,
+        # and of their log weights relative to the largest; it shrinks in place from dimension to
+        # dimension.
         row = tl.program_id(0).to(tl.int64)
         weight_ptr += row * num_components
         index_ptr += row * num_components
@@ -203,19 +278,28 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         lane = tl.arange(0, BLOCK_K)
         reach = tl.load(reach_ptr + row)
         count = num_components
+
         for start in range(0, num_components, BLOCK_K):
             k = start + lane
-            logits = tl.load(logits_ptr + k.to(tl.int64) * component_stride, mask=k < count, other=0.0)
+            logits = tl.load(
+                logits_ptr + k.to(tl.int64) * component_stride, mask=k < count, other=0.0
+            )
             tl.store(weight_ptr + k, logits.to(tl.float64), mask=k < count)
             tl.store(index_ptr + k, k, mask=k < count)
+
         tl.debug_barrier()
         for i in range(D):
-            # Drop what is out of reach of the largest, and let that have the weight 0. A component never moves behind
-            # the place where it stood, so that nothing is overwritten before it has been read.
+            # Drop what is out of reach of the largest, and let that have the weight 0. A component
+            # never moves behind the place where it stood, so that nothing is overwritten before it
+            # has been read.
             peak = tl.full([], -1e300, tl.float64)
+
             for start in range(0, count, BLOCK_K):
                 at = start + lane
-                peak = tl.maximum(peak, tl.max(tl.load(weight_ptr + at, mask=at < count, other=-1e300), 0))
+                peak = tl.maximum(
+                    peak, tl.max(tl.load(weight_ptr + at, mask=at < count, other=-1e300), 0)
+                )
+
             num_left = 0
             for start in range(0, count, BLOCK_K):
                 at = start + lane
@@ -227,39 +311,52 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
                 tl.store(weight_ptr + target, weight, mask=stays)
                 tl.store(index_ptr + target, k, mask=stays)
                 num_left += tl.sum(stays.to(tl.int32), 0)
+
             count = num_left
             tl.debug_barrier()
 
-            # Solve F(z_i) = Phi(u_i): `find_root` of `normal.py`, whose comments say why each step is as it is.
+            # Solve F(z_i) = Phi(u_i): `find_root` of `normal.py`, whose comments say why each step
+            # is as it is.
             u = tl.load(u_ptr + row * D + i)
-            lower, upper = tl.full([], float("inf"), tl.float32), tl.full([], float("-inf"), tl.float32)
+            lower, upper = (
+                tl.full([], float("inf"), tl.float32),
+                tl.full([], float("-inf"), tl.float32),
+            )
             total, mass = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
+
             for start in range(0, count, BLOCK_K):
                 at = start + lane
                 is_active = at < count
                 k = tl.load(index_ptr + at, mask=is_active, other=0)
-                share = tl.exp(tl.load(weight_ptr + at, mask=is_active, other=float("-inf")).to(tl.float32))
+                share = tl.exp(
+                    tl.load(weight_ptr + at, mask=is_active, other=float("-inf")).to(tl.float32)
+                )
                 scale = 1.0 / tl.load(inverse_scale_ptr + k).to(tl.float32)
                 candidate = tl.load(mean_ptr + i * num_components + k) + scale * u
                 lower = tl.minimum(lower, tl.min(tl.where(is_active, candidate, float("inf")), 0))
                 upper = tl.maximum(upper, tl.max(tl.where(is_active, candidate, float("-inf")), 0))
                 total += tl.sum(share * tl.where(is_active, candidate, 0.0), 0)
                 mass += tl.sum(share, 0)
+
             log_mass = tl.log(mass)
             x = tl.minimum(tl.maximum(total / mass, lower), upper)
             eps = 1.1920928955078125e-07
             tolerance = eps * (1.0 + tl.abs(u))
             last_step = upper - lower
+
             steps = 0
             while steps < 48:
                 cdf_peak, cdf_total = tl.full([], -1e30, tl.float32), tl.full([], 0.0, tl.float32)
                 sf_peak, sf_total = cdf_peak, cdf_total
                 slope_peak, slope_total = cdf_peak, cdf_total
+
                 for start in range(0, count, BLOCK_K):
                     at = start + lane
                     is_active = at < count
                     k = tl.load(index_ptr + at, mask=is_active, other=0)
-                    share = tl.load(weight_ptr + at, mask=is_active, other=float("-inf")).to(tl.float32)
+                    share = tl.load(weight_ptr + at, mask=is_active, other=float("-inf")).to(
+                        tl.float32
+                    )
                     inverse_scale = tl.load(inverse_scale_ptr + k).to(tl.float32)
                     t = (x - tl.load(mean_ptr + i * num_components + k)) * inverse_scale
                     log_cdf, log_sf, _cdf_hazard, _sf_hazard = normal_tails(t)
@@ -267,6 +364,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
                     sf_peak, sf_total = _log_add(sf_peak, sf_total, share + log_sf)
                     density = share - 0.5 * t * t - 0.9189385332046727 - tl.load(log_scale_ptr + k)
                     slope_peak, slope_total = _log_add(slope_peak, slope_total, density)
+
                 log_cdf = cdf_peak + tl.log(cdf_total) - log_mass
                 log_sf = sf_peak + tl.log(sf_total) - log_mass
                 log_tail = tl.minimum(log_cdf, log_sf)
@@ -286,6 +384,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
                 last_step = tl.where(is_good, tl.abs(step), upper - lower)
                 x = tl.where(is_done, x, new_x)
                 steps = tl.where(is_done, 48, steps + 1)
+
             tl.store(z_ptr + row * D + i, x)
 
             for start in range(0, count, BLOCK_K):
@@ -297,17 +396,20 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
                 weight = tl.load(weight_ptr + at, mask=is_active, other=0.0)
                 log_scale = tl.load(log_scale_ptr + k).to(tl.float64)
                 tl.store(weight_ptr + at, weight - (0.5 * t * t + log_scale), mask=is_active)
+
             tl.debug_barrier()
 
 except ImportError:
     triton = None
 
 
-# ----------------------------------------------------------------------------------------------------------- launchers
+# ---------------------------------------------------------------------------------------- launchers
 
 
 def _codebook(mean: Tensor, log_scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The codebook as the kernels read it: means (d, K), log scales and inverse scales (K,), the last in `dtype`."""
+    """The codebook as the kernels read it: means (d, K), log scales and inverse scales (K,), the
+    last in `dtype`.
+    """
     return mean.T.contiguous(), log_scale.contiguous(), torch.exp(-log_scale.to(dtype)).contiguous()
 
 
@@ -328,6 +430,7 @@ def _sums(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor, transform:
     shape = (splits, num_rows, latent_size if transform else 0)
     weight = torch.empty(*shape[:2], latent_size + 1, dtype=dtype, device=z.device)
     cdf, sf = (torch.empty(shape, dtype=dtype, device=z.device) for _ in range(2))
+
     if num_rows:
         with torch.cuda.device_of(z):
             _sums_kernel[triton.cdiv(num_rows, BLOCK_ROWS), splits](
@@ -336,12 +439,17 @@ def _sums(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor, transform:
                 D=latent_size, COLUMNS=triton.next_power_of_2(latent_size + 1), BLOCK=BLOCK_ROWS,
                 BLOCK_K=BLOCK_COMPONENTS, TRANSFORM=transform,
             )  # fmt: skip
+
     share = torch.log_softmax(weight[..., : cdf.shape[-1]], 0)
-    return _Sums(torch.logsumexp(weight, 0), torch.logsumexp(share + cdf, 0), torch.logsumexp(share + sf, 0))
+    return _Sums(
+        torch.logsumexp(weight, 0), torch.logsumexp(share + cdf, 0), torch.logsumexp(share + sf, 0)
+    )
 
 
 class _RowGradients(NamedTuple):
-    """What the backward kernel knows of each row: sums of the forward pass, and what is asked of its outputs."""
+    """What the backward kernel knows of each row: sums of the forward pass, and what is asked of
+    its outputs.
+    """
 
     weight_sum: Tensor  # (n, d + 1)
     log_tail: Tensor  # (n, d)  of the smaller of F and 1 - F, and which that is:
@@ -352,15 +460,24 @@ class _RowGradients(NamedTuple):
 
 
 def _backward(
-    z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor, rows: _RowGradients, transform: bool, grad_logits: bool
+    z: Tensor,
+    logits: Tensor,
+    mean: Tensor,
+    log_scale: Tensor,
+    rows: _RowGradients,
+    transform: bool,
+    grad_logits: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     num_components, latent_size = mean.shape
     codebook = _codebook(mean, log_scale, rows.weight_sum.dtype)
     grad_z = torch.zeros_like(z)
     grad_mean, grad_log_scale = torch.zeros_like(codebook[0]), torch.zeros_like(codebook[1])
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=z.device) if grad_logits else None
+    grad_logits = (
+        torch.empty(logits.shape, dtype=logits.dtype, device=z.device) if grad_logits else None
+    )
     size = max(1, MAX_PARTIAL_SUMS // (num_components * latent_size)) * BLOCK_ROWS
     component_blocks = triton.cdiv(num_components, BLOCK_COMPONENTS)
+
     for start in range(0, len(z), size):
         part = slice(start, start + size)
         num_rows = len(z[part])
@@ -373,6 +490,7 @@ def _backward(
                 (row_blocks, num_components),
             )
         ]
+
         with torch.cuda.device_of(z):
             _backward_kernel[row_blocks, component_blocks](
                 z[part], logits[part], *codebook, *(x[part] for x in rows),
@@ -381,9 +499,11 @@ def _backward(
                 D=latent_size, BLOCK=BLOCK_ROWS, BLOCK_K=BLOCK_COMPONENTS,
                 TRANSFORM=transform, GRAD_LOGITS=grad_logits is not None,
             )  # fmt: skip
+
         grad_z[part] = shares[0].sum(0)
         grad_mean += shares[1].sum(0)
         grad_log_scale += shares[2].sum(0)
+
     return grad_z, grad_logits, grad_mean.T, grad_log_scale
 
 
@@ -397,23 +517,32 @@ class _MixtureRosenblatt(torch.autograd.Function):
         quantile = ndtri_exp(log_tail.float())
         u = torch.where(is_lower, quantile, -quantile)
         hazard = log_reversed_hazard(quantile)
-        # log p(z_i | z_<i) - log(tail) - log h(u); du/dz is at most 1 / min_k sigma_k, which rounding must not forget.
+
+        # log p(z_i | z_<i) - log(tail) - log h(u); du/dz is at most 1 / min_k sigma_k, which
+        # rounding must not forget.
         log_slope = ((after - before - log_tail).float() - hazard).clamp(max=-log_scale.amin())
-        ctx.save_for_backward(z, logits, mean, log_scale, sums.weight, log_tail, is_lower, u, log_slope, hazard)
+        ctx.save_for_backward(
+            z, logits, mean, log_scale, sums.weight, log_tail, is_lower, u, log_slope, hazard
+        )
+
         return u, log_slope.sum(-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_u, grad_log_det):
         *inputs, weight_sum, log_tail, is_lower, u, log_slope, hazard = ctx.saved_tensors
-        # log du/dz = log p(z) - log phi(u), so its gradient is that of log p plus u times that of u.
+        # log du/dz = log p(z) - log phi(u), so its gradient is that of log p plus u times that of
+        # u.
         grad_u = grad_u + grad_log_det.unsqueeze(-1) * u
         rows = _RowGradients(
             weight_sum, log_tail, is_lower.to(torch.int8), grad_log_det.contiguous(),
             grad_u_slope=grad_u * log_slope.exp(),
             grad_weight=torch.where(is_lower, grad_u, -grad_u) * torch.exp(-hazard),
         )  # fmt: skip
-        grad_z, *rest = _backward(*inputs, rows, transform=True, grad_logits=ctx.needs_input_grad[1])
+        grad_z, *rest = _backward(
+            *inputs, rows, transform=True, grad_logits=ctx.needs_input_grad[1]
+        )
+
         return grad_z + rows.grad_u_slope, *rest
 
 
@@ -438,16 +567,20 @@ class _MixtureRosenblattInverse(torch.autograd.Function):
     def forward(ctx, u, logits, mean, log_scale):
         num_components, latent_size = mean.shape
         z = torch.empty_like(u)
-        # A component at least this far below the largest (in log weight) is dropped for good. The first term is what
-        # float32 can tell from 0, the second what the least likely u_i of the position leaves of the tail: in no solve
-        # do the dropped ones hold more than K e^-104 < 1e-35 of the smaller tail, so that F and 1 - F are what they
-        # are in float32. In a later dimension a dropped component matters only if z falls where it is e^104 times as
-        # likely against the kept ones as before: over u ~ N(0, I) its share there is expected to be what it was
-        # (shares are a martingale), and exceeds 1e-8 with a probability below d K 1e-37.
+
+        # A component at least this far below the largest (in log weight) is dropped for good. The
+        # first term is what float32 can tell from 0, the second what the least likely u_i of the
+        # position leaves of the tail: in no solve do the dropped ones hold more than K e^-104 <
+        # 1e-35 of the smaller tail, so that F and 1 - F are what they are in float32. In a later
+        # dimension a dropped component matters only if z falls where it is e^104 times as likely
+        # against the kept ones as before: over u ~ N(0, I) its share there is expected to be what
+        # it was (shares are a martingale), and exceeds 1e-8 with a probability below d K 1e-37.
         reach = 104.0 - normal_tails_reference(-u.abs().amax(-1)).log_cdf
+
         if len(u):
             weight = torch.empty(len(u), num_components, dtype=torch.float64, device=u.device)
             index = torch.empty(len(u), num_components, dtype=torch.int32, device=u.device)
+
             with torch.cuda.device_of(u):
                 _inverse_kernel[len(u),](
                     u, logits, *_codebook(mean, log_scale, torch.float64), reach, weight, index, z,
@@ -455,27 +588,39 @@ class _MixtureRosenblattInverse(torch.autograd.Function):
                     D=latent_size, BLOCK_K=min(INVERSE_BLOCK_COMPONENTS, triton.next_power_of_2(num_components)),
                     num_warps=8,
                 )  # fmt: skip
+
         ctx.save_for_backward(z, logits, mean, log_scale)
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_z):
-        # Row by row of the triangular Jacobian, each of which needs all components: left to the reference.
+        # Row by row of the triangular Jacobian, each of which needs all components: left to the
+        # reference.
         gradients = rosenblatt_backward(*(x.float() for x in ctx.saved_tensors), grad_z=grad_z)
         return tuple(gradients)
 
 
 @torch.compiler.disable  # a graph break: nothing inside a kernel is left to a compiler
-def mixture_rosenblatt(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+def mixture_rosenblatt(
+    z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor
+) -> tuple[Tensor, Tensor]:
     return _MixtureRosenblatt.apply(z.float().contiguous(), logits, mean.float(), log_scale.float())
 
 
 @torch.compiler.disable
-def mixture_rosenblatt_inverse(u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    return _MixtureRosenblattInverse.apply(u.float().contiguous(), logits, mean.float(), log_scale.float())
+def mixture_rosenblatt_inverse(
+    u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor
+) -> Tensor:
+    return _MixtureRosenblattInverse.apply(
+        u.float().contiguous(), logits, mean.float(), log_scale.float()
+    )
 
 
 @torch.compiler.disable
-def mixture_rosenblatt_log_prob(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    return _MixtureRosenblattLogProb.apply(z.float().contiguous(), logits, mean.float(), log_scale.float())
+def mixture_rosenblatt_log_prob(
+    z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor
+) -> Tensor:
+    return _MixtureRosenblattLogProb.apply(
+        z.float().contiguous(), logits, mean.float(), log_scale.float()
+    )
