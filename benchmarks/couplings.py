@@ -26,7 +26,7 @@ from measure import Table, copy_bandwidth, seconds
 from torch import Tensor
 
 from tarflow_hf.modeling import coupling
-from tarflow_hf.modeling.coupling_reference import AutoregressiveNetwork
+from tarflow_hf.modeling.coupling_torch import AutoregressiveNetwork
 
 CHECKED_ROWS = 16
 

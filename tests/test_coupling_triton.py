@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tarflow_hf.modeling import coupling, coupling_triton, rosenblatt_triton
-from tarflow_hf.modeling.coupling_reference import (
+from tarflow_hf.modeling import coupling, mixture_cdf_triton, mixture_rosenblatt_triton
+from tarflow_hf.modeling.coupling_torch import (
     AutoregressiveNetwork,
     autoregressive_mixture_parameters,
 )
@@ -84,7 +84,7 @@ def poison(monkeypatch):
             out = plain(*args, **options)
             return out.fill_(torch.nan) if out.is_floating_point() else out.fill_(2**30)
 
-        for module in (coupling_triton, rosenblatt_triton):
+        for module in (mixture_cdf_triton, mixture_rosenblatt_triton):
             monkeypatch.setattr(module.torch, name, poisoned)
 
 
@@ -192,7 +192,7 @@ def test_logits_of_any_stride(suffix):
 def test_a_backward_pass_in_parts(monkeypatch):
     tensors = draw("mixture_rosenblatt", 50, 70)
     whole = run("mixture_rosenblatt", tensors, "triton")
-    monkeypatch.setattr(rosenblatt_triton, "MAX_PARTIAL_SUMS", 1)
+    monkeypatch.setattr(mixture_rosenblatt_triton, "MAX_PARTIAL_SUMS", 1)
     torch.testing.assert_close(
         run("mixture_rosenblatt", tensors, "triton"), whole, rtol=1e-5, atol=1e-6
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
-from tarflow_hf.modeling import coupling, coupling_reference
+from tarflow_hf.modeling import coupling, coupling_torch
 from tarflow_hf.modeling.normal import normal_log_prob
 
 # Every implementation is held to every test of a dtype that it computes in. name: where it runs
@@ -282,7 +282,7 @@ def test_no_element_keeps_the_others_waiting(monkeypatch):
     bisection ends that.
     """
     num_steps = []
-    find_root = coupling_reference.find_root
+    find_root = coupling_torch.find_root
 
     def counting(function, *arguments, **options):
         values = []
@@ -290,7 +290,7 @@ def test_no_element_keeps_the_others_waiting(monkeypatch):
         num_steps.append(len(values))
         return root
 
-    monkeypatch.setattr(coupling_reference, "find_root", counting)
+    monkeypatch.setattr(coupling_torch, "find_root", counting)
     for seed in range(5):
         u, *parameters = draw(CASES["cdf, K=7"], (4000,), torch.float32, seed)
         coupling.mixture_cdf_inverse(u / 3, *parameters, implementation="reference")
@@ -577,8 +577,8 @@ def test_chunks_and_what_is_kept_change_nothing(monkeypatch, suffix, chunk_eleme
 
     tensors = draw(Case("mixture_rosenblatt", 7, 3), (4, 4), seed=15)
     whole = with_gradients(run, "mixture_rosenblatt" + suffix, tensors)
-    monkeypatch.setattr(coupling_reference, "_CHUNK_ELEMENTS", chunk_elements)
-    monkeypatch.setattr(coupling_reference, "_KEPT_ELEMENTS", kept_elements)
+    monkeypatch.setattr(coupling_torch, "_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(coupling_torch, "_KEPT_ELEMENTS", kept_elements)
     in_chunks = with_gradients(run, "mixture_rosenblatt" + suffix, tensors)
     torch.testing.assert_close(in_chunks, whole, rtol=1e-12, atol=1e-12)
 

@@ -665,12 +665,10 @@ def test_frozen_flows_run_no_backward(tmp_path, data, tokenizer, monkeypatch):
     """The backward pass of a CDF would be that of a frozen flow: the trained flow, the last one,
     needs none.
     """
-    from tarflow_hf.modeling import coupling_reference
+    from tarflow_hf.modeling import coupling_torch
 
     functions = [
-        f
-        for f in vars(coupling_reference).values()
-        if isinstance(f, type) and hasattr(f, "backward")
+        f for f in vars(coupling_torch).values() if isinstance(f, type) and hasattr(f, "backward")
     ]
     transforms = [
         f

@@ -26,29 +26,33 @@ from torch import Tensor
 from .coupling_linear import with_linear_logits
 from .coupling_newton import mixture_cdf_inverse as mixture_cdf_inverse_newton
 from .coupling_newton import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_newton
-from .coupling_reference import AutoregressiveNetwork
-from .coupling_reference import affine as affine_reference
-from .coupling_reference import affine_inverse as affine_inverse_reference
-from .coupling_reference import (
+from .coupling_torch import AutoregressiveNetwork
+from .coupling_torch import affine as affine_reference
+from .coupling_torch import affine_inverse as affine_inverse_reference
+from .coupling_torch import (
     autoregressive_mixture_cdf_inverse as autoregressive_mixture_cdf_inverse_reference,
 )
-from .coupling_reference import mixture_cdf as mixture_cdf_reference
-from .coupling_reference import mixture_cdf_inverse as mixture_cdf_inverse_reference
-from .coupling_reference import mixture_cdf_log_prob as mixture_cdf_log_prob_reference
-from .coupling_reference import mixture_rosenblatt as mixture_rosenblatt_reference
-from .coupling_reference import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
-from .coupling_reference import mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_reference
-from .coupling_triton import MAX_COMPONENTS
-from .coupling_triton import (
+from .coupling_torch import mixture_cdf as mixture_cdf_reference
+from .coupling_torch import mixture_cdf_inverse as mixture_cdf_inverse_reference
+from .coupling_torch import mixture_cdf_log_prob as mixture_cdf_log_prob_reference
+from .coupling_torch import mixture_rosenblatt as mixture_rosenblatt_reference
+from .coupling_torch import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
+from .coupling_torch import mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_reference
+from .mixture_cdf_triton import MAX_COMPONENTS
+from .mixture_cdf_triton import (
     autoregressive_mixture_cdf_inverse as autoregressive_mixture_cdf_inverse_triton,
 )
-from .coupling_triton import mixture_cdf as mixture_cdf_triton
-from .coupling_triton import mixture_cdf_inverse as mixture_cdf_inverse_triton
-from .coupling_triton import mixture_cdf_log_prob as mixture_cdf_log_prob_triton
+from .mixture_cdf_triton import mixture_cdf as mixture_cdf_triton
+from .mixture_cdf_triton import mixture_cdf_inverse as mixture_cdf_inverse_triton
+from .mixture_cdf_triton import mixture_cdf_log_prob as mixture_cdf_log_prob_triton
+from .mixture_rosenblatt_triton import mixture_rosenblatt as mixture_rosenblatt_triton
+from .mixture_rosenblatt_triton import (
+    mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_triton,
+)
+from .mixture_rosenblatt_triton import (
+    mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_triton,
+)
 from .normal_triton import IS_INTERPRETED, triton
-from .rosenblatt_triton import mixture_rosenblatt as mixture_rosenblatt_triton
-from .rosenblatt_triton import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_triton
-from .rosenblatt_triton import mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_triton
 
 # What "auto" does on a GPU. Set to False to compute everything there by the reference.
 AUTO_TAKES_KERNELS = True
@@ -189,7 +193,7 @@ def autoregressive_mixture_cdf_inverse(
         ValueError: shapes, devices or the implementation do not fit; TypeError: not floating point.
 
     Example:
-        >>> from tarflow_hf.modeling.coupling_reference import AutoregressiveNetwork, autoregressive_mixture_parameters
+        >>> from tarflow_hf.modeling.coupling_torch import AutoregressiveNetwork, autoregressive_mixture_parameters
         >>> shapes = {"features_weight": (1, 2, 3), "features_bias": (1, 2), "from_features": (4, 2)}
         >>> shapes |= {"output_weight": (2, 9, 4), "output_bias": (2, 9)}
         >>> weights = {name: 0.3 * torch.randn(shape) for name, shape in shapes.items()}

@@ -35,7 +35,7 @@ from .coupling import (
     mixture_cdf_log_prob,
     mixture_rosenblatt_inverse,
 )
-from .coupling_reference import AutoregressiveNetwork, autoregressive_mixture_parameters
+from .coupling_torch import AutoregressiveNetwork, autoregressive_mixture_parameters
 from .normal import normal_log_prob
 
 

@@ -21,10 +21,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .coupling_reference import _MixtureCDFInverse as MixtureCDFInverse
-from .coupling_reference import _MixtureRosenblattInverse as MixtureRosenblattInverse
-from .coupling_reference import mixture_cdf_inverse as mixture_cdf_inverse_reference
-from .coupling_reference import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
+from .coupling_torch import _MixtureCDFInverse as MixtureCDFInverse
+from .coupling_torch import _MixtureRosenblattInverse as MixtureRosenblattInverse
+from .coupling_torch import mixture_cdf_inverse as mixture_cdf_inverse_reference
+from .coupling_torch import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
 
 MAX_ROUNDS = 40
 FREE_ROUNDS = 6  # a bracket is half as much work again, and most rows never need one

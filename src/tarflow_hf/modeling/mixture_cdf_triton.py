@@ -1,7 +1,7 @@
 """The mixture-CDF coupling as Triton kernels: one pass over the parameters forward, one backward,
 nothing stored.
 
-The mathematics, and the names, are those of `coupling_reference.py`; float32 inside, whatever the
+The mathematics, and the names, are those of `coupling_torch.py`; float32 inside, whatever the
 arguments' dtype. A program handles a tile of BLOCK scalars with all their K components.
 """
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .coupling_reference import AutoregressiveNetwork
+from .coupling_torch import AutoregressiveNetwork
 from .normal_triton import IS_INTERPRETED, exact_exp, lower_quantile, normal_tails
 
 MAX_COMPONENTS = 256  # of a mixture: they must fit into one tile

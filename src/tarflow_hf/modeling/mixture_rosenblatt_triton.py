@@ -4,7 +4,7 @@ nothing of size n K d.
 With w_k^(i) = logit_k + sum_{j<i} log N(z_j; mu_kj, sigma_k^2), everything a position needs are 3 d
 + 1 logsumexps over the components k: of w^(0), ..., w^(d), and of w_k^(i) + log Phi(+-t_ki). One
 kernel makes them; the rest is arithmetic on (n, d) tensors. The backward pass, and the log-density
-alone, take the same form. The mathematics, and the names, are those of `coupling_reference.py`:
+alone, take the same form. The mathematics, and the names, are those of `coupling_torch.py`:
 float32, but the weights w of a transform, whose squares cancel, in float64.
 
 The order of every sum is fixed by the shapes: results do not vary from run to run.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .coupling_reference import rosenblatt_backward
+from .coupling_torch import rosenblatt_backward
 from .normal import log_reversed_hazard, ndtri_exp
 from .normal import normal_tails as normal_tails_reference
 from .normal_triton import IS_INTERPRETED, log1p, log_half_erfcx, lower_quantile, normal_tails

@@ -1,4 +1,4 @@
-"""The couplings in plain PyTorch: the specification, which runs anywhere and never gets clever.
+"""The couplings in plain PyTorch: they run anywhere, and the kernels are tested against them.
 
 Each coupling is a monotone map ``z -> u`` of one position to standard normal noise, and stands
 beside its inverse. phi, Phi: density and distribution function of N(0, 1). t_k = (z - m_k)
