@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test check wheel-check gpu-check clean
+.PHONY: train test docs check wheel-check gpu-check clean
 
 # Trains the demo: at most five minutes on two CPU cores. More options: see examples/train.py.
 train: $(VENV)/.installed
@@ -17,6 +17,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The documentation site, in build/docs; a warning is an error.
+docs: $(VENV)/.installed
+	$(BIN)/sphinx-build -q -E -W --keep-going docs build/docs
 
 # Builds the wheel, looks what is in it, installs it elsewhere and uses it there.
 wheel-check: $(VENV)/.installed
@@ -36,4 +40,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs src/*.egg-info
+	rm -rf $(VENV) build dist runs docs/api src/*.egg-info

@@ -71,8 +71,8 @@ def affine(
         implementation: "auto" or "reference".
 
     Returns:
-        `u` and `log_det` of **each element**, in nats, both of the shape of `z`: ``log du/dz =
-            -log_scale``.
+        `u` and `log_det` of **each element**, in nats, both of the shape of `z`. `log du/dz` is
+        `-log_scale`.
 
     Raises:
         ValueError: shapes, devices or the implementation do not fit; TypeError: not floating point.
