@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
-from tarflow_hf import demo
+from tarflow_hf.report import demo
 
 STYLE = demo.DEMO_STYLE + """\
 .result { --line: var(--border-color-primary); --quiet: #5a5a66; --mark: #ffe9a3; }

@@ -25,7 +25,7 @@ from tarflow_hf.flops import (
     flops_table,
     patch_size_table,
 )
-from tarflow_hf.plots import plot_flops, plot_patch_sizes
+from tarflow_hf.report import plot_flops, plot_patch_sizes
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -29,15 +29,15 @@ from tarflow_hf.generative_metrics import (
     sample_to_file,
 )
 from tarflow_hf.latent_evolution import evolution_of_samples, evolution_of_text
-from tarflow_hf.passes import draw_passes
-from tarflow_hf.plots import new_figure
 from tarflow_hf.provenance import provenance_of
 from tarflow_hf.report import (
     codebook_section,
+    draw_passes,
     evolution_section,
     flops_section,
     likelihood_section,
     model_section,
+    new_figure,
     origin_section,
     passes_of_texts_section,
     report_page,

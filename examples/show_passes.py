@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tarflow_hf.passes import draw_passes, passes_page, passes_text
+from tarflow_hf.report import draw_passes, passes_page, passes_text
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -13,8 +13,8 @@ from test_token_likelihood import tokens_of
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from tarflow_hf import demo
 from tarflow_hf.data import character_tokenizer
+from tarflow_hf.report import demo
 from tarflow_hf.token_likelihood import token_bits
 
 TEXT = "the fox is red"

@@ -306,7 +306,7 @@ def test_evolution_as_a_command(model, tmp_path, monkeypatch, capsys):
 def test_pictures_show_the_numbers():
     pytest.importorskip("matplotlib")
     from tarflow_hf.flops import figure_7
-    from tarflow_hf.plots import plot_evolution, plot_flops
+    from tarflow_hf.report import plot_evolution, plot_flops
 
     counts = figure_7(["small"], [1, 2])
     left, right = plot_flops(counts).axes
@@ -324,7 +324,7 @@ def test_pictures_show_the_numbers():
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
-    from tarflow_hf.plots import plot_flops
+    from tarflow_hf.report import plot_flops
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):

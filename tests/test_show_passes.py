@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from tarflow_hf.data import character_tokenizer
-from tarflow_hf.passes import find_passes, passes_page, passes_section, passes_text
+from tarflow_hf.report import find_passes, passes_page, passes_section, passes_text
 from tarflow_hf.training import save_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -16,7 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tarflow_hf.data import character_tokenizer
 from tarflow_hf.modeling.normal import normal_log_prob
-from tarflow_hf.token_likelihood import bits_of_pieces, bits_section, token_bits, what_bits_mean
+from tarflow_hf.report.bits import bits_section
+from tarflow_hf.token_likelihood import bits_of_pieces, token_bits, what_bits_mean
 
 CASES = [(flows, patch_size) for flows in STACKS.values() for patch_size in (1, 2)]
 CASES += [(flows, 2) for flows in PATCH_STACKS.values()]

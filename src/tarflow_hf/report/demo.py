@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .modeling.modeling_tarflowlm import TarFlowLMModel
+from ..modeling.modeling_tarflowlm import TarFlowLMModel
+from .bits import BITS_STYLE, likelihood_section
 from .passes import PASSES_STYLE, Pass, find_passes, passes_section
-from .token_likelihood import BITS_STYLE, likelihood_section
 
 GAP = re.compile(r"\[([.…]+)\]")
 

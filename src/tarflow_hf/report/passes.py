@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .modeling.modeling_tarflowlm import TarFlowLMModel
+from ..modeling.modeling_tarflowlm import TarFlowLMModel
 
 # Control characters, which a terminal obeys and HTML has not, but for tabs and new lines; and those
 # that reorder text.

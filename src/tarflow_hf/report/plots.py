@@ -5,13 +5,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .latent_evolution import MEASURES, Evolution
+from ..latent_evolution import MEASURES, Evolution
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .flops import FlopCount
+    from ..flops import FlopCount
 
 COLORS = (
     "#0072b2",

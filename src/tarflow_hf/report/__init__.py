@@ -1,0 +1,52 @@
+"""Everything that draws: the report on a checkpoint, the passes from noise to text, the bits of
+tokens, the answers of the demo page, pictures.
+"""
+
+from .page import Section, report_page
+from .passes import (
+    Pass,
+    draw_passes,
+    find_passes,
+    passes_page,
+    passes_section,
+    passes_text,
+)
+from .plots import new_figure, plot_evolution, plot_flops, plot_measure, plot_patch_sizes
+from .sections import (
+    codebook_section,
+    evolution_section,
+    flops_section,
+    likelihood_section,
+    model_section,
+    origin_section,
+    passes_of_texts_section,
+    reproduce,
+    samples_section,
+    table,
+)
+
+__all__ = [
+    "Pass",
+    "Section",
+    "codebook_section",
+    "draw_passes",
+    "evolution_section",
+    "find_passes",
+    "flops_section",
+    "likelihood_section",
+    "model_section",
+    "new_figure",
+    "origin_section",
+    "passes_of_texts_section",
+    "passes_page",
+    "passes_section",
+    "passes_text",
+    "plot_evolution",
+    "plot_flops",
+    "plot_measure",
+    "plot_patch_sizes",
+    "report_page",
+    "reproduce",
+    "samples_section",
+    "table",
+]
