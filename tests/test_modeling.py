@@ -12,11 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.modeling import coupling
-from tarflow_hf.modeling.coupling_heads import (
-    COUPLING_HEADS,
-    AutoregressiveMixtureCDFHead,
-    MixtureRosenblattHead,
-)
+from tarflow_hf.modeling.coupling_heads import COUPLING_HEADS
+from tarflow_hf.modeling.mixture_cdf_head import AutoregressiveMixtureCDFHead
+from tarflow_hf.modeling.mixture_rosenblatt_head import MixtureRosenblattHead
 
 
 def flow(coupling, direction="left_to_right", **options):

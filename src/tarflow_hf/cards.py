@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .data import PYTHON_DOCS
 from .modeling.configuration_tarflowlm import TarFlowLMConfig
+from .modeling.coupling_heads import COUPLING_HEADS
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
 # The figures of an evaluation's JSON that a card gives: what they are, and the field with their
@@ -47,12 +48,6 @@ OPTIONS = {
     "ema_decay": "decay of averaged weights",
     "mixed_precision": "precision",
     "seed": "seed",
-}
-
-COUPLINGS = {
-    "affine": "affine",
-    "mixture_cdf": "Mix-1 (mixture CDF)",
-    "mixture_rosenblatt": "Mix-d (Rosenblatt)",
 }
 
 TEMPLATE = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
@@ -130,7 +125,7 @@ def model_card(
         repo_id=repo_id,
         description=description or "A language model of flows.",
         is_trained=is_trained,
-        couplings=COUPLINGS,
+        couplings={name: head.title or name for name, head in COUPLING_HEADS.items()},
         num_parameters=_num_parameters(config),
         num_new_tokens=min(64, config.max_position_embeddings)
         // config.patch_size

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .modeling.configuration_tarflowlm import TarFlowLMConfig
+from .modeling.coupling_heads import COUPLING_HEADS
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 from .throughput import forward_flops
 from .training import discrete_baseline
@@ -159,33 +160,15 @@ def paper_flow_flops(config: TarFlowLMConfig, num_tokens: int) -> list[int]:
 
 
 def paper_head_flops(flow: dict, width: int, latent_size: int, patch_size: int = 1) -> int:
-    """Of one position of c = P d dimensions, from the decoder's output of width w.
-
-    An autoregressive Mix-1 head has E features of each dimension, H/2 hidden units and o = 3K
-    outputs for each; with masked matrices as if they were dense, that is 6E (c - 1)^2 + Hc (w + E
-    (c - 1)) + H c^2 o. Other heads are linear.
+    """The paper's FLOPs of a coupling's head at one position, from the decoder's output of width w.
 
     Example:
         >>> flow = {"coupling": "mixture_cdf", "autoregressive": True, "num_components": 64, "head_hidden_size": 128}
         >>> paper_head_flops(flow, width=768, latent_size=16)
         7992600
     """
-    size = patch_size * latent_size
-    if flow["coupling"] == "affine":
-        return 2 * width * 2 * size
-
-    outputs = 3 * flow["num_components"]
-    if flow["coupling"] == "mixture_rosenblatt":
-        return 2 * width * patch_size * flow["num_components"]
-    if not flow["autoregressive"]:
-        return 2 * width * size * outputs
-
-    hidden = flow["head_hidden_size"]
-    features = min(max(1, hidden * 9 // 16 // max(1, size - 1)), 96)
-    from_inputs = 6 * features * (size - 1) ** 2
-    return (
-        from_inputs + hidden * size * (width + features * (size - 1)) + hidden * size**2 * outputs
-    )
+    head = COUPLING_HEADS[flow["coupling"]]
+    return head.paper_flops(flow, width, latent_size, patch_size)
 
 
 def gpt2_sized_config(

@@ -5,15 +5,14 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .coupling_head import at_least_one, true_or_false
+from .coupling_heads import COUPLING_HEADS
+
 DIRECTIONS = ("left_to_right", "right_to_left", "right_to_left_within_patch")
 CONTEXTS = ("latent", "posterior")
 
-# What each coupling's flow may say beyond coupling, direction, num_hidden_layers and context.
-COUPLING_OPTIONS = {
-    "affine": (),
-    "mixture_cdf": ("num_components", "autoregressive", "head_hidden_size"),
-    "mixture_rosenblatt": ("num_components", "tie_codebook", "patch_head_layers"),
-}
+# The options of a flow with any coupling; those of each coupling are its head's.
+FLOW_OPTIONS = ("coupling", "direction", "num_hidden_layers", "context")
 
 
 class TarFlowLMConfig(PreTrainedConfig):
@@ -112,27 +111,24 @@ class TarFlowLMConfig(PreTrainedConfig):
         pad_token_id: int | None = None,
         **kwargs,
     ):
-        self.vocab_size = _at_least_one("vocab_size", vocab_size)
-        self.latent_size = _at_least_one("latent_size", latent_size)
-        self.patch_size = _at_least_one("patch_size", patch_size)
+        self.vocab_size = at_least_one("vocab_size", vocab_size)
+        self.latent_size = at_least_one("latent_size", latent_size)
+        self.patch_size = at_least_one("patch_size", patch_size)
 
-        self.max_position_embeddings = _at_least_one(
+        self.max_position_embeddings = at_least_one(
             "max_position_embeddings", max_position_embeddings
         )
         if self.max_position_embeddings % self.patch_size:
             raise ValueError(
                 f"max_position_embeddings must be a multiple of patch_size: {max_position_embeddings}, {patch_size}."
             )
-        if not isinstance(conditional, bool):
-            raise ValueError(f"conditional must be true or false, not {conditional!r}.")
-
-        self.conditional = conditional
+        self.conditional = true_or_false("conditional", conditional)
         self.posterior_top_k = posterior_top_k
         if posterior_top_k is None and self.vocab_size > 256:
             self.posterior_top_k = 8
 
         if self.posterior_top_k is not None:
-            _at_least_one("posterior_top_k", self.posterior_top_k)
+            at_least_one("posterior_top_k", self.posterior_top_k)
 
         self.initializer_range = initializer_range
         self.initial_log_scale = initial_log_scale
@@ -187,9 +183,9 @@ class TarFlowLMConfig(PreTrainedConfig):
         self, block_config, hidden_size, num_attention_heads, intermediate_size
     ) -> PreTrainedConfig:
         if block_config is None:
-            hidden_size = _at_least_one("hidden_size", 768 if hidden_size is None else hidden_size)
+            hidden_size = at_least_one("hidden_size", 768 if hidden_size is None else hidden_size)
             num_attention_heads = 12 if num_attention_heads is None else num_attention_heads
-            _at_least_one("num_attention_heads", num_attention_heads)
+            at_least_one("num_attention_heads", num_attention_heads)
 
             if hidden_size % num_attention_heads:
                 raise ValueError(
@@ -245,62 +241,22 @@ class TarFlowLMConfig(PreTrainedConfig):
             raise ValueError(f"{where} must be a dict, not {flow!r}.")
 
         flow = dict(flow)
-        for name, allowed in (("coupling", tuple(COUPLING_OPTIONS)), ("direction", DIRECTIONS)):
+        for name, allowed in (("coupling", COUPLING_HEADS), ("direction", DIRECTIONS)):
             if flow.get(name) not in allowed:
                 raise ValueError(
                     f"{where}.{name} must be one of {', '.join(allowed)}, not {flow.get(name)!r}."
                 )
 
         coupling = flow["coupling"]
-        allowed = (
-            "coupling",
-            "direction",
-            "num_hidden_layers",
-            "context",
-            *COUPLING_OPTIONS[coupling],
-        )
+        head = COUPLING_HEADS[coupling]
+        allowed = (*FLOW_OPTIONS, *head.options)
         if unknown := sorted(set(flow) - set(allowed)):
             raise ValueError(
                 f"{where} has unknown options {unknown}: a flow of {coupling} takes {', '.join(allowed)}."
             )
 
-        _at_least_one(f"{where}.num_hidden_layers", flow.get("num_hidden_layers"))
-
-        if coupling == "mixture_cdf":
-            flow.setdefault("num_components", 8)
-            flow.setdefault("autoregressive", True)
-            flow.setdefault("head_hidden_size", 128)
-            _at_least_one(f"{where}.head_hidden_size", flow["head_hidden_size"] // 2)
-
-        if coupling == "mixture_rosenblatt":
-            flow.setdefault("tie_codebook", index == 0)
-            flow.setdefault("num_components", self.vocab_size)
-
-            if flow["tie_codebook"] and index > 0:
-                raise ValueError(
-                    f"{where}.tie_codebook must be False: only the first flow's input lives in the codebook's space."
-                )
-            if flow["tie_codebook"] and flow["num_components"] != self.vocab_size:
-                raise ValueError(
-                    f"{where}.num_components must be vocab_size, {self.vocab_size}, with a tied codebook, "
-                    f"not {flow['num_components']}: leave it out, or set tie_codebook to False."
-                )
-
-        if "num_components" in flow:
-            _at_least_one(f"{where}.num_components", flow["num_components"])
-
-        patch_head_layers = flow.get("patch_head_layers", 0)
-        if patch_head_layers != 0:
-            _at_least_one(f"{where}.patch_head_layers", patch_head_layers)
-            if self.patch_size == 1:
-                raise ValueError(
-                    f"{where}.patch_head_layers must be 0, not {patch_head_layers}: with patch_size 1 no token has "
-                    "another before it in its patch."
-                )
-
-        for name in ("autoregressive", "tie_codebook"):
-            if not isinstance(flow.get(name, False), bool):
-                raise ValueError(f"{where}.{name} must be true or false, not {flow[name]!r}.")
+        at_least_one(f"{where}.num_hidden_layers", flow.get("num_hidden_layers"))
+        head.complete(flow, index, self)
 
         flow.setdefault("context", "posterior" if flow.get("tie_codebook") else "latent")
         if flow["context"] not in CONTEXTS:
@@ -313,12 +269,6 @@ class TarFlowLMConfig(PreTrainedConfig):
             )
 
         return flow
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")
-    return value
 
 
 def _default_flows() -> list[dict[str, Any]]:

@@ -459,8 +459,9 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         if not warpers:
             return None
 
-        couplings = [flow["coupling"] for flow in self.config.flows[:num_flows]]
-        if "mixture_rosenblatt" not in couplings:
+        layers = self.flow.layers[:num_flows]
+        if not any(layer.head.takes_logits_processor for layer in layers):
+            couplings = [flow["coupling"] for flow in self.config.flows[:num_flows]]
             raise ValueError(
                 f"mixture_temperature, top_k and top_p steer mixture_rosenblatt flows, but the flows are {couplings}."
             )

@@ -31,16 +31,9 @@ from transformers.utils import ModelOutput
 
 from .codebook import Codebook, Gaussians
 from .configuration_tarflowlm import TarFlowLMConfig
-from .coupling_heads import (
-    COUPLING_HEADS,
-    AutoregressiveMixtureCDFHead,
-    LogitsProcessor,
-    MixtureCDFHead,
-    MixtureLogits,
-    MixtureRosenblattHead,
-    PatchDecoder,
-    make_decoder,
-)
+from .coupling_head import CouplingHead, LogitsProcessor
+from .coupling_heads import COUPLING_HEADS
+from .decoder_tarflowlm import make_decoder, run_decoder
 from .generation_tarflowlm import TarFlowLMGenerationMixin
 from .inversion_tarflowlm import (
     InverseReport,
@@ -49,6 +42,7 @@ from .inversion_tarflowlm import (
     invert_in_parallel,
     invert_sequentially,
 )
+from .mixture_rosenblatt_head import MixtureLogits, PatchDecoder
 from .normal import normal_log_prob
 
 # --------------------------------------------------------------------------------------------------
@@ -76,6 +70,9 @@ class ObservedEmbedding(nn.Module):
         self.vocab_size = config.vocab_size
         self.embedding = nn.Embedding(config.patch_size * config.vocab_size, config.hidden_size)
         self.marker = nn.Parameter(torch.empty(config.hidden_size))
+
+    def init_weights(self, std: float) -> None:
+        init.normal_(self.marker, std=std)
 
     def forward(self, ids: Tensor) -> Tensor:
         place = torch.arange(ids.shape[-1], device=ids.device)
@@ -125,14 +122,17 @@ class FlowLayer(nn.Module):
         self.start = nn.Parameter(torch.empty(config.hidden_size))
         self.decoder = make_decoder(config, flow["num_hidden_layers"])
         self.observed_embedding = ObservedEmbedding(config) if config.conditional else None
-        self.head = COUPLING_HEADS[flow["coupling"]](config, flow)
+        self.head = COUPLING_HEADS[flow["coupling"]].make(config, flow)
 
         # Whether `inverse_method="auto"` may take the parallel form: see `choose_inverse_methods`.
         self.is_shallow = (
-            flow["coupling"] != "mixture_rosenblatt"
-            and flow["context"] == "latent"
-            and flow["num_hidden_layers"] <= 4
+            self.head.is_smooth and flow["context"] == "latent" and flow["num_hidden_layers"] <= 4
         )
+
+    def init_weights(self, std: float) -> None:
+        init.normal_(self.start, std=std)
+        if self.embedding is not None:
+            init.normal_(self.embedding, std=std)
 
     def forward(
         self,
@@ -241,9 +241,7 @@ class FlowLayer(nn.Module):
                     inputs.shape[:2], dtype=torch.bool, device=inputs.device
                 )
 
-        return self.decoder(
-            inputs_embeds=inputs, past_key_values=cache, use_cache=cache is not None, **options
-        ).last_hidden_state
+        return run_decoder(self.decoder, inputs, cache, **options)
 
     def _inverse(
         self,
@@ -254,7 +252,7 @@ class FlowLayer(nn.Module):
     ) -> Tensor:
         """The states (B, n, D) that the coupling maps to u (B, n, D), of contexts (B, n, w)."""
         options = {}
-        if logits_processor is not None and isinstance(self.head, MixtureRosenblattHead):
+        if logits_processor is not None and self.head.takes_logits_processor:
             options["logits_processor"] = logits_processor
         return self.head(u, context, codebook, task="inverse", **options)
 
@@ -825,16 +823,9 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
         if isinstance(module, Codebook):
             init.normal_(module.mean)
             init.constant_(module.log_scale, self.config.initial_log_scale)
-        elif isinstance(module, (FlowLayer, PatchDecoder)):
-            init.normal_(module.start, std=self.config.initializer_range)
-            if module.embedding is not None:
-                init.normal_(module.embedding, std=self.config.initializer_range)
-        elif isinstance(module, ObservedEmbedding):
-            init.normal_(module.marker, std=self.config.initializer_range)
-        elif isinstance(module, MixtureLogits):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            init.zeros_(module.bias)
-        elif isinstance(module, (MixtureCDFHead, AutoregressiveMixtureCDFHead)):
+        elif isinstance(
+            module, (FlowLayer, ObservedEmbedding, CouplingHead, PatchDecoder, MixtureLogits)
+        ):
             module.init_weights(self.config.initializer_range)
 
 
