@@ -30,7 +30,7 @@ wheel-check: $(VENV)/.installed
 # the environment of PYTHON, and neither network nor installation.
 RESULTS ?= benchmarks/results
 gpu-check:
-	PYTHONPATH=src $(PYTHON) -m pytest -q tests/test_coupling_triton.py tests/test_couplings.py -k triton
+	PYTHONPATH=src $(PYTHON) -m pytest -q tests/modeling/test_coupling_triton.py tests/modeling/test_couplings.py -k triton
 	PYTHONPATH=src $(PYTHON) benchmarks/couplings.py --output $(RESULTS)/couplings.jsonl
 
 # The tested versions (constraints.txt) in an environment of their own.

@@ -1,18 +1,17 @@
 """The demo page, without a browser: what its buttons call, and what its Space needs."""
 
 import re
-from pathlib import Path
 from runpy import run_path
 
 import pytest
 from huggingface_hub import metadata_load
-from test_demo import TEXT, separated, written
-from test_modeling import STACKS
 
+from helpers import ROOT
+from helpers.models import STACKS, separated
+from helpers.pages import written
 from tarflow_hf.data import character_tokenizer
 
 gradio = pytest.importorskip("gradio", minversion="6")
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +88,6 @@ def test_the_space():
         "torch",
         "transformers",
     }
+
+
+TEXT = "the fox is red"

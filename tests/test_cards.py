@@ -5,25 +5,29 @@ nowhere.
 import json
 import re
 import runpy
-from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from local_hub import card_errors
-from test_hub import MIX_1, MIX_D, WITHIN_PATCH, flow, make
 
 import tarflow_hf
+from helpers import ROOT
+from helpers.checkpoints import MIX_1, MIX_D, WITHIN_PATCH, make
+from helpers.local_hub import card_errors
+from helpers.models import flow
 from tarflow_hf.data import character_tokenizer
 from tarflow_hf.hub import model_card
 from tarflow_hf.training import save_model
 
-ROOT = Path(__file__).parents[1]
 RECIPES = {
     path.stem: json.loads(path.read_text())
     for path in sorted((ROOT / "examples" / "recipes").glob("*.json"))
 }
+
+
 CARDS = {path.stem: path for path in (ROOT / "model_cards").glob("*.md")}
+
+
 EVALUATION = {
     "command": "python examples/evaluate.py runs/demo/model --data held-out.txt --output evaluation.json",
     "date": "2026-01-02",

@@ -4,11 +4,9 @@ behind each row.
 
 import copy
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from test_hub import MIX_1, MIX_D, assert_same_output, assert_same_state, flow, make, observe
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -17,9 +15,11 @@ from transformers import (
     pipeline,
 )
 
+from helpers import ROOT
+from helpers.checkpoints import MIX_1, MIX_D, assert_same_output, assert_same_state, make, observe
+from helpers.models import flow
 from tarflow_hf.data import character_tokenizer
 
-ROOT = Path(__file__).parents[1]
 FLOWS = [MIX_D, MIX_1]
 
 
@@ -57,10 +57,10 @@ def test_every_row_names_tests_that_exist():
     assert len(rows) >= 20
 
     for row in rows:
-        names = re.findall(r"`(test_\w+)\.py::(test_\w+)`", row)
+        names = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row)
         assert names, f"no test in {row}"
         for file, name in names:
-            assert f"def {name}(" in (ROOT / "tests" / f"{file}.py").read_text(), name
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
 
 
 # ------------------------------------------------------------------------------------------ loading

@@ -9,19 +9,23 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
-from local_hub import LocalHub
-from test_hub import MIX_1, MIX_D, make
-from test_publish import clean_room, hub, one_clean_room  # noqa: F401  fixtures
 
+from helpers import ROOT
+from helpers.checkpoints import MIX_1, MIX_D, make
+from helpers.local_hub import LocalHub
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import character_tokenizer
 from tarflow_hf.training import save_model
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("one_clean_room")
+
+
 TEXT = (
     "the quick brown fox jumps over the lazy dog and then it sleeps in the sun until the evening comes\n"
     * 12
 )
+
+
 FLOWS = [MIX_D, MIX_1]
 
 
@@ -121,7 +125,7 @@ def test_finetune_lowers_the_loss_and_saves_what_loads(run):
     assert run("score.py", "mine", "a cat").endswith("a cat\n")
 
 
-def test_push_prints_and_publishes_the_card(run, hub: LocalHub):  # noqa: F811
+def test_push_prints_and_publishes_the_card(run, hub: LocalHub):
     evaluation = {
         "command": "python examples/evaluate.py ...",
         "date": "2026-01-02",
@@ -160,6 +164,8 @@ TRAIN = [
     "--batch_size",
     "4",
 ]
+
+
 TRAIN += ["--test_sequences", "2", "--test_samples", "1", "--output_dir", "run"]
 
 
@@ -176,7 +182,7 @@ def train(run):
     return lambda *options: run("train.py", *TRAIN, *options)
 
 
-def test_train_publishes_what_it_has_saved(train, hub: LocalHub):  # noqa: F811
+def test_train_publishes_what_it_has_saved(train, hub: LocalHub):
     printed = train("--push_to_hub", "trained", "--private")
     assert f"{hub.endpoint}/tester/trained/commit/" in printed
     files = hub.files("tester/trained")

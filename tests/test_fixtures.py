@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_fixture import make_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import tarflow_hf
+from helpers.make_fixture import make_model
 from tarflow_hf import TarFlowLMModel
 
 FIXTURES = sorted(path for path in (Path(__file__).parent / "fixtures").iterdir() if path.is_dir())

@@ -1,884 +1,322 @@
-"""Saving and loading, from folders and from a Hub, with this package and without it; the pipeline;
-Trainer.
+"""Publishing on a Hub: what arrives, what is refused before anything is written, what a lost
+connection leaves.
 """
 
-import ast
-import copy
-import inspect
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from local_hub import LocalHub, Repository
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save, save_file
-from transformers import (
-    AutoModel,
-    DataCollatorForLanguageModeling,
-    Trainer,
-    TrainingArguments,
-    pipeline,
-)
-from transformers.dynamic_module_utils import get_relative_imports
+from huggingface_hub import HfApi, ModelCard
 
-import tarflow_hf
-from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
+from helpers.checkpoints import CODE, MIX_1, MIX_D, SAVED, make
+from helpers.local_hub import Repository
+from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import character_tokenizer
+from tarflow_hf.hub import CleanRoom, PublishError, nats_per_token, publish
 
-SOURCE = Path(tarflow_hf.__file__).parents[1]
-# The specification stays at home: no model calls it.
-CODE = {
-    path.name: path
-    for path in (SOURCE / "tarflow_hf" / "modeling").glob("*.py")
-    if path.name not in ("__init__.py", "coupling_naive.py")
-}
-SAVED = {"config.json", "generation_config.json", "model.safetensors"} | set(CODE)
-DTYPES = [torch.float32, torch.bfloat16]
+pytestmark = pytest.mark.usefixtures("one_clean_room")
 
 
-def flow(coupling, direction="left_to_right", **options):
-    return {"coupling": coupling, "direction": direction, "num_hidden_layers": 1, **options}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
 
-MIX_D, MIX_1 = flow("mixture_rosenblatt"), flow("mixture_cdf", "right_to_left", num_components=2)
-WITHIN_PATCH = "right_to_left_within_patch"
-OWN_CODEBOOK = flow("mixture_rosenblatt", tie_codebook=False, num_components=3)
-QWEN3 = {
-    "model_type": "qwen3",
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "intermediate_size": 32,
-    "max_position_embeddings": 16,
-}
-MODELS = {
-    "mix-d, mix-1": {"flows": [MIX_D, MIX_1]},
-    "patches": {"flows": [MIX_D, MIX_1], "patch_size": 2},
-    "own codebooks": {"flows": [OWN_CODEBOOK, {**OWN_CODEBOOK, "direction": "right_to_left"}]},
-    "affine": {"flows": [flow("affine"), flow("affine", "right_to_left")]},
-    "another block": {"flows": [MIX_D, MIX_1], "block_config": QWEN3},
-    "top codes": {"flows": [MIX_D], "posterior_top_k": 3},
-    "patch head": {
-        "flows": [{**MIX_D, "patch_head_layers": 1}, flow("affine", WITHIN_PATCH)],
-        "patch_size": 2,
-    },
-    "conditional": {"flows": [MIX_D, MIX_1], "conditional": True},
-}
+FLOWS = [MIX_D, MIX_1]
 
 
-def make(seed=0, **options):
-    """A small model whose every parameter matters."""
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": 27, "latent_size": 2, "max_position_embeddings": 16}
-    model = TarFlowLMModel(
-        TarFlowLMConfig(**{**sizes, "hidden_size": 16, "num_attention_heads": 2, **options})
-    ).eval()
-
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-
-    return model
+@pytest.fixture
+def model():
+    return make(flows=FLOWS)
 
 
-def observe(model):
-    """What every copy of a model must reproduce: the bound at given latents, and the tokens of
-    given noise.
-    """
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(model.config.vocab_size, (2, 8), generator=generator)
-    latents, noise = torch.randn(2, 2, 8, model.config.latent_size, generator=generator)
-
-    with torch.no_grad():
-        return {
-            "elbo": model(input_ids, latents=latents).elbo,
-            "tokens": model.generate(noise=noise),
-        }
+@pytest.fixture
+def tokenizer():
+    return character_tokenizer()
 
 
-def continue_text(model, tokenizer=None, **options):
-    """What the pipeline makes of a prompt and of an empty one."""
-    write = pipeline("text-generation", model=model, tokenizer=tokenizer, **options)
-    texts = []
-
-    for prompt in ["the c", ""]:
-        torch.manual_seed(0)
-        texts.append(write(prompt, max_new_tokens=5, temperature=0.9)[0]["generated_text"])
-
-    return texts
-
-
-def assert_same_output(model, expected):
-    actual = model if isinstance(model, dict) else observe(model)
-    torch.testing.assert_close(actual["elbo"], expected["elbo"], rtol=1e-5, atol=1e-5)
-    assert torch.equal(actual["tokens"], expected["tokens"])
-
-
-def assert_same_state(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert actual[name].dtype == tensor.dtype, name
-        assert torch.equal(actual[name], tensor), name
-
-
-def names_in(folder):
-    return {path.name for path in folder.iterdir()}
-
-
-def state_in(model, dtype):
-    """A model's weights as loaded in `dtype`: a codebook's scales are too fine for bfloat16."""
+def state_of(hub):
+    """All that is on a Hub."""
     return {
-        name: x if "codebook" in name.split(".") else x.to(dtype)
-        for name, x in model.state_dict().items()
+        repo_id: (dict(each.commits), dict(each.branches), dict(each.tags))
+        for repo_id, each in hub.repositories.items()
     }
 
 
-# ------------------------------------------------------------------------------------ what is saved
+# ------------------------------------------------------------------------------------- what arrives
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Each of MODELS, and the folder where it is saved."""
-    root = tmp_path_factory.mktemp("saved")
-    models = {name: (make(**options), root / name) for name, options in MODELS.items()}
-    for model, folder in models.values():
-        model.save_pretrained(folder)
-    return models
+def test_one_commit_brings_everything(hub, model, tokenizer, clean_room):
+    model.flow.layers[1].train()
+    commit = publish(model, tokenizer, "tester/public")
+    repository = hub.repositories["tester/public"]
+    assert list(repository.commits)[1:] == [commit.oid] and not repository.private
+    assert model.flow.layers[1].training and not model.flow.layers[0].training
+    files = hub.files("tester/public")
+    assert set(files) == SAVED | TOKENIZER | {"README.md"}
+    assert all(files[name] == path.read_bytes() for name, path in CODE.items())
+    assert ModelCard(files["README.md"].decode()).data.library_name == "transformers"
+    nats = clean_room.nats_per_token("tester/public", "a text")
+    assert nats == pytest.approx(nats_per_token(model.eval(), tokenizer, "a text"), rel=1e-5)
 
 
-@pytest.fixture(params=MODELS)
-def name(request):
-    return request.param
+def test_a_name_alone_is_ones_own(hub, model, tokenizer):
+    publish(model, tokenizer, "named", card="---\nlicense: mit\n---\n# Mine")
+    assert hub.files("tester/named")["README.md"].endswith(b"# Mine")
 
 
-def test_models_differ_in_what_they_say():
-    """Otherwise the comparisons below would compare nothing."""
-    outputs = [observe(make(**options)) for options in MODELS.values()]
-    assert all(len(each["tokens"].unique()) > 1 for each in outputs)
-    bounds = torch.stack([each["elbo"][0] for each in outputs])
-    assert (torch.pdist(bounds[:, None]) > 0.01).all()
-
-
-def test_a_checkpoint_holds_all_of_the_code_and_nothing_of_this_machine(saved, name):
-    _, folder = saved[name]
-    assert names_in(folder) == SAVED
-    for file, path in CODE.items():
-        assert (folder / file).read_bytes() == path.read_bytes()
-    assert str(folder.parent) not in (folder / "config.json").read_text()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_loading_restores_every_weight(saved, name, dtype):
-    model, folder = saved[name]
-    loaded, info = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    assert type(loaded) is TarFlowLMModel and not loaded.training
-    assert not any(info.values()), info
-    assert_same_state(loaded.state_dict(), state_in(model, dtype))
-    if dtype == torch.float32:
-        assert_same_output(loaded, observe(model))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_saving_again_keeps_weights_and_dtypes(saved, name, dtype, tmp_path):
-    _, folder = saved[name]
-    loaded = AutoModel.from_pretrained(folder, dtype=dtype)
-    loaded.save_pretrained(tmp_path)
-    again = AutoModel.from_pretrained(tmp_path)
-    assert_same_state(again.state_dict(), loaded.state_dict())
-    assert_same_output(again, observe(loaded))
-
-
-# ---------------------------------------------------------------------- checkpoints that do not fit
-
-
-KEY = "flow.layers.0.start"
-UNFIT = {
-    "missing_keys": lambda weights: weights.pop(KEY),
-    "unexpected_keys": lambda weights: weights.update({"flow.layers.2.start": torch.zeros(16)}),
-    "mismatched_keys": lambda weights: weights.update({KEY: torch.zeros(8)}),
-}
-
-
-def save_unfit(model, kind, folder):
-    model.save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
-    UNFIT[kind](weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize("kind", UNFIT)
-@pytest.mark.parametrize(
-    "load", [AutoModel.from_pretrained, TarFlowLMModel.from_pretrained], ids=["auto", "class"]
-)
-def test_a_checkpoint_that_does_not_fit_is_an_error_that_names_the_weight(
-    saved, kind, load, tmp_path
-):
-    save_unfit(saved["mix-d, mix-1"][0], kind, tmp_path)
-    with pytest.raises((RuntimeError, ValueError), match=r"flow\.layers\.[02]\.start"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize("kind", UNFIT)
-def test_who_asks_for_the_loading_report_gets_it_instead_of_the_error(saved, kind, tmp_path):
-    save_unfit(saved["mix-d, mix-1"][0], kind, tmp_path)
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    _, info = TarFlowLMModel.from_pretrained(tmp_path, **options)
-    assert [name for name in info if info[name]] == [kind]
-
-
-def test_misshapen_weights_can_be_made_anew_on_request(saved, tmp_path):
-    model, _ = saved["mix-d, mix-1"]
-    save_unfit(model, "mismatched_keys", tmp_path)
-    state = TarFlowLMModel.from_pretrained(tmp_path, ignore_mismatched_sizes=True).state_dict()
-    assert_same_state(state, {**model.state_dict(), KEY: state[KEY]})
-    assert 0 < state[KEY].std() < 0.1  # initialised, not what memory happened to hold
-
-
-def test_a_truncated_checkpoint_is_an_error(saved, tmp_path):
-    saved["mix-d, mix-1"][0].save_pretrained(tmp_path)
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(SafetensorError, match="file not fully covered"):
-        AutoModel.from_pretrained(tmp_path)
-
-
-# -------------------------------------------------------------- other processes, and a loopback Hub
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with LocalHub() as hub:
-        yield hub
-
-
-def run_python(script, folder, hub, python_path=None):
-    """Runs a script in a fresh process, and returns what it leaves in `results`."""
-    functions = "".join(map(inspect.getsource, [observe, continue_text]))
-    path = folder / "results.pt"
-    environment = {**os.environ, **hub.environment(folder / "home")}
-    environment.pop("PYTHONPATH", None)
-    if python_path is not None:
-        environment["PYTHONPATH"] = str(python_path)
-
-    process = subprocess.run(
-        [sys.executable, "-c", script + functions + "torch.save(main(), sys.argv[1])", str(path)],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,  # nobody answers whether code may be run
-        capture_output=True,
-        text=True,
+def test_what_was_there_is_replaced_and_nothing_of_it_is_loaded(hub, model, tokenizer):
+    publish(model, tokenizer, "tester/again", max_shard_size="20kB")
+    repository = hub.repositories["tester/again"]
+    shards = {name for name in hub.files("tester/again") if name.endswith(".safetensors")}
+    assert len(shards) > 1 and "model.safetensors.index.json" in hub.files("tester/again")
+    repository.commit(
+        "main", {**hub.files("tester/again"), "notes.txt": b"mine", "coupling_old.py": b"1 / 0"}
     )
-    assert process.returncode == 0, process.stderr
+    other = make(seed=1, flows=FLOWS)
+    publish(other, tokenizer, "tester/again", branch="main")
+    assert set(hub.files("tester/again")) == SAVED | TOKENIZER | {"README.md", "notes.txt"}
+    assert len(repository.commits) == 4
 
-    return torch.load(path)
 
+def test_patches_and_half_precision(hub, tokenizer):
+    model = make(flows=FLOWS, patch_size=4).bfloat16()
+    publish(model, tokenizer, "tester/half")
+    assert json.loads(hub.files("tester/half")["config.json"])["dtype"] == "bfloat16"
 
-WITH_THE_PACKAGE = """
-import sys
-from pathlib import Path
 
-import torch
-from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator, pipeline
+def test_a_private_repository_is_its_owners(hub, model, tokenizer, clean_room):
+    publish(model, tokenizer, "lab/private", private=True, token="hf_local")
+    assert hub.repositories["lab/private"].private
 
-from tarflow_hf.data import character_tokenizer
+    with pytest.raises(
+        RuntimeError, match=r"(?s)lab/private is not a local folder.*hf auth login.*token="
+    ):
+        clean_room.nats_per_token("lab/private", "a text", token="hf_other")
 
+    with pytest.raises(RuntimeError, match=r"401 Unauthorized"):
+        clean_room.nats_per_token("lab/private", "a text", token="hf_unknown")
 
-def main():
-    loaded = {}
-    for folder in Path("saved").iterdir():
-        for dtype in [torch.float32, torch.bfloat16]:
-            model, info = AutoModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-            problems = [str(problem) for problems in info.values() for problem in problems]
-            loaded[folder.name, str(dtype)] = {**observe(model), "state": model.state_dict(), "problems": problems}
-    AutoModelForCausalLM.from_pretrained("saved/mix-d, mix-1").push_to_hub("tester/tarflow")
-    character_tokenizer().push_to_hub("tester/tarflow")
-    AutoModelForCausalLM.from_pretrained("saved/patches").push_to_hub("tester/tarflow", revision="patches")
+    assert clean_room.nats_per_token("lab/private", "a text", token="hf_local") > 0
 
-    trained = AutoModel.from_pretrained("saved/mix-d, mix-1")
-    ids = torch.arange(16)
-    trainer = Trainer(
-        trained,
-        TrainingArguments("trainer", push_to_hub=True, hub_model_id="tester/trained", max_steps=1, use_cpu=True),
-        data_collator=default_data_collator,
-        train_dataset=[{"input_ids": ids, "labels": ids}] * 2,
-        processing_class=character_tokenizer(),
-    )
-    trainer.train()
-    trainer.push_to_hub()  # what is pushed on the way has no code
 
-    model = AutoModel.from_pretrained("tester/tarflow")
-    model.save_pretrained("again")
-    outputs = {"output": observe(model), "trained": observe(trained.eval())}
-    return {"loaded": loaded, "class": type(model).__module__, **outputs}
+def test_branches_and_tags(hub, model, tokenizer, clean_room):
+    other = make(seed=1, flows=FLOWS)
+    publish(model, tokenizer, "tester/versions", branch="small", tag="v1")
+    assert hub.files("tester/versions") == {}
+    commit = publish(other, tokenizer, "tester/versions", branch="small", tag="v2")
+    assert hub.repositories["tester/versions"].tags["v2"] == commit.oid
 
+    for revision, expected in {"v1": model, "v2": other, "small": other}.items():
+        nats = clean_room.nats_per_token("tester/versions", "a text", revision=revision)
+        assert nats == pytest.approx(nats_per_token(expected.eval(), tokenizer, "a text"), rel=1e-5)
 
-"""
+    before = state_of(hub)
+    with pytest.raises(ValueError, match="tag 'v1' already"):
+        publish(model, tokenizer, "tester/versions", tag="v1")
 
-# None in sys.modules: as if it were not installed, wherever it is.
-WITHOUT_THE_PACKAGE = """
-import sys
+    assert state_of(hub) == before
 
-sys.modules["tarflow_hf"] = sys.modules["triton"] = None
 
-from pathlib import Path
+# --------------------------------------------------------------- refused before anything is written
 
-import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 
+def with_token(name):
+    return lambda model, tokenizer, patch: {"token": name}
 
-def main():
-    sources = ["saved/mix-d, mix-1", "tester/tarflow"]
-    results = {"refusals": {}, "classes": {}, "outputs": {}}
-    for auto_class in [AutoConfig, AutoModel, AutoModelForCausalLM]:
-        for source in sources:
-            try:
-                auto_class.from_pretrained(source)
-            except ValueError as error:
-                results["refusals"][auto_class.__name__, source] = str(error)
 
-    def load(source, auto_class, **options):
-        model = auto_class.from_pretrained(source, trust_remote_code=True, **options)
-        results["classes"][auto_class.__name__, source] = f"{type(model).__module__}.{type(model).__name__}"
-        if auto_class is not AutoConfig:
-            results["outputs"][auto_class.__name__, source, options.get("revision", "main")] = observe(model)
-        return model
+def without_a_token(model, tokenizer, patch):
+    patch.delenv("HF_TOKEN")
+    return {}
 
-    for source in sources:
-        config = load(source, AutoConfig)
-        for auto_class in [AutoModel, AutoModelForCausalLM]:
-            model = load(source, auto_class)
-            again = f"again/{auto_class.__name__}/{source}"
-            model.save_pretrained(again)
-            load(again, auto_class)
-        new = AutoModel.from_config(config, trust_remote_code=True)
-        new.save_pretrained(f"new/{source}")
-    model.push_to_hub("tester/again")
-    load("tester/again", AutoModelForCausalLM)
-    load("tester/trained", AutoModel)
-    load("tester/tarflow", AutoModel, revision="patches")
-    for folder in Path("saved").iterdir():
-        load(str(folder), AutoModel)
-    results["texts"] = continue_text("tester/tarflow", trust_remote_code=True)
 
-    def message_of(load, *arguments, **options):
-        try:
-            load(*arguments, trust_remote_code=True, **options)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
+def broken(model, tokenizer, patch):
+    model.codebook.mean.data.fill_(torch.nan)
+    return {}
 
-    results["faults"] = {
-        name: message_of(AutoModelForCausalLM.from_pretrained, f"tester/{name}")
-        for name in ["no-code", "other-code", "cut-short", "no-weights", "unfit", "of-the-future", "nowhere"]
-    }
 
-    def version_of(source, **options):
-        model = AutoModel.from_pretrained(source, trust_remote_code=True, **options)
-        return getattr(sys.modules[type(model).__module__], "VERSION", None), observe(model)
-
-    results["versions"] = {
-        "main": version_of("tester/versions"),
-        "v1": version_of("tester/versions", revision="v1"),
-        "main, code of v1": version_of("tester/versions", code_revision="v1"),
-        "main again": version_of("tester/versions"),
-    }
-    return results
-
-
-"""
-
-
-def with_weights(files, change):
-    weights = load(files["model.safetensors"])
-    change(weights)
-    return {**files, "model.safetensors": save(weights, metadata={"format": "pt"})}
-
-
-FAULTS = {
-    "no-code": lambda files: {name: files[name] for name in files if not name.endswith(".py")},
-    "other-code": lambda files: {**files, "modeling_tarflowlm.py": b"class OtherModel: pass\n"},
-    "cut-short": lambda files: {**files, "model.safetensors": files["model.safetensors"][:-100]},
-    "no-weights": lambda files: {
-        name: files[name] for name in files if name != "model.safetensors"
-    },
-    "unfit": lambda files: with_weights(files, lambda weights: weights.pop(KEY)),
-    "of-the-future": lambda files: {
-        **files,
-        "config.json": files["config.json"].replace(b'"mixture_cdf"', b'"spline"'),
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def with_the_package(saved, hub, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("with")
-    (folder / "saved").symlink_to(saved["patches"][1].parent)
-    return {**run_python(WITH_THE_PACKAGE, folder, hub, SOURCE), "folder": folder}
-
-
-@pytest.fixture(scope="module")
-def without_the_package(saved, hub, with_the_package, tmp_path_factory):
-    good, other = hub.files("tester/tarflow"), hub.files("tester/tarflow", "patches")
-    for name, damage in FAULTS.items():
-        hub.repositories[f"tester/{name}"] = repository = Repository()
-        repository.commit("main", damage(good))
-
-    hub.repositories["tester/versions"] = repository = Repository()
-    for version, files in ((1, good), (2, other)):
-        code = files["modeling_tarflowlm.py"] + f"\nVERSION = {version}\n".encode()
-        repository.tags[f"v{version}"] = repository.commit(
-            "main", {**files, "modeling_tarflowlm.py": code}
-        )
-
-    folder = tmp_path_factory.mktemp("without")
-    (folder / "saved").symlink_to(saved["patches"][1].parent)
-    return {**run_python(WITHOUT_THE_PACKAGE, folder, hub), "folder": folder}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_fresh_process_restores_every_weight(saved, name, dtype, with_the_package):
-    loaded = with_the_package["loaded"][name, str(dtype)]
-    assert loaded["problems"] == []
-    assert_same_state(loaded["state"], state_in(saved[name][0], dtype))
-    if dtype == torch.float32:
-        assert_same_output(loaded, observe(saved[name][0]))
-
-
-@pytest.mark.parametrize("repo_id", ["tester/tarflow", "tester/again"])
-def test_pushing_brings_all_files_to_the_hub(hub, saved, repo_id, without_the_package):
-    files = hub.files(repo_id)
-    tokenizer = (
-        {"tokenizer.json", "tokenizer_config.json"} if repo_id == "tester/tarflow" else set()
-    )
-    assert set(files) == SAVED | tokenizer | {"README.md"}
-    for file, path in CODE.items():
-        assert files[file] == path.read_bytes()
-
-    assert (
-        files["model.safetensors"] == (saved["mix-d, mix-1"][1] / "model.safetensors").read_bytes()
-    )
-
-
-def test_remote_code_needs_trust(without_the_package):
-    refusals = without_the_package["refusals"]
-    assert len(refusals) == 6
-    assert all("trust_remote_code=True" in message for message in refusals.values())
-
-
-def test_remote_code_runs_without_the_package(saved, without_the_package):
-    expected = observe(saved["mix-d, mix-1"][0])
-    for auto_class in ["AutoModel", "AutoModelForCausalLM"]:
-        for source in ["saved/mix-d, mix-1", "tester/tarflow"]:
-            for place in [source, f"again/{auto_class}/{source}"]:
-                assert_same_output(
-                    without_the_package["outputs"][auto_class, place, "main"], expected
-                )
-
-    assert_same_output(
-        without_the_package["outputs"]["AutoModelForCausalLM", "tester/again", "main"], expected
-    )
-
-    for (auto_class, _), found in without_the_package["classes"].items():
-        assert found.startswith("transformers_modules.")
-        assert found.endswith("TarFlowLMConfig" if auto_class == "AutoConfig" else "TarFlowLMModel")
-
-
-def test_remote_code_runs_every_kind_of_model(saved, name, without_the_package):
-    assert_same_output(
-        without_the_package["outputs"]["AutoModel", f"saved/{name}", "main"],
-        observe(saved[name][0]),
-    )
-
-
-def test_what_was_loaded_saves_its_code_again(with_the_package, without_the_package):
-    folders = [with_the_package["folder"] / "again"]
-    for source in ["saved/mix-d, mix-1", "tester/tarflow"]:
-        for start in ["again/AutoModel", "again/AutoModelForCausalLM", "new"]:
-            folders.append(without_the_package["folder"] / start / source)
-
-    for folder in folders:
-        assert names_in(folder) == SAVED
-        auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-        assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-        assert not any(
-            "--" in reference for reference in auto_map.values()
-        )  # none that leads to another repository
-
-
-def test_the_package_needs_no_remote_code(saved, with_the_package):
-    assert with_the_package["class"] == "tarflow_hf.modeling.modeling_tarflowlm"
-    assert_same_output(with_the_package["output"], observe(saved["mix-d, mix-1"][0]))
-
-
-def test_a_revision_is_a_model_of_its_own(saved, without_the_package):
-    expected = observe(saved["patches"][0])
-    assert_same_output(
-        without_the_package["outputs"]["AutoModel", "tester/tarflow", "patches"], expected
-    )
-
-
-def test_a_class_is_pinned_by_its_revision_and_two_live_in_one_process(saved, without_the_package):
-    versions = without_the_package["versions"]
-    for name, code, weights in [
-        ("v1", 1, "mix-d, mix-1"),
-        ("main", 2, "patches"),
-        ("main, code of v1", 1, "patches"),
-        ("main again", 2, "patches"),
-    ]:
-        assert versions[name][0] == code, name
-        assert_same_output(versions[name][1], observe(saved[weights][0]))
-
-
-def test_what_trainer_pushes_loads_without_the_package(hub, with_the_package, without_the_package):
-    assert set(hub.files("tester/trained")) >= SAVED | {
-        "README.md",
-        "tokenizer.json",
-        "training_args.bin",
-    }
-    assert_same_output(
-        without_the_package["outputs"]["AutoModel", "tester/trained", "main"],
-        with_the_package["trained"],
-    )
-
-
-@pytest.mark.parametrize(
-    "fault, message",
-    [
-        (
-            "no-code",
-            r"OSError: tester/no-code does not appear to have a file named configuration_tarflowlm\.py",
-        ),
-        ("other-code", r"AttributeError: .*modeling_tarflowlm' has no attribute 'TarFlowLMModel'"),
-        ("cut-short", r"SafetensorError: .*file not fully covered"),
-        (
-            "no-weights",
-            r"OSError: tester/no-weights does not appear to have a file named .*model\.safetensors",
-        ),
-        (
-            "unfit",
-            r"ValueError: The checkpoint tester/unfit does not fit .* missing_keys \['flow\.layers\.0\.start'\]",
-        ),
-        (
-            "of-the-future",
-            r"ValueError: flows\[1\]\.coupling must be one of affine, .*, not 'spline'",
-        ),
-        ("nowhere", r"(?s)OSError: tester/nowhere is not a local folder.*hf auth login"),
-    ],
-)
-def test_a_repository_that_does_not_load_says_why(without_the_package, fault, message):
-    assert re.match(message, without_the_package["faults"][fault])
-
-
-# ------------------------------------------------------------------------------------- the pipeline
-
-
-def test_pipeline_continues_a_prompt_and_no_prompt(saved, capfd):
-    model, _ = saved["mix-d, mix-1"]
-    tokenizer = character_tokenizer()
-    continued, new = continue_text(model, tokenizer)
-    assert "not supported" not in capfd.readouterr().err
-    assert continued.startswith("the c") and len(continued) == 10 and len(new) == 5
-
-    torch.manual_seed(0)
-    input_ids = torch.tensor([tokenizer("the c").input_ids])
-    tokens = model.generate(input_ids, max_new_tokens=5, temperature=0.9)
-    assert continued == tokenizer.decode(tokens[0])
-
-
-def test_pipeline_takes_lists_and_options(saved):
-    write = pipeline(
-        "text-generation", model=saved["mix-d, mix-1"][0], tokenizer=character_tokenizer()
-    )
-    first, second = write(
-        ["a cat", "dogs"], max_new_tokens=4, num_return_sequences=2, return_full_text=False
-    )
-    assert [len(each["generated_text"]) for each in first + second] == [4, 4, 4, 4]
-    with pytest.raises(ValueError, match="num_beams"):
-        write("a cat", max_new_tokens=4, num_beams=2)
-
-
-@pytest.mark.parametrize("prompt", ["a cat", ""])
-def test_pipeline_repeats_itself_where_nothing_is_drawn(saved, prompt):
-    write = pipeline(
-        "text-generation", model=saved["mix-d, mix-1"][0], tokenizer=character_tokenizer()
-    )
-    texts = {
-        write(prompt, max_new_tokens=4, do_sample=False)[0]["generated_text"] for _ in range(4)
-    }
-    assert len(texts) == 1
-
-
-def test_pipeline_writes_the_same_from_the_hub(saved, without_the_package):
-    assert without_the_package["texts"] == continue_text(
-        saved["mix-d, mix-1"][0], character_tokenizer()
-    )
-
-
-# -------------------------------------------------------------------------------------- the Trainer
-
-
-TEXTS = [
-    "a cat",
-    "the dog barks",
-    "to be or not",
-    "mice",
-    "o",
-    "words",
-    "one",
-    "a pen",
-    "blue",
-    "so",
-    "then",
-    "when",
-]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A model before and after three steps of Trainer on padded texts, and each call of it with its
-    random state.
-    """
-    tokenizer = character_tokenizer()
-    tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    model = make(flows=[MIX_D, MIX_1], vocab_size=len(tokenizer))
-    before, calls = copy.deepcopy(model), []
-    trainer = Trainer(
-        model,
-        TrainingArguments(
-            str(tmp_path_factory.mktemp("trainer")),
-            max_steps=3,
-            per_device_train_batch_size=2,
-            per_device_eval_batch_size=4,
-            gradient_accumulation_steps=2,
-            optim="sgd",
-            learning_rate=0.01,
-            lr_scheduler_type="constant",
-            max_grad_norm=0,
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        ),
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        train_dataset=[tokenizer(text) for text in TEXTS],
-        eval_dataset=[tokenizer(text) for text in TEXTS[:6]],
-        processing_class=tokenizer,
-    )
-    record = lambda module, args, inputs: calls.append((inputs, torch.get_rng_state()))  # noqa: E731
-    model.register_forward_pre_hook(record, with_kwargs=True)
-    trainer.train()
-
-    return trainer, before, model, calls
-
-
-def replay(model, call):
-    """The model's own loss on the batch and with the noise of a recorded call."""
-    inputs, random_state = call
-    torch.set_rng_state(random_state)
-    out = model(**inputs)
-    torch.testing.assert_close(out.loss, -out.elbo.sum() / inputs["attention_mask"].sum())
-    return out.loss
-
-
-def test_trainer_logs_the_models_loss_and_descends_it(trained):
-    trainer, before, after, calls = trained
-    model = copy.deepcopy(before).train()
-    assert any((inputs["labels"] == -100).any() for inputs, _ in calls[:6])
-
-    for step in range(3):
-        loss = (replay(model, calls[2 * step]) + replay(model, calls[2 * step + 1])) / 2
-        assert trainer.state.log_history[step]["loss"] == pytest.approx(
-            float(loss.detach()), rel=1e-5
-        )
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-
-        with torch.no_grad():
-            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-                parameter -= 0.01 * gradient
-
-    torch.testing.assert_close(model.state_dict(), after.state_dict(), rtol=1e-5, atol=1e-6)
-    assert not torch.equal(after.codebook.mean, before.codebook.mean)
-
-
-def test_trainer_evaluates_the_models_loss(trained):
-    trainer, _, after, calls = trained
-    begin = len(calls)
-    metrics = trainer.evaluate()
-    first, second = calls[begin:]
-    assert [len(inputs["labels"]) for inputs, _ in (first, second)] == [4, 2]
-    model = copy.deepcopy(after).eval()
-    model._forward_pre_hooks.clear()
-
-    with torch.no_grad():
-        expected = (
-            4 * replay(model, first) + 2 * replay(model, second)
-        ) / 6  # Trainer weighs by sequences
-
-    assert metrics["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
-    assert "test_loss" in trainer.predict(trainer.eval_dataset).metrics
-
-
-def test_trainer_checkpoints_carry_code_and_weights(trained, tmp_path):
-    trainer, _, after, _ = trained
-    trainer.save_model(str(tmp_path))
-
-    for folder in [tmp_path, Path(trainer.args.output_dir) / "checkpoint-3"]:
-        assert names_in(folder) >= SAVED
-        loaded, info = AutoModel.from_pretrained(folder, output_loading_info=True)
-        assert not any(info.values())
-        assert_same_state(loaded.state_dict(), after.state_dict())
-
-
-# ----------------------------------------------------------- what the code that travels may contain
-
-
-LIBRARIES = {"numpy", "torch", "transformers"}
-STANDARD = {
-    "collections",
-    "contextlib",
-    "dataclasses",
-    "enum",
-    "functools",
-    "itertools",
-    "math",
-    "typing",
-}
-OPTIONAL = {"triton"}
-FORBIDDEN_NAMES = {
-    "__builtins__",
-    "__import__",
-    "breakpoint",
-    "compile",
-    "eval",
-    "exec",
-    "globals",
-    "input",
-    "open",
-}
-
-
-def imports(nodes):
-    """(level, module) of every import within the nodes; the level counts the dots."""
-    for node in ast.walk(ast.Module(list(nodes), [])):
-        if isinstance(node, ast.Import):
-            yield from ((0, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.level, node.module
-
-
-def is_guarded(node):
-    """Whether it is a `try: ... except ImportError: ...`."""
-    return isinstance(node, ast.Try) and all(
-        handler.type is not None and ast.unparse(handler.type) == "ImportError"
-        for handler in node.handlers
-    )
-
-
-@pytest.mark.parametrize("file", CODE)
-def test_code_that_travels_imports_only_what_every_machine_has(file):
-    body = ast.parse(CODE[file].read_text()).body
-    # Only at the top of a file: the check that a Hub's code goes through overlooks no other kind of
-    # optional import.
-    guarded = [statement for node in body if is_guarded(node) for statement in node.body]
-    others = [node for node in body if not is_guarded(node)]
-    assert {
-        module.split(".")[0] for level, module in imports(others) if level == 0
-    } <= LIBRARIES | STANDARD
-    assert {module.split(".")[0] for level, module in imports(guarded) if level == 0} <= OPTIONAL
-
-    relative = {(level, module) for level, module in imports(body) if level > 0}
-    assert {(level, f"{module}.py") for level, module in relative} <= {(1, name) for name in CODE}
-
-    # The library finds the files to copy by searching the text: it must find what is imported, and
-    # nothing else.
-    assert set(get_relative_imports(CODE[file])) == {module for _, module in relative}
-
-
-# The ways to files, the network and other processes that lead through what may be imported.
-# (Triton's own `load` reads memory, its `jit` compiles kernels.)
-FORBIDDEN_PARTS = {
-    *(
-        "cached_file",
-        "classes",
-        "cpp_extension",
-        "distributed",
-        "dynamic_module_utils",
-        "from_file",
-        "fromfile",
-        "hub",
-    ),
-    *(
-        "jit",
-        "library",
-        "load",
-        "load_library",
-        "memmap",
-        "multiprocessing",
-        "ops",
-        "package",
-        "push_to_hub",
-        "save",
-    ),
-    *(
+def saved_as_something_else(model, tokenizer, patch):
+    save = TarFlowLMModel.save_pretrained
+    patch.setattr(
+        TarFlowLMModel,
         "save_pretrained",
-        "serialization",
-        "tofile",
-        "__builtins__",
-        "__globals__",
-        "__subclasses__",
+        lambda self, *args, **kwargs: save(make(seed=1, flows=FLOWS), *args),
+    )
+
+    return {}
+
+
+def saved_without_code(model, tokenizer, patch):
+    save = TarFlowLMModel.save_pretrained
+
+    def save_without_code(self, folder, **kwargs):
+        save(self, folder)
+        Path(folder, "normal.py").unlink()
+
+    patch.setattr(TarFlowLMModel, "save_pretrained", save_without_code)
+    return {}
+
+
+def card(metadata):
+    return lambda model, tokenizer, patch: {"card": f"---\n{metadata}\n---\n# A model"}
+
+
+REFUSED = {
+    "no token": ("tester/new", without_a_token, ValueError, "hf auth login"),
+    "a token that is none": (
+        "tester/new",
+        with_token("hf_unknown"),
+        ValueError,
+        "does not accept the token",
+    ),
+    "a token that may only read": (
+        "tester/new",
+        with_token("hf_read"),
+        ValueError,
+        "may only read",
+    ),
+    "a name of someone else": (
+        "someone/new",
+        with_token(None),
+        ValueError,
+        "choose tester or lab before /new",
+    ),
+    "a name that is none": ("tester/new model", with_token(None), ValueError, "new model"),
+    "public, to be private": (
+        "tester/taken",
+        lambda *_: {"private": True},
+        ValueError,
+        "exists and is public",
+    ),
+    "a licence that is none": ("tester/new", card("license: my-own"), ValueError, "license"),
+    "results without values": (
+        "tester/new",
+        card(
+            "model-index:\n- name: x\n  results:\n  - task: {type: text-generation}\n    dataset: {name: a, type: a}\n"
+            "    metrics: [{type: perplexity, value: low}]"
+        ),
+        ValueError,
+        "metrics",
+    ),
+    "metadata that is no YAML": (
+        "tester/new",
+        card("license: [mit"),
+        ValueError,
+        "card's metadata",
+    ),
+    "metadata that is a list": ("tester/new", card("- mit"), ValueError, "card's metadata"),
+    "not a number": ("tester/new", broken, ValueError, "nan nats per token"),
+    "saved as something else": (
+        "tester/new",
+        saved_as_something_else,
+        PublishError,
+        "nothing was published",
+    ),
+    "saved without its code": (
+        "tester/new",
+        saved_without_code,
+        PublishError,
+        "(?s)nothing was published.*normal",
     ),
 }
 
 
-def names_reached(tree):
-    """The names that a file uses: alone, as attributes (dotted as far as they lead), imported, or
-    by `getattr`.
-    """
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            yield node.id
-        elif isinstance(node, ast.Attribute):
-            text = ast.unparse(node)
-            yield text if re.fullmatch(r"[\w.]+", text) else node.attr
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr"):
-            yield node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_fit_is_refused_and_nothing_is_written(
+    hub, model, tokenizer, monkeypatch, case
+):
+    repo_id, prepare, kind, message = REFUSED[case]
+    hub.repositories.setdefault("tester/taken", Repository())
+    options = prepare(model, tokenizer, monkeypatch)
+    before = state_of(hub)
+    with pytest.raises(kind, match=message):
+        publish(model, tokenizer, repo_id, **options)
+
+    assert state_of(hub) == before
 
 
-def forbidden_names(tree):
-    for name in names_reached(tree):
-        parts = name.split(".")
-        if parts[0] in FORBIDDEN_NAMES or (
-            parts[0] not in ("tl", "triton") and FORBIDDEN_PARTS & set(parts)
-        ):
-            yield name
+def test_what_is_no_model_of_ours_or_has_another_tokenizer(hub, model, tokenizer):
+    before = state_of(hub)
+    with pytest.raises(ValueError, match="unwrap what is compiled"):
+        publish(torch.nn.DataParallel(model), tokenizer, "tester/new")
+
+    tokenizer.add_tokens(["<more>"])
+    with pytest.raises(ValueError, match="28 tokens, the model only 27"):
+        publish(model, tokenizer, "tester/new")
+
+    with pytest.raises(ValueError, match="choose another probe_text"):
+        publish(model, character_tokenizer(), "tester/new", probe_text="")
+
+    assert state_of(hub) == before
 
 
-@pytest.mark.parametrize("file", CODE)
-def test_code_that_travels_touches_neither_files_nor_the_system(file):
-    assert list(forbidden_names(ast.parse(CODE[file].read_text()))) == []
+# ------------------------------------------------------ connections, and what goes wrong on the way
+
+
+@pytest.mark.parametrize("place", ["/repos/create", "/preupload/", "/lfs/", "/commit/"])
+def test_a_lost_connection_leaves_nothing_half_published(hub, model, tokenizer, monkeypatch, place):
+    repo_id = f"tester/lost-{place.strip('/').replace('/', '-')}"
+    monkeypatch.setattr(hub, "breaks_at", place)
+    with pytest.raises(PublishError, match=r"(?s)not confirmed.*publish again"):
+        publish(model, tokenizer, repo_id)
+
+    assert repo_id not in hub.repositories or list(hub.repositories[repo_id].commits.values()) == [
+        {}
+    ]
+    monkeypatch.setattr(hub, "breaks_at", None)
+    publish(model, tokenizer, repo_id)
+    assert len(hub.repositories[repo_id].commits) == 2
+
+
+def test_a_commit_of_someone_else_meanwhile_is_not_overwritten(hub, model, tokenizer, monkeypatch):
+    def list_files(api, repo_id, **options):
+        hub.repositories[repo_id].commit("main", {"theirs.txt": b""})
+        return []
+
+    monkeypatch.setattr(HfApi, "list_repo_files", list_files)
+    with pytest.raises(PublishError, match=r"(?s)not confirmed.*412"):
+        publish(model, tokenizer, "tester/shared")
+
+    assert set(hub.files("tester/shared")) == {"theirs.txt"}
 
 
 @pytest.mark.parametrize(
-    "line",
+    "damage, message",
     [
-        "open('x')",
-        "torch.load('x')",
-        "from torch import hub",
-        "import torch.nn as nn; nn.modules.module.torch.hub.load('x')",
-        "from transformers.utils.hub import cached_file",
-        "getattr(torch, 'load')('x')",
-        "self.save_pretrained('x')",
-        "f().__globals__",
-        "__import__('os')",
-        "torch.utils.cpp_extension.load_inline('x', '')",
+        (
+            lambda files: {**files, "model.safetensors": files["model.safetensors"][:-100]},
+            "does not load here",
+        ),
+        (
+            lambda files: {name: files[name] for name in files if name != "codebook.py"},
+            "(?s)does not load here.*codebook",
+        ),
+        (
+            lambda files: {
+                **files,
+                "model.safetensors": files["model.safetensors"][:-400] + b"\0" * 400,
+            },
+            "another model",
+        ),
     ],
+    ids=["cut short", "without code", "other weights"],
 )
-def test_what_does_touch_them_would_be_found(line):
-    assert list(forbidden_names(ast.parse(line)))
+def test_what_arrives_damaged_is_no_success(hub, model, tokenizer, monkeypatch, damage, message):
+    commit = Repository.commit
+    monkeypatch.setattr(
+        Repository,
+        "commit",
+        lambda self, branch, files: commit(self, branch, damage(files) if files else files),
+    )
+    repo_id = f"tester/damaged-{len(hub.repositories)}"
+    with pytest.raises(PublishError, match=message):
+        publish(model, tokenizer, repo_id, tag="v1")
+
+    assert hub.repositories[repo_id].tags == {}
+
+
+def test_a_clean_room_that_dies_says_so():
+    with CleanRoom() as clean_room:
+        clean_room.process.kill()
+        clean_room.process.wait()
+        with pytest.raises(RuntimeError, match="has ended"):
+            clean_room.nats_per_token("tester/any", "a text")

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 import tarflow_hf
-
-ROOT = Path(__file__).parents[1]
+from helpers import ROOT
 
 
 def run(*arguments, **options):

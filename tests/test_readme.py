@@ -1,15 +1,14 @@
 """The README's Python runs as it stands, on a small checkpoint in place of the one that it names."""
 
 import re
-from pathlib import Path
 
 import pytest
 
+from helpers import ROOT
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import character_tokenizer
 from tarflow_hf.training import save_model
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
@@ -43,6 +42,8 @@ PLACES = (
     "tests",
     "docs",
 )
+
+
 PAGES = [
     path.relative_to(ROOT).as_posix()
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
@@ -82,7 +83,7 @@ def test_every_relative_link_leads_somewhere(page):
 def test_every_test_that_is_named_exists():
     """What a docstring or the README promises names the test that shows it."""
     texts = [README, *(path.read_text() for path in (ROOT / "src").rglob("*.py"))]
-    named = {name for text in texts for name in re.findall(r"(tests/\w+\.py)::(\w+)", text)}
+    named = {name for text in texts for name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", text)}
     assert len(named) >= 10
     for path, test in named:
         assert re.search(rf"^def {test}\(", (ROOT / path).read_text(), re.MULTILINE), (path, test)

@@ -89,21 +89,21 @@ class TarFlowLMGenerationMixin(GenerationMixin):
 
         - Without a prompt, exact: the tokens follow the model's distribution, where `decode`
           samples them
-          (`tests/test_modeling.py::test_sampled_tokens_follow_the_enumerated_distribution`).
+          (`tests/modeling/test_modeling.py::test_sampled_tokens_follow_the_enumerated_distribution`).
         - A prompt, or a gap at the end of a text, where no flow runs right to left: the latents of
           what is known are drawn from q(z | x), and the rest follows p(z_new | z_known) exactly
-          (`tests/test_generation.py::test_a_continuation_follows_its_enumerated_distribution`,
-          `tests/test_generation.py::test_a_prompt_is_exact_where_no_flow_runs_right_to_left`,
-          `tests/test_generation.py::test_a_gap_at_the_end_is_a_prompt`).
+          (`tests/modeling/test_generation.py::test_a_continuation_follows_its_enumerated_distribution`,
+          `tests/modeling/test_generation.py::test_a_prompt_is_exact_where_no_flow_runs_right_to_left`,
+          `tests/modeling/test_generation.py::test_a_gap_at_the_end_is_a_prompt`).
         - A prompt, or any gaps, of a conditional model: exact for the distribution p(x_missing |
           x_observed) that it was trained for, and that `model(input_ids, observed_mask=...)` bounds
-          (`tests/test_conditional.py::test_infilled_tokens_follow_the_enumerated_distribution`).
+          (`tests/modeling/test_conditional.py::test_infilled_tokens_follow_the_enumerated_distribution`).
         - Anything else is an approximation, about which one warning is given: what is known is held
           fixed in the first flow only (`test_known_latents_stay_where_they_are`).
 
         Texts of different lengths may share a batch: each is continued or filled as it would be
-        alone (`tests/test_generation.py::test_prompts_of_different_lengths_share_a_batch`,
-        `tests/test_generation.py::test_an_infill_keeps_every_known_token`).
+        alone (`tests/modeling/test_generation.py::test_prompts_of_different_lengths_share_a_batch`,
+        `tests/modeling/test_generation.py::test_an_infill_keeps_every_known_token`).
 
         Steering is for taste: what `temperature`, `flow_temperatures`, `mixture_temperature`,
         `top_k`, `top_p` and `num_candidates` leave at their defaults is the model's own
@@ -135,8 +135,8 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             inverse_method ("auto", "sequential" or "parallel", or a list with one for each flow):
                 How the flows are inverted, position after position or many at once. The result is
                 the same up to rounding
-                (`tests/test_inversion.py::test_every_method_gives_the_sequential_inverse`,
-                `tests/test_inversion.py::test_a_hard_flow_still_ends_right`); "auto" takes what is
+                (`tests/modeling/test_inversion.py::test_every_method_gives_the_sequential_inverse`,
+                `tests/modeling/test_inversion.py::test_a_hard_flow_still_ends_right`); "auto" takes what is
                 expected to be faster, see `choose_inverse_methods`.
             inverse_window, inverse_tolerance (*optional*): Of the parallel form, see
                 `invert_in_parallel`.

@@ -17,17 +17,17 @@ context, codebook)`, the coupling's inverse there.
 What is promised of them, and the tests in the repository that show it:
 
 - all give the same states, up to rounding:
-  `tests/test_inversion.py::test_every_method_gives_the_sequential_inverse`, also where a guess is
-  worth little, `tests/test_inversion.py::test_a_hard_flow_still_ends_right`, or nothing,
-  `tests/test_inversion.py::test_states_that_no_guess_can_reach_are_found_one_by_one`;
+  `tests/modeling/test_inversion.py::test_every_method_gives_the_sequential_inverse`, also where a guess is
+  worth little, `tests/modeling/test_inversion.py::test_a_hard_flow_still_ends_right`, or nothing,
+  `tests/modeling/test_inversion.py::test_states_that_no_guess_can_reach_are_found_one_by_one`;
 - no final position is computed again:
-  `tests/test_generation.py::test_work_is_linear_in_the_length`,
-  `tests/test_inversion.py::test_final_positions_are_not_computed_again`;
+  `tests/modeling/test_generation.py::test_work_is_linear_in_the_length`,
+  `tests/modeling/test_inversion.py::test_final_positions_are_not_computed_again`;
 - the caches take memory in proportion to the positions:
-  `tests/test_inversion.py::test_caches_grow_linearly`;
+  `tests/modeling/test_inversion.py::test_caches_grow_linearly`;
 - what is known stays, and the rest follows from it:
-  `tests/test_inversion.py::test_known_positions_are_kept_and_the_others_follow_from_them`;
-- gradients: `tests/test_inversion.py::test_gradients_are_those_of_recomputing_every_prefix`.
+  `tests/modeling/test_inversion.py::test_known_positions_are_kept_and_the_others_follow_from_them`;
+- gradients: `tests/modeling/test_inversion.py::test_gradients_are_those_of_recomputing_every_prefix`.
 
 Shapes: B batch, N positions of size D.
 

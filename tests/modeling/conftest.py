@@ -1,0 +1,28 @@
+"""Fixtures of the couplings' tests."""
+
+import pytest
+from torch import Tensor
+
+from helpers.couplings import IMPLEMENTATIONS
+from tarflow_hf.modeling import coupling
+
+
+@pytest.fixture
+def run(request):
+    """Calls an op of `coupling` by name on the implementation's device; arguments and results are
+    on the CPU.
+    """
+    implementation = getattr(request, "param", "reference")
+    device = IMPLEMENTATIONS[implementation]
+    if implementation == "triton":
+        pytest.importorskip("triton")
+
+    def run(op: str, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+        # The affine coupling is one line of PyTorch, and has no kernels.
+        who = "auto" if op.startswith("affine") else implementation
+        out = getattr(coupling, op)(*(x.to(device) for x in tensors), implementation=who)
+        return tuple(x.cpu() for x in out) if isinstance(out, tuple) else out.cpu()
+
+    run.implementation = implementation
+    run.is_slow = implementation == "triton" and device == "cpu"  # Triton's interpreter
+    return run

@@ -1,0 +1,162 @@
+"""The benchmarks and the study, at reduced size."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+from helpers.scripts import script
+from helpers.training import TEXT
+
+
+def benchmark(name: str, *arguments: str, capsys, monkeypatch) -> str:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as for a script, which finds its neighbours
+    return script(f"../benchmarks/{name}", *arguments, capsys=capsys, monkeypatch=monkeypatch)
+
+
+def test_benchmark_of_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # whose measure.py it imports
+    run = partial(benchmark, "training.py", capsys=capsys, monkeypatch=monkeypatch)
+    printed = run(
+        "--quick", "--batch_size", "1", "--stage", "2", "--output", str(tmp_path / "rows.jsonl")
+    )
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["model"] for row in rows] == ["TarFlowLM", "Llama"] and {
+        row["layers"] for row in rows
+    } == {5}
+
+    for row in rows:
+        assert (
+            row["tokens_per_second"] == pytest.approx(128 / row["seconds"])
+            and len(row["seconds_of_rounds"]) == 3
+        )
+
+    ratio = rows[0]["tokens_per_second"] / rows[1]["tokens_per_second"]
+    assert f"tokens/s of TarFlowLM / Llama: {ratio:.3f}" in printed
+    with pytest.raises(ValueError, match=r"must be in 1, ..., 3, not 4"):
+        run("--quick", "--num_flows", "4")
+
+
+def test_memory_of_a_training_step(monkeypatch):
+    """Weights, gradients and AdamW's two moments at least, and the activations of one sequence at
+    most.
+    """
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from measure import output_of_own_process
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    options = ["--quick", "--memory_of", "Llama", "--batch_size", "1"]
+    memory = output_of_own_process(str(ROOT / "benchmarks/training.py"), *options)["bytes"]
+    assert 4 * 4 * 1_213_056 < memory < 2**28
+
+
+def test_benchmark_of_generation(tmp_path, capsys, monkeypatch):
+    options = [
+        "--num_tokens",
+        "8",
+        "--batch_sizes",
+        "1",
+        "--patch_sizes",
+        "1",
+        "2",
+        "--hidden_size",
+        "32",
+    ]
+    options += [
+        "--patch_steps",
+        "2",
+        "--train_steps",
+        "0",
+        "--repeats",
+        "1",
+        "--output",
+        str(tmp_path / "rows.jsonl"),
+    ]
+    benchmark("generation.py", *options, capsys=capsys, monkeypatch=monkeypatch)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    modes = ["sequential", "parallel", "auto", "cached loop", "without a cache"]
+    whole, patches = rows[:11], rows[11:]
+    assert [(row["mode"], row["patch"]) for row in whole] == [
+        ("transformers, Llama", 1), *((mode, patch) for patch in (1, 2) for mode in modes)
+    ]  # fmt: skip
+    for row in whole:
+        assert row["ratio"] == pytest.approx(whole[0]["seconds"] / row["seconds"])
+
+    assert [(row["patch"], row["head_layers"]) for row in patches] == [(1, 0), (2, 0), (2, 1)]
+    assert all(3 < row["bits"] < 10 and row["speedup"] > 0 for row in patches)
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """The folder's modules import each other, as scripts do."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "study")
+    yield
+    for name in ("cases", "report"):
+        sys.modules.pop(name, None)
+
+
+def test_the_study_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch, study):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT * 3)
+    options = ["--dataset", "text.txt", "--hidden_size", "32", "--num_tokens", "32"]
+    options += [
+        "--num_steps",
+        "6",
+        "--batch_size",
+        "4",
+        "--test_sequences",
+        "4",
+        "--test_samples",
+        "2",
+    ]
+    run = partial(benchmark, "study/run.py", *options, capsys=capsys, monkeypatch=monkeypatch)
+    first = run("--cases", "discrete", "--output", "rows.jsonl")
+    assert first.splitlines()[-1].startswith("| discrete |") and ", exact |" in first
+    cases = ["discrete", "affine", "Mix-d, deep, progressive", "patch 2, equal FLOPs"]
+    printed = run("--cases", *cases, "--output", "rows.jsonl")
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert [row["case"] for row in rows] == cases and "discrete, seed" not in printed
+    assert first.splitlines()[-1].split("|")[5] in printed
+
+    for row, equal in zip(rows, ["parameters"] * 3 + ["training_flops_per_token"], strict=True):
+        assert row[equal] == pytest.approx(rows[0][equal], rel=0.03)
+        assert (
+            f"| {row['case']} | {row['parameters']:,} |" in printed
+            and f"{row['elbo_bits_per_character']:.3f}" in printed
+        )
+
+    # The stack of a progressive run, cut after its flows: the whole is the last.
+    assert (
+        len(rows[2]["bits_after_flows"]) == 3
+        and rows[2]["bits_after_flows"][-1] == rows[2]["elbo_bits_per_character"]
+    )
+
+    pytest.importorskip("matplotlib")
+    Path("page.md").write_text("# What it says\n\nText.\n\n")
+
+    for _ in range(2):  # made again, it is the same
+        script(
+            "../benchmarks/study/report.py",
+            "rows.jsonl",
+            "--output",
+            "page.md",
+            capsys=capsys,
+            monkeypatch=monkeypatch,
+        )
+
+    page = Path("page.md").read_text()
+    assert (
+        page.startswith("# What it says") and page.count("### Models") == 1 and "(page.svg)" in page
+    )
+    assert Path("page.svg").read_text().count("<svg ") == 1
+
+
+def test_every_case_of_the_study_is_as_large_as_the_discrete_model(study):
+    from cases import CASES, build
+
+    fields = {"vocab_size": 27, "latent_size": 5, "max_position_embeddings": 64, "hidden_size": 64}
+    for case in CASES:  # a case that can't be brought within 3% raises
+        assert build(case, 6, {**fields, "num_attention_heads": 2}).num_parameters() > 0

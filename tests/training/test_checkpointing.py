@@ -1,0 +1,198 @@
+"""A run resumes exactly, and an interrupted save leaves what was there."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+from helpers.training import TEXT, assert_same_weights, config, entries, run, run_that_may_be_killed
+from tarflow_hf import TarFlowLMModel
+from tarflow_hf.data import StreamingPackedTokens
+from tarflow_hf.training import save_model
+
+
+@pytest.mark.parametrize("kind", ["plain", "average, accumulation", "stream", "baseline"])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, data, tokenizer, kind):
+    """Killed at step 64 of 70, where the second epoch has just begun: all later losses and the
+    weights are the same.
+    """
+    options = {"num_steps": 70, "save_every": 30, "learning_rate": 0.01}
+    if kind == "average, accumulation":
+        options |= {"ema_decay": 0.9, "gradient_accumulation_steps": 2}
+
+    if kind == "baseline":
+        options |= {"baseline": True}
+
+    def train_data():
+        return (
+            StreamingPackedTokens([TEXT], tokenizer, 16, shuffle_buffer=8)
+            if kind == "stream"
+            else data
+        )
+
+    whole, expected = run(tmp_path / "a", data, tokenizer, train_data=train_data(), **options)
+
+    # A run killed between two checkpoints: the first half of the same schedule, then a fresh
+    # process' worth of state.
+    class Killed(Exception):
+        pass
+
+    def die(self, step, total, learning_rate, original=None):
+        if step == 64:
+            raise Killed
+
+    from tarflow_hf import training as module
+
+    original = module.Log.losses
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.Log, "losses", lambda *a: (die(*a), original(*a)))
+        with pytest.raises(Killed):
+            run(tmp_path / "b", data, tokenizer, train_data=train_data(), **options)
+
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
+        "checkpoint-30",
+        "checkpoint-60",
+        "log.jsonl",
+    ]
+    resumed, losses = run(
+        tmp_path / "b", data, tokenizer, train_data=train_data(), resume=True, **options
+    )
+    assert losses == expected and len(losses) == 70
+    assert_same_weights(whole, resumed)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_what_is_observed_follows_from_seed_and_step(tmp_path, data, tokenizer, conditional):
+    """A conditional run resumes exactly, and only as what it is."""
+    options = {"num_steps": 6, "save_every": 3, "eval_sequences": 4}
+    whole, expected = run(tmp_path, data, tokenizer, config(conditional=conditional), **options)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(ValueError, match=f"conditional was {conditional} and is {not conditional}"):
+        run(tmp_path, data, tokenizer, config(conditional=not conditional), resume=True, **options)
+
+    resumed, losses = run(
+        tmp_path, data, tokenizer, config(conditional=conditional), resume=True, **options
+    )
+    assert losses == {step: expected[step] for step in (4, 5, 6)}
+    assert_same_weights(whole, resumed)
+
+
+def test_an_interrupted_save_leaves_what_was_there(tmp_path, tokenizer, monkeypatch):
+    model = TarFlowLMModel(config())
+    save_model(model, tokenizer, tmp_path / "model")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()}
+    other = TarFlowLMModel(config())
+
+    def fail(path):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda self, path: fail(path))
+    with pytest.raises(OSError, match="no space left"):
+        save_model(other, tokenizer, tmp_path / "model")
+
+    assert {p.name: p.read_bytes() for p in (tmp_path / "model").iterdir()} == before
+    monkeypatch.undo()
+    save_model(other, tokenizer, tmp_path / "model")
+    assert_same_weights(TarFlowLMModel.from_pretrained(tmp_path / "model"), other)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path, data, tokenizer, monkeypatch):
+    """The system lets no file grow beyond some size, once step 6 is due: as if the disk were full."""
+    import resource
+
+    from tarflow_hf import training as module
+
+    original, limits = module.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_checkpoint(accelerator, output_dir, progress, *rest):
+        if progress.step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+
+        try:
+            original(accelerator, output_dir, progress, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    options = {"num_steps": 8, "save_every": 2, "eval_sequences": 2, "keep_checkpoints": 2}
+    whole, expected = run(tmp_path / "whole", data, tokenizer, **options)
+    monkeypatch.setattr(module, "save_checkpoint", save_checkpoint)
+
+    with pytest.raises(
+        OSError, match=r"checkpoint-6 could not be written: .*saved before is intact.*resume"
+    ):
+        run(tmp_path / "full", data, tokenizer, **options)
+
+    left = sorted(path.name for path in (tmp_path / "full").iterdir())
+    assert left == ["checkpoint-2", "checkpoint-4", "log.jsonl"]
+    monkeypatch.undo()
+    resumed, losses = run(tmp_path / "full", data, tokenizer, resume=True, **options)
+    assert losses == expected
+    assert_same_weights(whole, resumed)
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "no permission"])
+def test_an_output_folder_that_can_not_be_written(tmp_path, data, tokenizer, monkeypatch, obstacle):
+    from tarflow_hf import training as module
+
+    folder = tmp_path / "runs" / "mine"
+    if obstacle == "a file":
+        folder.parent.write_text("no folder")
+    else:
+        if os.geteuid() == 0:
+            pytest.skip("nothing is forbidden to the superuser")
+        folder.mkdir(parents=True)
+        folder.chmod(0o500)
+
+    monkeypatch.setattr(module, "compute_loss", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(OSError, match=f"output_dir {folder} can't be written to: .*Choose another"):
+        run(folder, data, tokenizer)
+
+
+def test_a_killed_run_goes_on(tmp_path, one_thread):
+    """SIGKILL at random moments of a run that saves at every step: the log is that of a run that
+    nobody killed.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    code = "import sys, pathlib, helpers.training as t; t.run_that_may_be_killed(pathlib.Path(sys.argv[1]))"
+    command, draw = [sys.executable, "-c", code, str(tmp_path / "killed")], random.Random()
+    run_that_may_be_killed(tmp_path / "whole")
+
+    for first_step in (0, 15):  # begins after this step's checkpoint
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not newer(tmp_path / "killed", first_step):
+            time.sleep(0.001)
+
+        time.sleep(draw.uniform(0, 0.2))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+
+    run_that_may_be_killed(tmp_path / "killed")
+    for name in ("stage", "loss", "learning_rate", "validation_loss"):
+        a, b = (
+            [(e["step"], e.get(name)) for e in entries(tmp_path / run)]
+            for run in ("whole", "killed")
+        )
+        assert a == b
+
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
+        "checkpoint-40",
+        "log.jsonl",
+        "model",
+    ]
+    a, b = (TarFlowLMModel.from_pretrained(tmp_path / run / "model") for run in ("whole", "killed"))
+    assert_same_weights(a, b)
+
+
+def newer(folder: Path, step: int) -> bool:
+    """Whether there is a checkpoint of this step or a later one."""
+    return any(int(path.name.split("-")[1]) >= step for path in folder.glob("checkpoint-*"))

@@ -1,0 +1,212 @@
+"""The training script and its recipes, end to end."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+from helpers.scripts import script
+from helpers.training import STACK, TEXT, config, run
+from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
+from tarflow_hf.data import character_tokenizer
+from tarflow_hf.training import make_stages
+
+
+def arguments_of(*arguments: str, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    return runpy.run_path(str(ROOT / "examples" / "train.py"))["parse_arguments"]()
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted(path.stem for path in (ROOT / "examples" / "recipes").iterdir())
+)
+def test_recipes(tmp_path, data, tokenizer, monkeypatch, recipe):
+    """Each is read by its name, builds, and runs two steps in each stage, at reduced size."""
+    run_options, training, fields = arguments_of("--recipe", recipe, monkeypatch=monkeypatch)
+    fields |= {
+        "vocab_size": 27,
+        "max_position_embeddings": 16,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+    }
+    fields["flows"] = [{**flow, "num_hidden_layers": 1} for flow in fields["flows"]]
+    for flow in fields["flows"]:
+        flow |= {name: 2 for name in ("num_components", "head_hidden_size") if name in flow}
+
+    reduced = TarFlowLMConfig(**fields)
+    baseline = run_options.model == "ar"
+    num_stages = len(make_stages(TarFlowLMModel(reduced), training))
+    assert training.stage_steps is None or len(training.stage_steps) == num_stages
+    options = {"mode": training.mode, "num_steps": 2 * num_stages, "eval_sequences": 2}
+    _, losses = run(tmp_path, data, tokenizer, reduced, baseline=baseline, **options)
+    assert len(losses) == 2 * num_stages and all(1 < loss < 20 for loss in losses.values())
+    assert run_options.dataset == {
+        "demo": "python-docs",
+        "python": "python-docs",
+        "text8": "afmck/text8",
+    }.get(recipe.split("_")[0], "Skylion007/openwebtext")
+
+
+def test_the_command_line_wins_over_the_recipe(tmp_path, monkeypatch):
+    get = partial(arguments_of, monkeypatch=monkeypatch)
+    run_options, training, fields = get(
+        "--recipe", "text8_mixd", "--stage_steps", "3", "2", "1", "--dataset", "x.txt"
+    )
+    assert (
+        training.mode == "progressive"
+        and training.stage_steps == [3, 2, 1]
+        and run_options.dataset == "x.txt"
+    )
+    assert [flow["num_hidden_layers"] for flow in fields["flows"]] == [2, 2, 8] and fields[
+        "latent_size"
+    ] == 5
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"config": {"latent_size": 3}, "options": {"num_steps": 7}}))
+    _, training, fields = get("--recipe", str(path))
+    assert training.num_steps == 7 and fields == {"latent_size": 3}
+    saved = tmp_path / "config.json"
+    config().save_pretrained(tmp_path)
+    _, training, fields = get("--recipe", str(path), "--config", str(saved))
+    assert training.num_steps == 7 and fields["hidden_size"] == 16
+    TarFlowLMConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "content, arguments, message",
+    [
+        (None, ["--recipe", "text8_mixed"], "no recipe 'text8_mixed': did you mean text8_mixd"),
+        (None, ["--recipe", "zebra"], "no recipe 'zebra': there are demo, .*, text8_deep"),
+        (None, ["--recipe", "zebra.json"], "no recipe 'zebra.json'"),
+        ({"opts": {}}, [], "no key in the recipe .*'opts': did you mean options"),
+        (
+            {"options": {"num_step": 1}},
+            [],
+            "no option of train.py, .*'num_step': did you mean num_steps",
+        ),
+        (
+            {"config": {"hiden_size": 1}},
+            [],
+            "no field of TarFlowLMConfig 'hiden_size': did you mean hidden_size",
+        ),
+        ({}, ["--learning_rat3", "1"], "no option '--learning_rat3': did you mean --learning_rate"),
+        ({}, ["astray"], "no option before 'astray'"),
+    ],
+)
+def test_names_that_do_not_exist(tmp_path, monkeypatch, content, arguments, message):
+    if content is not None:
+        path = tmp_path / "mine.json"
+        path.write_text(json.dumps(content))
+        arguments = ["--recipe", str(path), *arguments]
+
+    with pytest.raises(ValueError, match=message):
+        arguments_of(*arguments, monkeypatch=monkeypatch)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_vocabulary(tmp_path, data, tokenizer, monkeypatch):
+    """The script says so before the corpus is read, `train` before its first step."""
+    small = config(vocab_size=26, flows=STACK[2:])
+    small.save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--config", str(tmp_path / "config.json"), "--dataset", "none"]
+    )
+    with pytest.raises(ValueError, match="tokenizer has 27 tokens, the configuration only 26"):
+        runpy.run_path(str(ROOT / "examples" / "train.py"), run_name="__main__")
+
+    for baseline in (False, True):
+        with pytest.raises(
+            ValueError, match="tokenizer has 27 tokens, more than the model's vocab_size, 26"
+        ):
+            run(tmp_path / "run", data, tokenizer, small, baseline=baseline)
+
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples" / "accelerate").iterdir()), ids=lambda path: path.stem
+)
+def test_accelerate_reads_its_configs(path):
+    from accelerate.commands.config import load_config_from_file
+
+    loaded = load_config_from_file(str(path))
+    assert loaded.mixed_precision == "bf16" and loaded.num_processes == 8 * loaded.num_machines
+
+
+def test_the_scripts_end_to_end(tmp_path, capsys, monkeypatch):
+    """Train a flow and its baseline on a text file, sample, and score text."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT * 3)
+    Path("config.json").write_text(json.dumps(replace_sizes(config().to_diff_dict())))
+    options = [
+        "--dataset",
+        "text.txt",
+        "--config",
+        "config.json",
+        "--num_steps",
+        "6",
+        "--batch_size",
+        "4",
+    ]
+    options += ["--test_sequences", "8", "--test_samples", "2"]
+    run = partial(script, capsys=capsys, monkeypatch=monkeypatch)
+
+    # In a process of its own: as the command line has it, and as if `datasets` were not installed.
+    Path("datasets.py").write_text("raise ImportError('not installed')")
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes=1",
+        str(ROOT / "examples/train.py"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])}
+    done = subprocess.run(
+        [*command, *options, "--output_dir", "flow"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (
+        "A sample:" in done.stdout
+        and "bound, 2 samples" in done.stdout
+        and "Saved to flow/model" in done.stdout
+    )
+    assert "exact" in run("train.py", *options, "--output_dir", "ar", "--model", "ar")
+
+    sample = ["generate.py", "flow/model", "--num_samples", "2", "--show_states", "--seed", "3"]
+    first = run(*sample)
+    assert first == run(*sample) and first.count("[before flow 1]") == 2
+    assert run("generate.py", "flow/model", "--prompt", "the fox").startswith("the fox")
+
+    cut = run(
+        "evaluate.py", "flow/model", "--data", "text.txt", "--num_samples", "1", "--num_flows", "1"
+    )
+    scored = run("evaluate.py", "flow/model", "--data", "text.txt", "--num_samples", "3")
+    assert "per word" in scored and "No window slides" in scored
+    assert cut.splitlines()[1] != scored.splitlines()[1]
+    num_tokens = len(character_tokenizer()(TEXT * 3).input_ids)
+    assert (
+        f"{num_tokens:,} tokens" in scored
+        and "bound, 1 sample" in scored
+        and "bound, 3 samples" in scored
+    )
+    assert f"{num_tokens:,} tokens" in run("evaluate.py", "ar/model", "--data", "text.txt")
+
+
+def replace_sizes(fields: dict) -> dict:
+    names = (
+        "latent_size",
+        "max_position_embeddings",
+        "hidden_size",
+        "num_attention_heads",
+        "flows",
+    )
+
+    return {name: fields[name] for name in names}
