@@ -2,9 +2,8 @@
 batch, in one run.
 
     python benchmarks/training.py --quick                                            # the demo, on CPU: a minute
-    python benchmarks/training.py --recipe openwebtext_deep --vocab_size 50257 --num_flows 1 --dtype
-    bfloat16 python benchmarks/training.py --recipe text8_deep --batch_size 64 --output
-    training.jsonl
+    python benchmarks/training.py --recipe openwebtext_deep --vocab_size 50257 --num_flows 1 --dtype bfloat16
+    python benchmarks/training.py --recipe text8_deep --batch_size 64 --output training.jsonl
 
 Random ids, so no corpus is needed. The models take turns; a time is the median of the rounds, and
 covers forward, backward, gradient clipping and AdamW. bfloat16 is autocast, with weights in

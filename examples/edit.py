@@ -3,8 +3,7 @@ decode it again.
 
     python examples/edit.py runs/demo/model "the function returns a list"                  # unedited it comes back
     python examples/edit.py runs/demo/model "the function returns a list" --redraw 4:12    # new noise for these tokens
-    python examples/edit.py runs/demo/model "the function returns a list" --towards "a class without
-    any state"
+    python examples/edit.py runs/demo/model "the function returns a list" --towards "a class without any state"
 
 With `--num_flows l` the edit is one of the state h of flow l, and what the flows above it have made
 is kept.

@@ -2,10 +2,9 @@
 entropy, repetition.
 
     python examples/evaluate_samples.py runs/mine/model --data held-out.txt --output samples.json
-    python examples/evaluate_samples.py runs/mine/model --data held-out.txt --judge gpt2
-    --num_samples 500 python examples/evaluate_samples.py runs/mine/model --data held-out.txt
-    --judge path/of/a/causal/model --top_p 0.95 python examples/evaluate_samples.py runs/mine/model
-    --data python-docs --no_judge --num_samples 200
+    python examples/evaluate_samples.py runs/mine/model --data held-out.txt --judge gpt2 --num_samples 500
+    python examples/evaluate_samples.py runs/mine/model --data held-out.txt --judge path/of/a/causal/model --top_p 0.95
+    python examples/evaluate_samples.py runs/mine/model --data python-docs --no_judge --num_samples 200
 
 The defaults are the paper's: 5,000 samples of the model's length, read by GPT-2 large; MAUVE at
 scale 5, with as many sequences of the text. Samples are kept in --samples, and a run that was

@@ -1,12 +1,10 @@
 """Fine-tune a checkpoint on a text file of your own, by the library's Trainer.
 
-    python examples/finetune.py runs/demo/model my.txt --output_dir runs/mine --max_steps 200
-    --learning_rate 1e-4 accelerate launch examples/finetune.py USER/NAME my.txt --output_dir
-    runs/mine --num_train_epochs 1 --bf16 python examples/finetune.py USER/NAME my.txt --output_dir
-    runs/mine --push_to_hub --hub_model_id USER/MINE
+    python examples/finetune.py runs/demo/model my.txt --output_dir runs/mine --max_steps 200 --learning_rate 1e-4
+    accelerate launch examples/finetune.py USER/NAME my.txt --output_dir runs/mine --num_train_epochs 1 --bf16
+    python examples/finetune.py USER/NAME my.txt --output_dir runs/mine --push_to_hub --hub_model_id USER/MINE
 
-All options of `TrainingArguments` are taken. Loss and evaluation are nats per token: minus the
-ELBO.
+Takes all options of `TrainingArguments`. Its losses are nats per token: minus the ELBO.
 """
 
 import sys

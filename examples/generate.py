@@ -1,9 +1,9 @@
 """Sample text from a checkpoint: a folder, or a repository of the Hub.
 
-python examples/generate.py runs/demo/model python examples/generate.py runs/demo/model
---num_samples 4 --max_new_tokens 128 --temperature 0.9 --seed 1 python examples/generate.py
-runs/demo/model --prompt "the function returns" python examples/generate.py runs/demo/model --top_p
-0.9 --flow_temperatures 1 1 0.9 --num_candidates 8
+python examples/generate.py runs/demo/model
+python examples/generate.py runs/demo/model --num_samples 4 --max_new_tokens 128 --temperature 0.9 --seed 1
+python examples/generate.py runs/demo/model --prompt "the function returns"
+python examples/generate.py runs/demo/model --top_p 0.9 --flow_temperatures 1 1 0.9 --num_candidates 8
 python examples/generate.py runs/demo/model --show_states          # the text that every flow's state decodes to
 """
 

@@ -1,8 +1,7 @@
 """How the states of a sequence change from flow to flow, on a text and on samples.
 
-    python examples/latent_evolution.py runs/demo/model --data my.txt python
-    examples/latent_evolution.py runs/demo/model --data my.txt --figure evolution.svg --output
-    evolution.json
+    python examples/latent_evolution.py runs/demo/model --data my.txt
+    python examples/latent_evolution.py runs/demo/model --data my.txt --figure evolution.svg --output evolution.json
 
 For each state: the mean norm, the mean cosine of two tokens, the participation ratio (in how many
 directions they vary) and how far the flow has moved their centre; mean and standard deviation over

@@ -1,7 +1,6 @@
 """Score texts, the most likely one first.
 
-    python examples/score.py runs/demo/model "the function returns a list" "the list returns a
-    function"
+    python examples/score.py runs/demo/model "the function returns a list" "the list returns a function"
     python examples/score.py USER/NAME "a text" --num_samples 64           # a tighter bound
 
 Nats of a TarFlowLM are upper bounds, of the whole text; texts of different lengths compare by nats

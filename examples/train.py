@@ -2,10 +2,9 @@
 
     accelerate launch examples/train.py                                    # the demo: five minutes on two CPU cores
     accelerate launch examples/train.py --recipe demo_ar                   # the discrete baseline, same data
-    accelerate launch examples/train.py --recipe text8_mixd --stage_steps 8000 1000 1000 accelerate
-    launch --config_file examples/accelerate/ddp.yaml examples/train.py --recipe openwebtext_deep
-    accelerate launch examples/train.py --dataset my.txt --mode progressive --patience 3
-    --eval_every 100
+    accelerate launch examples/train.py --recipe text8_mixd --stage_steps 8000 1000 1000
+    accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py --recipe openwebtext_deep
+    accelerate launch examples/train.py --dataset my.txt --mode progressive --patience 3 --eval_every 100
     accelerate launch examples/train.py --resume                           # go on where a run stopped
     accelerate launch examples/train.py --push_to_hub USER/NAME            # publish it at the end
 

@@ -3,9 +3,8 @@ steps.
 
     python benchmarks/study/run.py --quick                                       # minutes on a CPU: does it run
     python benchmarks/study/run.py --dataset text8.txt --seeds 0 1 2             # 6 layers of width 64
-    python benchmarks/study/run.py --dataset text8.txt --groups models patches python
-    benchmarks/study/run.py --dataset text8.txt --num_layers 12 --hidden_size 768 --num_tokens 1024
-    \\
+    python benchmarks/study/run.py --dataset text8.txt --groups models patches
+    python benchmarks/study/run.py --dataset text8.txt --num_layers 12 --hidden_size 768 --num_tokens 1024 \\
         --batch_size 32 --mixed_precision bf16                                   # on a GPU
 
 The cases and their groups stand in `cases.py`. The same command goes on where it stopped: a

@@ -1,8 +1,7 @@
 """TarFlowLM for the language model evaluation harness (`pip install lm-eval`), which finds it by
 its own runner:
 
-    python -m tarflow_hf.lm_eval_model --model tarflowlm --model_args pretrained=runs/demo/model
-    --tasks wikitext
+    python -m tarflow_hf.lm_eval_model --model tarflowlm --model_args pretrained=runs/demo/model --tasks wikitext
 
 or, in Python, after `import tarflow_hf.lm_eval_model`, by
 `lm_eval.simple_evaluate(model="tarflowlm", ...)`.

@@ -22,8 +22,8 @@ def token_bits(
 
     The ELBO of one sample of the latents z = h_0 is a sum over positions n,
 
-        sum_n [ sum_(l < L) log|det dh_l,n / dh_(l-1),n| + log p_L(h_(L-1),n | h_(L-1), passed
-        before n)
+        sum_n [ sum_(l < L) log|det dh_l,n / dh_(l-1),n|
+                + log p_L(h_(L-1),n | h_(L-1), passed before n)
                 - sum_(tokens t of n) log sum_k N(z_t; mean_k, scale_k^2) ],
 
     and a token's share of it is the last term of its own, and an equal part of the others of its

@@ -4,8 +4,8 @@ as the reader has it.
 Each section makes its part from plain results (an `Evaluation`, a `SampleEvaluation`, passes,
 evolutions, FLOPs), with the same digits as the command prints that stands beside it:
 
-    page = report_page("Report", "What it is.", [likelihood_section(evaluation, rows, command),
-    ...])
+    sections = [likelihood_section(evaluation, rows, command), ...]
+    page = report_page("Report", "What it is.", sections)
 
 `examples/report.py` measures what it needs, and knows the commands.
 """
