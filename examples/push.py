@@ -5,8 +5,7 @@
     python examples/push.py runs/demo/model USER/NAME --evaluation evaluation.json --tag v1.0
     python examples/push.py runs/demo/model USER/NAME --print_card         # only shows the card
 
-An evaluation is what `examples/evaluate.py --output evaluation.json` has written: its figures go
-onto the card.
+`examples/evaluate.py --output evaluation.json` writes the results that go onto the card.
 """
 
 import argparse
@@ -20,21 +19,16 @@ from tarflow_hf.hub import model_card, publish
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("checkpoint", help="a folder")
     parser.add_argument("repo_id", help="USER/NAME or ORGANIZATION/NAME")
     parser.add_argument("--recipe", type=Path, help="the recipe it was trained by, for the card")
     parser.add_argument("--evaluation", type=Path, help="results, for the card")
-    parser.add_argument(
-        "--private", action="store_true", help="make the repository private, where it is new"
-    )
+    parser.add_argument("--private", action="store_true", default=None, help="if it is new")
     parser.add_argument("--branch", default="main")
     parser.add_argument("--tag", help="a name for this version")
-    parser.add_argument(
-        "--print_card", action="store_true", help="show the card, and publish nothing"
-    )
+    parser.add_argument("--print_card", action="store_true", help="show the card only")
 
     return parser.parse_args()
 
@@ -42,29 +36,22 @@ def parse_arguments() -> argparse.Namespace:
 def main():
     arguments = parse_arguments()
     model = TarFlowLMModel.from_pretrained(arguments.checkpoint)
-    recipe, evaluation = (
-        None if path is None else json.loads(path.read_text())
-        for path in (arguments.recipe, arguments.evaluation)
-    )
-    training, description = None, ""
+    recipe = json.loads(arguments.recipe.read_text()) if arguments.recipe else None
+    evaluation = json.loads(arguments.evaluation.read_text()) if arguments.evaluation else None
+    training, text = None, ""
 
     if recipe is not None:
         command = f"accelerate launch examples/train.py --recipe {arguments.recipe.stem}"
-        training, description = {**recipe["options"], "command": command}, recipe["description"]
+        training, text = {**recipe["options"], "command": command}, recipe["description"]
 
-    card = model_card(
-        model.config, training, evaluation, repo_id=arguments.repo_id, description=description
-    )
+    names = {"repo_id": arguments.repo_id, "description": text}
+    card = model_card(model.config, training, evaluation, **names)
     if arguments.print_card:
         print(card)
         return
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    options = {
-        "private": arguments.private or None,
-        "branch": arguments.branch,
-        "tag": arguments.tag,
-    }
+    options = {"private": arguments.private, "branch": arguments.branch, "tag": arguments.tag}
     print(publish(model, tokenizer, arguments.repo_id, card=card, **options).commit_url)
 
 
