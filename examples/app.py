@@ -11,7 +11,6 @@ where it listens.
 import argparse
 import os
 from functools import wraps
-from html import escape
 
 import gradio as gr
 import torch
@@ -20,13 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.report import demo
 
-STYLE = demo.DEMO_STYLE + """\
-.result { --line: var(--border-color-primary); --quiet: #5a5a66; --mark: #ffe9a3; }
-.dark .result { --quiet: #a3a3b0; --mark: #5e4a00; }
-.result .passes p { display: block; }
-.dark button[role=tab][aria-selected=true] { color: var(--primary-300); }
-.result .message { border-left: 4px solid #c2410c; padding: .5rem .75rem; }
-"""  # fmt: skip
 THEME = gr.themes.Default(
     primary_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace"]
 ).set(
@@ -45,7 +37,7 @@ def friendly(answer):
         try:
             return answer(*arguments)
         except ValueError as error:
-            return f'<p class="message" role="alert">{escape(str(error))}</p>'
+            return demo.message(error)
 
     return answer_or_message
 
@@ -168,7 +160,9 @@ def main():
         model.cuda()
 
     footer = ["api", "gradio", "settings"]
-    page(model, tokenizer, checkpoint).launch(theme=THEME, css=STYLE, footer_links=footer)
+    page(model, tokenizer, checkpoint).launch(
+        theme=THEME, css_paths=demo.STYLE_SHEET, footer_links=footer
+    )
 
 
 if __name__ == "__main__":

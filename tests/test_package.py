@@ -43,14 +43,16 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_all_of_the_code_and_nothing_else(wheel):
     source = ROOT / "src"
     code = {str(path.relative_to(source)) for path in source.rglob("*.py")}
+    pages = {str(path.relative_to(source)) for path in source.glob("*/report/templates/**/*.*")}
     assert {"tarflow_hf/__init__.py", "tarflow_hf/modeling/modeling_tarflowlm.py"} <= code
+    assert {Path(name).suffix for name in pages} == {".j2", ".css"}
     archive = zipfile.ZipFile(wheel)
     information = f"tarflow_hf-{tarflow_hf.__version__}.dist-info"
     others = {
         f"{information}/{name}"
         for name in ("METADATA", "RECORD", "WHEEL", "top_level.txt", "licenses/LICENSE")
     }
-    assert set(archive.namelist()) == code | others | {"tarflow_hf/model_card.md"}
+    assert set(archive.namelist()) == code | pages | others | {"tarflow_hf/model_card.md"}
     metadata = message_from_bytes(archive.read(f"{information}/METADATA"))
     assert (metadata["Name"], metadata["Version"]) == ("tarflow_hf", tarflow_hf.__version__)
     assert {"app", "evaluation", "peft", "test", "triton"} <= set(

@@ -20,7 +20,7 @@ from tarflow_hf.checkpointing import save_model
 from tarflow_hf.data import character_tokenizer, held_out_documents
 from tarflow_hf.generative_metrics import Sample, SampleEvaluation
 from tarflow_hf.provenance import provenance_of
-from tarflow_hf.report import Section, report_page, reproduce, samples_section, table
+from tarflow_hf.report import Section, Table, report_page, samples_section
 
 pytest.importorskip("matplotlib")
 
@@ -275,7 +275,8 @@ def test_hostile_text_stays_text(folder):
     with pytest.raises(ValueError, match="the same name"):
         report_page("a", "b", [section, Section("samples", "c", "")])
 
-    assert "&lt;" in table("<", ["<"], [["<", "<"]]) and "<b" not in reproduce("<b --<b")
+    assert "&lt;" in Table(["<", "<"], [["<", "<"]], "<").to_html()
+    assert "&lt;" in report_page("a", "b", [Section("d", "c", "<b>")])  # a body that is no Markup
 
 
 @pytest.mark.parametrize(

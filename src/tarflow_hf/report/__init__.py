@@ -20,14 +20,14 @@ from .sections import (
     model_section,
     origin_section,
     passes_of_texts_section,
-    reproduce,
     samples_section,
-    table,
 )
+from .tables import Table
 
 __all__ = [
     "Pass",
     "Section",
+    "Table",
     "codebook_section",
     "draw_passes",
     "evolution_section",
@@ -46,7 +46,5 @@ __all__ = [
     "plot_measure",
     "plot_patch_sizes",
     "report_page",
-    "reproduce",
     "samples_section",
-    "table",
 ]

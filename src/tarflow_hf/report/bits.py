@@ -1,90 +1,84 @@
-"""What each token of a text costs, as a picture: `token_bits` with colours, and what it means."""
+"""The bits of each token as a picture: numbers under a text, with colours behind it.
+
+ids  ->  `token_bits`  ->  `bits_section`, which `likelihood_of_text` puts below what it means
+"""
 
 import math
-from html import escape
+from dataclasses import dataclass
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from ..token_likelihood import bits_of_pieces, token_bits, what_bits_mean
-from .passes import NOT_PRINTABLE
+from .page import printable, render
+
+# White space that a reader could not see otherwise.
+VISIBLE = str.maketrans(
+    {"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW}"}
+)
 
 
-def bits_section(token_ids: Tensor, bits: Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Ids (T,) with their bits (T,) as a part of an HTML page that has `BITS_STYLE`.
+@dataclass(frozen=True)
+class ShownToken:
+    """A token as it stands in the picture."""
 
-    Under each token stands its number. The colour behind it is full where it costs what a blind
-    guess among all tokens of the vocabulary does, or more.
+    text: str
+    bits: str
+    heat: float  # of the colour, from 0 to 1
+
+
+def bits_section(token_ids: Tensor, bits: Tensor, tokenizer: PreTrainedTokenizerBase) -> Markup:
+    """Ids (T,) with their bits (T,) as a part of an HTML page.
+
+    Under each token stands its number. The colour behind it is full at the cost of a blind guess
+    among all tokens of the vocabulary, log2 K, and above.
     """
     guess = math.log2(len(tokenizer))
-    words, starts_word = [], True  # lines break between words
+    words: list[list[ShownToken]] = []  # lines break between words
+    starts_word = True
 
     for text, cost in bits_of_pieces(token_ids, bits, tokenizer):
         is_space = text.isspace()
-        heat = min(max(cost / guess, 0.0), 1.0)
-        shown = NOT_PRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
-        shown = shown.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}").replace(
-            "\t", "\N{RIGHTWARDS ARROW}"
-        )
-        shown = shown.replace(" ", "\N{OPEN BOX}") if is_space else shown
         if starts_word or (text[:1].isspace() and not is_space):
-            words.append("")
+            words.append([])
 
-        starts_word = is_space
+        shown = printable(text).translate(VISIBLE)
+        shown = shown.replace(" ", "\N{OPEN BOX}") if is_space else shown
         number = f"{cost:z.1f}".replace("-", "\N{MINUS SIGN}")
-        words[-1] += (
-            f'<span class="token" style="--heat:{heat:.2f}"><bdi>{escape(shown)}</bdi><small>{number}</small></span>'
-        )
+        words[-1].append(ShownToken(shown, number, heat=min(max(cost / guess, 0.0), 1.0)))
+        starts_word = is_space
 
-    legend = (
-        '<p class="legend">0 bits <span aria-hidden="true"></span> '
-        f"{guess:.1f} bits, as many as a guess among all {len(tokenizer):,} tokens</p>"
-    )
-    text = "\n".join(f'<span class="word">{word}</span>' for word in words)
-
-    return f'{legend}\n<p class="bits">{text}</p>'
+    return render("bits.html.j2", words=words, guess=guess, num_tokens=len(tokenizer))
 
 
 @torch.no_grad()
-def likelihood_section(
+def likelihood_of_text(
     model: TarFlowLMModel,
     tokenizer: PreTrainedTokenizerBase,
     input_ids: Tensor,
     num_samples: int = 8,
     generator: torch.Generator | None = None,
-) -> str:
-    """The bits of a text's ids (1, T): per character, in all, of each token, and what they mean.
+) -> Markup:
+    """The bits of a text as a part of an HTML page: per character, in all, and of each token.
 
-    A part of an HTML page that has `BITS_STYLE`. Options and errors as of `token_bits`.
+    Args:
+        input_ids: The text's ids (1, T).
+        num_samples, generator: As for `token_bits`.
+
+    Raises:
+        ValueError: As `token_bits`.
     """
     bits = token_bits(model, input_ids, num_samples, generator)[0].cpu()
-    total, num_characters = (
-        bits.sum().item(),
-        len(tokenizer.decode(input_ids[0], clean_up_tokenization_spaces=False)),
+    text = tokenizer.decode(input_ids[0], clean_up_tokenization_spaces=False)
+
+    return render(
+        "bits_of_text.html.j2",
+        total=bits.sum().item(),
+        num_characters=len(text),
+        num_samples=num_samples,
+        meaning=what_bits_mean(model),
+        bits=bits_section(input_ids[0].cpu(), bits, tokenizer),
     )
-
-    return (
-        f"<h2>Likelihood: {total / num_characters:.2f} bits per character</h2>\n"
-        f'<p class="note">{total:.0f} bits for {num_characters} characters, an upper bound: the mean of {num_samples} '
-        f"samples. {what_bits_mean(model)}</p>\n{bits_section(input_ids[0].cpu(), bits, tokenizer)}"
-    )
-
-
-# The colour is laid over the page, light or dark, and leaves enough contrast on either.
-BITS_STYLE = """\
-.bits { display: flex; flex-wrap: wrap; row-gap: .5rem; margin: .5rem 0 0; line-height: 1.3; }
-.bits .word { display: inline-flex; flex-wrap: wrap; max-width: 100%; row-gap: .5rem; }
-.bits .token {
-  display: inline-flex; flex-direction: column; align-items: center; min-width: 1.7rem; padding: .1rem .15rem;
-  background: rgb(214 110 20 / calc(var(--heat) * .55)); border-right: 1px solid var(--line);
-}
-.bits bdi { font: .9375rem/1.4 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-.bits small { font-size: .75rem; font-variant-numeric: tabular-nums; }
-.legend { display: flex; align-items: center; flex-wrap: wrap; gap: .25rem .5rem; font-size: .875rem; margin: 0; }
-.legend span {
-  width: 5rem; height: .9rem; border: 1px solid var(--line);
-  background: linear-gradient(to right, transparent, rgb(214 110 20 / .55));
-}
-"""

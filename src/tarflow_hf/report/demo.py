@@ -1,33 +1,26 @@
-"""What the demo page (`examples/app.py`) answers: from a model and what a visitor typed to a part
-of an HTML page.
+"""The answers of the demo page (`examples/app.py`): from a model and a visitor's input to a part of
+an HTML page with `STYLE_SHEET`.
 
-`write`, `score` and `edit` raise a `ValueError` that a visitor understands where the text is none
-that the model takes. A page with what they return has `DEMO_STYLE`, and the colours of
-`passes.PAGE_STYLE`. They only read the model, which is in evaluation mode, and the same seed gives
-the same answer.
+`write`, `score` and `edit` only read the model, which is in evaluation mode, and the same seed gives
+the same answer. If the model does not take the text, they raise a `ValueError` that a visitor
+understands; `message` shows it.
 """
 
 import re
-from html import escape
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
-from .bits import BITS_STYLE, likelihood_section
-from .passes import PASSES_STYLE, Pass, find_passes, passes_section
+from .bits import likelihood_of_text
+from .page import STYLE_SHEET, render
+from .passes import Pass, find_passes, passes_section
+
+__all__ = ["STYLE_SHEET", "edit", "message", "score", "write"]
 
 GAP = re.compile(r"\[([.…]+)\]")
-
-DEMO_STYLE = (
-    PASSES_STYLE
-    + BITS_STYLE
-    + """\
-.note { color: var(--quiet); font-size: .875rem; max-width: 44rem; }
-.written { white-space: pre-wrap; overflow-wrap: anywhere; }
-"""
-)
 
 
 @torch.no_grad()
@@ -68,26 +61,26 @@ def write(
         eos_token_id=-1,  # what follows the end of a document is shown, too
         **options,
     )
-    note = "The text that each flow's state decodes to. Tokens that differ from the pass before are marked."
-
-    if not all(missing):
-        note += " What you gave is in italics."
-        runs_back = any(flow["direction"] == "right_to_left" for flow in model.config.flows)
-        if not model.config.conditional and (runs_back or missing != sorted(missing)):
-            note += " It is held fixed in the first flow only, which approximates the model's own distribution."
-
+    is_given = not all(missing)
+    runs_back = any(flow["direction"] == "right_to_left" for flow in model.config.flows)
+    is_held = not model.config.conditional and (runs_back or missing != sorted(missing))
     passes = find_passes(model, out.states, given_ids=given, given_mask=~is_missing)
-    return (
-        f'<h2>Text</h2>\n<p class="written" dir="auto">{escape(tokenizer.decode(out.sequences[0]))}</p>\n'
-        f'<h2>From noise to text</h2>\n<p class="note">{note}</p>\n{passes_section(passes, tokenizer)}\n'
-        + _likelihood(model, tokenizer, out.sequences)
+
+    answer = render(
+        "demo/write.html.j2",
+        text=tokenizer.decode(out.sequences[0]),
+        is_given=is_given,
+        is_approximate=is_given and is_held,
+        passes=passes_section(passes, tokenizer),
+        likelihood=_likelihood(model, tokenizer, out.sequences),
     )
+    return str(answer)
 
 
 @torch.no_grad()
 def score(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """The bits of a text, and of each of its tokens."""
-    return _likelihood(model, tokenizer, _read_whole(model, tokenizer, text)[0])
+    return str(_likelihood(model, tokenizer, _read_whole(model, tokenizer, text)[0]))
 
 
 @torch.no_grad()
@@ -122,16 +115,24 @@ def edit(
         Pass("Before", before, nowhere, nowhere),
         Pass("After", after, before != after, nowhere),
     ]
-    note = f"{int(is_redrawn.sum())} of {len(offsets)} tokens were redrawn. What changed is marked."
 
-    return (
-        f'<p class="note">{note} The bits are those of the text after.</p>\n{passes_section(passes, tokenizer)}\n'
-        + _likelihood(model, tokenizer, edited)
+    answer = render(
+        "demo/edit.html.j2",
+        num_redrawn=int(is_redrawn.sum()),
+        num_tokens=len(offsets),
+        passes=passes_section(passes, tokenizer),
+        likelihood=_likelihood(model, tokenizer, edited),
     )
+    return str(answer)
 
 
-def _likelihood(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
-    return likelihood_section(
+def message(error: Exception) -> str:
+    """An error as a part of the page, for what is wrong with a visitor's input."""
+    return str(render("demo/message.html.j2", message=str(error)))
+
+
+def _likelihood(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> Markup:
+    return likelihood_of_text(
         model, tokenizer, ids.to(model.device), generator=torch.Generator().manual_seed(0)
     )
 

@@ -6,23 +6,18 @@ states (of `generate(output_states=True)` or `model.flow`)  ->  `find_passes`  -
 `draw_passes` makes the states itself: of a sample, or of a text.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import groupby
-from string import Template
 from typing import Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
-
-# Control characters, which a terminal obeys and HTML has not, but for tabs and new lines; and those
-# that reorder text.
-NOT_PRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+from .page import printable, render
 
 
 @dataclass
@@ -48,9 +43,7 @@ class Pass:
             text = tokenizer.decode(
                 [token_id for *_, token_id in run], clean_up_tokenization_spaces=False
             )
-            segments.append(
-                (NOT_PRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text), is_changed, is_given)
-            )
+            segments.append((printable(text), is_changed, is_given))
 
         return segments
 
@@ -198,88 +191,19 @@ def passes_text(
 
 def passes_section(
     passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, heading: str = "h2"
-) -> str:
-    """The passes as a part of an HTML page that has `PASSES_STYLE`: a list with one item for each,
-    under a heading.
-    """
-    items = []
-    for state in passes:
-        text = ""
-        for segment, is_changed, is_given in state.segments(tokenizer):
-            segment = escape(segment)
-            segment = f'<span class="given">{segment}</span>' if is_given else segment
-            text += f"<mark>{segment}</mark>" if is_changed else segment
-
-        summary = state.summary()
-        summary = f'<p class="summary">{summary}</p>\n' if summary else ""
-        items.append(
-            f'<li>\n<{heading}>{escape(state.name)}</{heading}>\n{summary}<p class="text" dir="auto">{text}</p>\n</li>'
-        )
-
-    return '<ol class="passes">\n' + "\n".join(items) + "\n</ol>"
-
-
-PAGE_STYLE = """\
-:root { color-scheme: light dark; --page: #fdfdfb; --ink: #1d1d22; --quiet: #5a5a66; --line: #d9d9de; --mark: #ffe9a3; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #17171b; --ink: #e9e9ee; --quiet: #a3a3b0; --line: #35353d; --mark: #5e4a00; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
-main { max-width: 52rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-"""
-
-# Of the section alone, on a page that has the colours --quiet, --line and --mark. What is marked is
-# announced to screen readers, too, which pass over <mark>, and is not told by its colour alone.
-PASSES_STYLE = """\
-.passes { list-style: none; margin: 1.5rem 0 0; padding: 0; }
-.passes li { border-top: 1px solid var(--line); padding: 1rem 0; }
-.passes :is(h2, h3, h4) { font-size: 1rem; margin: 0; }
-.passes .summary { margin: 0 0 .5rem; color: var(--quiet); font-size: .875rem; }
-.passes .text { margin: 0; font: .9375rem/1.6 ui-monospace, monospace; }
-.passes .text { white-space: break-spaces; overflow-wrap: anywhere; }
-mark { background: var(--mark); color: inherit; text-decoration: underline; text-underline-offset: .2em; }
-.given { color: var(--quiet); font-style: italic; }
-mark::before, mark::after {
-  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap;
-}
-mark::before { content: " [changed: "; }
-mark::after { content: "] "; }
-"""
-
-PAGE = Template("""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-$style</style>
-</head>
-<body>
-<main>
-<h1>$title</h1>
-<p>The most likely text of every flow's state, from noise to the final text.
-Tokens that differ from the pass before are <mark>marked</mark>$given.</p>
-$section
-</main>
-</body>
-</html>
-""")
+) -> Markup:
+    """The passes as a part of an HTML page: a list with one item for each, under a heading."""
+    return render("passes.html.j2", passes=passes, tokenizer=tokenizer, heading=heading)
 
 
 def passes_page(
     passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, title: str = "From noise to text"
 ) -> str:
     """A self-contained HTML page: no script, nothing loaded, light or dark as the reader has it."""
-    has_given = any(bool(state.is_given.any()) for state in passes)
-    return PAGE.substitute(
-        title=escape(title),
-        style=PAGE_STYLE + PASSES_STYLE,
-        given=', those that were given are <span class="given">in italics</span>'
-        if has_given
-        else "",
-        section=passes_section(passes, tokenizer),
+    page = render(
+        "passes_page.html.j2",
+        title=title,
+        has_given=any(bool(state.is_given.any()) for state in passes),
+        passes=passes_section(passes, tokenizer),
     )
+    return str(page)

@@ -2,10 +2,15 @@
 `figure.savefig("name.svg")`, or .png, .pdf.
 """
 
+import io
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from markupsafe import Markup
+
 from ..latent_evolution import MEASURES, Evolution
+from .page import render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,3 +158,38 @@ def set_ratio_ticks(axes: "Axes") -> None:
     low, high = axes.get_ylim()
     ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low <= tick <= high]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+
+
+def inline_svg(figure: "Figure", name: str, title: str, description: str) -> Markup:
+    """A figure as an element of a page, in the page's colours.
+
+    Args:
+        name: Unique in the page: all ids in the picture begin with it.
+        title: The subject, in a few words.
+        description: The content, for readers who do not see it.
+    """
+    import matplotlib
+
+    content = io.StringIO()
+    # Text stays text, and the same picture has the same bytes.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
+
+    svg = content.getvalue()
+    width, height = re.findall(r'viewBox="0 0 (\S+) (\S+)"', svg)[0]
+
+    inside = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")].strip()
+    inside = re.sub(r"<metadata>.*?</metadata>", "", inside, flags=re.DOTALL)
+    inside = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", inside, flags=re.DOTALL)
+    inside = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", inside)
+    inside = re.sub(r"font-family: [^;\"]*;?", "", inside).replace("#000000", "currentColor")
+
+    return render(
+        "svg.html.j2",
+        name=name,
+        title=title,
+        description=description,
+        width=width,
+        height=height,
+        content=Markup(inside),
+    )
