@@ -1,4 +1,4 @@
-"""What needs a library that is not installed is not looked at for doctests."""
+"""Modules that need a library that is not installed have no doctests to run."""
 
 from importlib.util import find_spec
 

@@ -252,7 +252,7 @@ def measure(
 
 
 def num_bytes(case: Case) -> tuple[int, int]:
-    """What the forward pass has to move, and what the backward pass: arguments and results, once."""
+    """Bytes that the forward and the backward pass must move: arguments and results, once."""
     arguments = sum(
         x.untyped_storage().nbytes() for x in case.arguments
     )  # an expanded tensor is read as it is stored

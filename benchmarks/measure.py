@@ -1,6 +1,4 @@
-"""What the benchmarks share: timing in turns, memory, where and when it was measured, tables that
-are kept as rows.
-"""
+"""Shared by the benchmarks: timing in turns, memory, provenance, and tables kept as rows."""
 
 import datetime
 import json
@@ -77,7 +75,7 @@ def device_name(device: str) -> str:
 
 
 def facts(device: str) -> dict[str, str | int]:
-    """Where and when something is measured, and of which versions."""
+    """The machine, the time and the versions of a measurement."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device_name(device),

@@ -30,7 +30,7 @@ THEME = gr.themes.Default(
 
 
 def friendly(answer):
-    """What is wrong with the input becomes a message on the page."""
+    """Wraps a function so that its errors become messages on the page."""
 
     @wraps(answer)
     def answer_or_message(*arguments):

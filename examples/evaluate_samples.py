@@ -1,5 +1,6 @@
-"""What a checkpoint's samples are like, beside held-out text: generative perplexity, MAUVE,
-entropy, repetition.
+"""Compare a checkpoint's samples with held-out text.
+
+Measured are generative perplexity, MAUVE, entropy and repetition.
 
     python examples/evaluate_samples.py runs/mine/model --data held-out.txt --output samples.json
     python examples/evaluate_samples.py runs/mine/model --data held-out.txt --judge gpt2 --num_samples 500

@@ -1,4 +1,4 @@
-"""How the states of a sequence change from flow to flow, on a text and on samples.
+"""Measure the states of a sequence from flow to flow, on a text and on samples.
 
     python examples/latent_evolution.py runs/demo/model --data my.txt
     python examples/latent_evolution.py runs/demo/model --data my.txt --figure evolution.svg --output evolution.json

@@ -137,7 +137,7 @@ def main():
 
 
 def command_line(script: str, *words: str, **options) -> str:
-    """Of an example; options that are None are left out."""
+    """The command line of an example, without the options that are None."""
     for name, value in options.items():
         if value is True:
             words += (f"--{name}",)
@@ -201,7 +201,7 @@ def describe_samples(arguments, model, tokenizer, text, judges, origin):
 
 
 def show_passes(arguments, model, tokenizer, text):
-    """Of samples, and of the beginning of the text."""
+    """Shows the passes of samples, and of the beginning of the text."""
     size = min(128, text.sequence_length)
     size -= size % model.config.patch_size
     views = []

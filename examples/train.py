@@ -47,7 +47,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 @dataclass
 class RunConfig:
-    """What to train, on what."""
+    """The model to train, and the data to train it on."""
 
     recipe: str = field(
         default="demo", metadata={"help": f"{', '.join(sorted(p.stem for p in RECIPES.iterdir()))}"}
@@ -118,8 +118,9 @@ def read_recipe(name: str) -> dict:
 
 
 def parse_arguments() -> tuple[RunConfig, TrainingConfig, dict]:
-    """What the command line says, else the recipe, else the defaults; and the model's
-    configuration.
+    """Returns the options and the model's configuration.
+
+    The command line wins over the recipe, and the recipe over the defaults.
     """
     parser = HfArgumentParser((RunConfig, TrainingConfig))
     name = parser.parse_known_args()[0].recipe

@@ -1,5 +1,7 @@
-"""Without a GPU, Triton's kernels run in its interpreter, which must be said before they are
-defined.
+"""Fixtures of several folders.
+
+Without a GPU, Triton's kernels run in its interpreter. Triton reads the variable that asks for it
+when the kernels are defined, so it is set here.
 """
 
 import os
@@ -24,7 +26,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A Hub that the client of this process uses, too."""
+    """A Hub on loopback, which the client of this process uses, too."""
     from huggingface_hub import constants
 
     from helpers.local_hub import LocalHub
@@ -53,7 +55,7 @@ def clean_room(hub):
 
 @pytest.fixture
 def one_clean_room(clean_room, monkeypatch):
-    """The process that every test of this file loads in, started once."""
+    """Starts the clean room once for all tests of a file."""
 
     class Running:
         __enter__ = staticmethod(lambda: clean_room)
@@ -64,7 +66,7 @@ def one_clean_room(clean_room, monkeypatch):
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    """A random GPT-2 that reads bytes, 24 at once, in a folder of its own; no token pads."""
+    """A folder with a random GPT-2 that reads 24 bytes at once and has no padding token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 

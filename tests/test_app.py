@@ -1,4 +1,4 @@
-"""The demo page, without a browser: what its buttons call, and what its Space needs."""
+"""The demo page without a browser: the functions behind its buttons, and its Space's files."""
 
 import re
 from runpy import run_path
@@ -20,7 +20,7 @@ def app():
 
 
 def endpoints(blocks):
-    """{name: (function, components of its inputs)} of what can be called."""
+    """Returns {name: (function, components of its inputs)} of the public functions."""
     return {
         f.api_name: (f.fn, [type(x).__name__ for x in f.inputs])
         for f in blocks.fns.values()

@@ -9,8 +9,9 @@ from tarflow_hf.training import compute_loss, discrete_baseline
 
 
 def test_the_discrete_baseline_scores_every_token():
-    """Its loss against the probabilities of the sequence, token by token; a distribution over all
-    sequences.
+    """The loss is that of the sequence's probabilities, token by token.
+
+    They are a distribution over all sequences.
     """
     set_seed(0)
     small = config(vocab_size=3, max_position_embeddings=4)

@@ -41,8 +41,9 @@ def test_benchmark_of_training(tmp_path, capsys, monkeypatch):
 
 
 def test_memory_of_a_training_step(monkeypatch):
-    """Weights, gradients and AdamW's two moments at least, and the activations of one sequence at
-    most.
+    """A step takes at least its weights, gradients and AdamW's two moments.
+
+    At most it adds the activations of one sequence.
     """
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from measure import output_of_own_process
@@ -91,7 +92,7 @@ def test_benchmark_of_generation(tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def study(monkeypatch):
-    """The folder's modules import each other, as scripts do."""
+    """Lets the folder's modules import each other, as scripts do."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "study")
     yield
     for name in ("cases", "report"):

@@ -1,5 +1,6 @@
-"""Model cards: the metadata, the code on them, the committed ones, and that no number comes from
-nowhere.
+"""Model cards: the metadata, the code on them, and the committed ones.
+
+No number on a card comes from nowhere.
 """
 
 import json
@@ -24,9 +25,7 @@ RECIPES = {
     for path in sorted((ROOT / "examples" / "recipes").glob("*.json"))
 }
 
-
 CARDS = {path.stem: path for path in (ROOT / "model_cards").glob("*.md")}
-
 
 EVALUATION = {
     "command": "python examples/evaluate.py runs/demo/model --data held-out.txt --output evaluation.json",

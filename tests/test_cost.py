@@ -13,8 +13,9 @@ from tarflow_hf.training import TrainingConfig, discrete_baseline, make_stages
 @pytest.mark.parametrize("patch_size", [1, 4])
 @pytest.mark.parametrize("coupling", ["affine", "mixture_cdf", "mixture_rosenblatt", "baseline"])
 def test_flops_are_those_that_torch_counts(coupling, patch_size):
-    """Within 3%: what is left out are rotations and, of the Mix-d coupling, the products with the
-    codebook.
+    """The count agrees with torch's within 3%.
+
+    It leaves out rotations and, for the Mix-d coupling, the products with the codebook.
     """
     flow = {"coupling": coupling, "direction": "left_to_right", "num_hidden_layers": 2}
     if coupling == "baseline":
@@ -47,7 +48,10 @@ def test_flops_are_those_that_torch_counts(coupling, patch_size):
 
 
 def test_training_flops_by_hand():
-    """Three flows of one layer of width 16 with feed-forward width 64, attention over 16 positions."""
+    """Three flows of one layer of width 16, and feed-forward width 64.
+
+    Attention is over 16 positions.
+    """
     model = TarFlowLMModel(config(flows=STACK, intermediate_size=64))
     layer = 2 * 16 * (4 * 16**2 + 3 * 16 * 64) + 4 * 16 * 16**2
     mix_d = (

@@ -62,7 +62,7 @@ NASTY = {
 
 
 def text8(text: str) -> str:
-    """The rules of text8, one character at a time."""
+    """Applies the rules of text8, one character at a time."""
     result = ""
     for character in text:
         if "A" <= character <= "Z":
@@ -81,7 +81,7 @@ def text8(text: str) -> str:
 
 
 def long_text(seed: int, size: int = 3000) -> str:
-    """Words, numbers, punctuation and all sorts of gaps."""
+    """A text of words, numbers, punctuation and all sorts of gaps."""
     draw = random.Random(seed)
     words = ["the", "Cat", "ran,", "42", "7.", "end.", "(so)", "naïve", "don't", "東京", "x"]
     gaps = [" "] * 20 + ["\n", "\n\n", "  ", "\t", " \n ", ". ", "\u00a0"]
@@ -89,7 +89,7 @@ def long_text(seed: int, size: int = 3000) -> str:
 
 
 def byte_level_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
-    """As GPT-2's: lossless, with an end-of-text token."""
+    """A tokenizer like GPT-2's: lossless, with an end-of-text token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -106,8 +106,9 @@ def byte_level_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
 
 
 def prefix_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 2's: puts a space in front of every text it is given, so that no cut leaves the
-    tokens as they are.
+    """A tokenizer like Llama 2's.
+
+    It puts a space in front of every text, so that no cut leaves the tokens as they are.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -128,7 +129,7 @@ TOKENIZERS = {
 
 
 def run_python(code: str, *arguments: object, **environment: str) -> str:
-    """The output of a fresh process."""
+    """Returns the output of a fresh process."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     result = subprocess.run(
         command,

@@ -1,6 +1,4 @@
-"""At home in the ecosystem: docs/ecosystem.md has a row for each habit of the library, and a test
-behind each row.
-"""
+"""docs/ecosystem.md has a row for each habit of the library, and a test behind each row."""
 
 import copy
 import re
@@ -29,7 +27,7 @@ def ids_and_latents():
 
 
 def loss_and_gradients(model, function=None):
-    """The loss at given latents, and the gradient of every parameter that is trained."""
+    """Returns the loss at given latents, and the gradient of every trained parameter."""
     ids, latents = ids_and_latents()
     model.zero_grad()
     loss = (model if function is None else function)(
@@ -44,7 +42,7 @@ def loss_and_gradients(model, function=None):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model, and the folder where it is saved."""
+    """A model, and the folder that it is saved in."""
     folder = tmp_path_factory.mktemp("ecosystem") / "model"
     model = make(flows=FLOWS)
     model.save_pretrained(folder)

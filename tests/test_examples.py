@@ -1,4 +1,4 @@
-"""The short examples run, as from the command line, on a small model, and do what they promise."""
+"""The short examples, run as from the command line on a small model."""
 
 import json
 import runpy
@@ -19,12 +19,10 @@ from tarflow_hf.training import save_model
 
 pytestmark = pytest.mark.usefixtures("one_clean_room")
 
-
 TEXT = (
     "the quick brown fox jumps over the lazy dog and then it sleeps in the sun until the evening comes\n"
     * 12
 )
-
 
 FLOWS = [MIX_D, MIX_1]
 
@@ -164,7 +162,6 @@ TRAIN = [
     "--batch_size",
     "4",
 ]
-
 
 TRAIN += ["--test_sequences", "2", "--test_samples", "1", "--output_dir", "run"]
 

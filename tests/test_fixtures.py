@@ -1,5 +1,6 @@
-"""Checkpoints of earlier releases say today what they said then. `make_fixture.py` adds one for
-each release.
+"""Checkpoints of earlier releases give the results of their day.
+
+`helpers/make_fixture.py` adds one for each release.
 """
 
 from pathlib import Path

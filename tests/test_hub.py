@@ -1,5 +1,6 @@
-"""Publishing on a Hub: what arrives, what is refused before anything is written, what a lost
-connection leaves.
+"""Publishing on a Hub: what arrives, and what is refused before anything is written.
+
+A lost connection leaves nothing half published.
 """
 
 import json
@@ -17,10 +18,7 @@ from tarflow_hf.hub import CleanRoom, PublishError, nats_per_token, publish
 
 pytestmark = pytest.mark.usefixtures("one_clean_room")
 
-
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
-
-
 FLOWS = [MIX_D, MIX_1]
 
 
@@ -35,7 +33,7 @@ def tokenizer():
 
 
 def state_of(hub):
-    """All that is on a Hub."""
+    """Returns a Hub's whole content."""
     return {
         repo_id: (dict(each.commits), dict(each.branches), dict(each.tags))
         for repo_id, each in hub.repositories.items()

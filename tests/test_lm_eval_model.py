@@ -1,5 +1,6 @@
-"""The evaluation harness and the `evaluate` library, offline: bounds against enumeration, tasks
-from local files.
+"""The evaluation harness and the `evaluate` library, offline.
+
+Bounds against enumeration, and tasks from local files.
 """
 
 import json
@@ -33,7 +34,7 @@ from tarflow_hf.lm_eval_model import BOUND, DIFFERENCE, TarFlowLMEvaluator  # no
 
 
 def letters(number: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of so many letters."""
+    """A tokenizer of the first letters."""
     backend = Tokenizer(
         models.BPE(
             vocab={letter: index for index, letter in enumerate("abcdefgh"[:number])}, merges=[]
@@ -60,8 +61,11 @@ def evaluator(model, tokenizer=None, **options) -> TarFlowLMEvaluator:
 
 @pytest.mark.parametrize("is_conditional", [False, True])
 def test_scores_against_enumeration(is_conditional):
-    """Of all texts of two letters: log p(x) from below; log p(x2 | x1) from below if the model is
-    conditional, and else near it."""
+    """Scores of all texts of two letters.
+
+    log p(x) is reached from below. log p(x2 | x1) is reached from below if the model is
+    conditional, and only nearly otherwise.
+    """
     model = make(STACKS["mix-d"], vocab_size=3, latent_size=1, conditional=is_conditional)
     exact, _ = enumerate_likelihoods(model, 2, points=150)
     lm = evaluator(model, num_samples=100)
@@ -235,7 +239,10 @@ def flow_folder(tmp_path_factory):
 
 
 def test_the_runner_on_tasks_from_files(flow_folder, monkeypatch, capfd):
-    """As `python -m` runs it, without the harness's own tasks, which take long to list."""
+    """Runs the module as `python -m` does.
+
+    It leaves out the harness's own tasks, which take long to list.
+    """
     monkeypatch.delitem(model_registry._objs, "tarflowlm")
     monkeypatch.setattr(
         TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False)
@@ -284,8 +291,9 @@ def test_the_runner_on_tasks_from_files(flow_folder, monkeypatch, capfd):
 
 @pytest.fixture
 def load_metric(monkeypatch, tmp_path):
-    """`evaluate.load` from the repository's root, without a network, its caches in a folder of its
-    own.
+    """Returns `evaluate.load` from the repository's root, without a network.
+
+    Its caches have a folder of their own.
     """
     evaluate = pytest.importorskip("evaluate")
     monkeypatch.chdir(ROOT)

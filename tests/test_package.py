@@ -1,5 +1,6 @@
-"""What is installed: a wheel with all of the code and nothing else, which works outside the tree;
-versions agree.
+"""The wheel: it holds all of the code and nothing else, and works outside the tree.
+
+Versions agree.
 """
 
 import re
@@ -26,7 +27,7 @@ def run(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy of the tree, in which it leaves its traces."""
+    """Builds the wheel from a copy of the tree, which keeps the traces of the build."""
     tree = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)

@@ -43,7 +43,6 @@ PLACES = (
     "docs",
 )
 
-
 PAGES = [
     path.relative_to(ROOT).as_posix()
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]
@@ -81,7 +80,7 @@ def test_every_relative_link_leads_somewhere(page):
 
 
 def test_every_test_that_is_named_exists():
-    """What a docstring or the README promises names the test that shows it."""
+    """Docstrings and the README name the tests that show what they promise."""
     texts = [README, *(path.read_text() for path in (ROOT / "src").rglob("*.py"))]
     named = {name for text in texts for name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", text)}
     assert len(named) >= 10

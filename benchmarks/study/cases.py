@@ -1,5 +1,6 @@
-"""What the study compares: stacks of flows, how they are trained, and what is made equal to the
-discrete model.
+"""The cases of the study: stacks of flows, their training, and the size that they share.
+
+Every case is made as large as the discrete model.
 """
 
 from collections.abc import Callable

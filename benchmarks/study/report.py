@@ -54,7 +54,7 @@ def by_steps(rows: list[dict]) -> dict[int, list[dict]]:
 
 
 def line(case: str, rows: list[dict], discrete: list[dict] | None) -> str:
-    """Of one case: means over its seeds, and their standard deviation where there are several.
+    """The row of a case: means over its seeds, and with several seeds their standard deviation.
 
     The gap to the discrete model is of the importance-weighted bound, at the seeds that both have.
     It is left out where one of the two lacks them.

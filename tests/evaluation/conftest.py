@@ -1,4 +1,4 @@
-"""The models and the text of the evaluation tests."""
+"""Models and sequences of the evaluation tests."""
 
 import pytest
 import torch

@@ -12,8 +12,9 @@ from tarflow_hf.modeling.codebook import Gaussians
 
 
 def test_reconstruction_by_hand(monkeypatch):
-    """Two entries 2 r scales apart are taken for each other with probability Phi(-r), and a third
-    one is far away.
+    """Two entries 2 r scales apart are confused with probability Phi(-r).
+
+    A third entry is far away.
     """
     model = make(STACKS["affine"], vocab_size=4, latent_size=1)
     model.codebook.mean.data[:, 0] = torch.tensor([0.0, 1.0, 50.0, 50.0])

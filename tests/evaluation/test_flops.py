@@ -21,7 +21,7 @@ from tarflow_hf.throughput import forward_flops
 @pytest.mark.parametrize("patch_size", [1, 2])
 @pytest.mark.parametrize("block", ["llama", "qwen3"])
 def test_any_configuration_is_counted_as_torch_counts(block, patch_size):
-    """Both models of `count_flops`, whose weights hold nothing, against real ones that run."""
+    """Both models that `count_flops` builds without weights, against real ones that run."""
     flows = [
         {"coupling": "mixture_rosenblatt", "direction": "left_to_right", "num_hidden_layers": 2},
         {
@@ -64,8 +64,9 @@ def test_a_token_table_is_no_product_and_a_tied_head_is_one(is_tied):
 
 
 def test_the_papers_count_by_hand():
-    """GPT-2 small, 1,024 tokens: S (4w + n (24 w^2 + 2 w S)) + 2 S w V; and a head of sixteen
-    inputs.
+    """GPT-2 small on 1,024 tokens, and a head of sixteen inputs.
+
+    The paper counts S (4w + n (24 w^2 + 2 w S)) + 2 S w V.
     """
     count = count_flops(gpt2_sized_config("small"))
     assert (
@@ -96,8 +97,9 @@ def test_the_papers_count_by_hand():
 
 
 def test_gpt2_sizes_have_gpt2s_blocks():
-    """The true count of the discrete transformer is the paper's, but for the products with the
-    values and the 4w.
+    """The true count of the discrete transformer is nearly the paper's.
+
+    The paper leaves out the products with the values, and adds 4w.
     """
     for size, (layers, width, _) in GPT2_SIZES.items():
         count = count_flops(gpt2_sized_config(size, max_position_embeddings=128))

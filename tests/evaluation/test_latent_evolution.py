@@ -53,8 +53,10 @@ def test_measures_by_definition(size):
 
 
 def test_known_shapes():
-    """States on a line vary in one direction, those of a ball in all; a state moved moves its
-    centre so far.
+    """Measures of states whose shape is known.
+
+    States on a line vary in one direction, states in a ball in all of them. A shift of the states
+    shifts their centre by as much.
     """
     torch.manual_seed(0)
     line = torch.linspace(-1, 3, 50)[None, :, None] * torch.ones(3)

@@ -78,7 +78,10 @@ def test_the_bound_reaches_the_enumerated_likelihood():
 
 
 def test_what_fills_a_patch_keeps_the_bound_one():
-    """A text of one token in patches of two: its probability is the sum over whatever follows."""
+    """A text of one token in patches of two is filled up.
+
+    Its probability is the sum over all tokens that may follow.
+    """
     model = make(STACKS["mix-d"], patch_size=2, vocab_size=3, latent_size=1)
     exact, _ = enumerate_likelihoods(model, 2, points=150)
 

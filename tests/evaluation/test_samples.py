@@ -34,7 +34,10 @@ def flow():
 
 @pytest.mark.parametrize("kind", ["flow", "discrete"])
 def test_a_stopped_run_goes_on(flow, tmp_path, kind):
-    """The same samples as in one go (whatever the batches of a TarFlowLM), also behind half a line."""
+    """A resumed run draws the samples of an uninterrupted one.
+
+    It does so with other batches of a TarFlowLM, and behind a line that was cut off.
+    """
     model, tokenizer = flow, character_tokenizer()
     if kind == "discrete":
         model = discrete_baseline(flow.config)

@@ -13,8 +13,6 @@ from tarflow_hf.modeling.normal import normal_log_prob
 from tarflow_hf.token_likelihood import bits_of_pieces, token_bits, what_bits_mean
 
 CASES = [(flows, patch_size) for flows in STACKS.values() for patch_size in (1, 2)]
-
-
 CASES += [(flows, 2) for flows in PATCH_STACKS.values()]
 
 
@@ -24,8 +22,9 @@ def seeded(seed=0):
 
 @pytest.fixture(autouse=True)
 def exact_norm(monkeypatch):
-    """Llama's norm computes in float32 whatever the model's dtype, and its rounding would be all
-    that is seen here.
+    """Replaces Llama's norm, which computes in float32 whatever the model's dtype.
+
+    Its rounding would hide every other error.
     """
 
     def norm(self, x):
@@ -72,8 +71,9 @@ def test_each_position_gets_its_own_terms(flows, patch_size):
 
 @pytest.mark.parametrize(("flows", "patch_size"), CASES)
 def test_what_they_mean(flows, patch_size):
-    """Where no flow runs the other way, the bits of a text's beginning (or end) are those of that
-    text alone.
+    """A text's beginning has the same bits on its own if no flow runs the other way.
+
+    The same holds for a text's end under flows that run right to left.
     """
     model = make(flows, patch_size)
     directions = {layer["direction"] == "right_to_left" for layer in model.config.flows}
@@ -102,7 +102,7 @@ def test_bad_input():
 
 
 def test_pieces_are_whole_characters():
-    """A byte-level tokenizer, of which the first two tokens are one letter."""
+    """The first two tokens of a byte-level tokenizer make one letter."""
     vocabulary = {
         "\N{LATIN CAPITAL LETTER A WITH TILDE}": 0,
         "\N{COPYRIGHT SIGN}": 1,

@@ -1,4 +1,4 @@
-"""Shared by several test files: models, tables of cases, and what runs beside the tests."""
+"""Models, tables of cases and processes that several test files share."""
 
 from pathlib import Path
 

@@ -10,7 +10,6 @@ from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 
 SOURCE = Path(tarflow_hf.__file__).parents[1]
 
-
 # The specification stays at home: no model calls it.
 CODE = {
     path.name: path
@@ -18,13 +17,8 @@ CODE = {
     if path.name not in ("__init__.py", "coupling_naive.py")
 }
 
-
 SAVED = {"config.json", "generation_config.json", "model.safetensors"} | set(CODE)
-
-
 MIX_D, MIX_1 = flow("mixture_rosenblatt"), flow("mixture_cdf", "right_to_left", num_components=2)
-
-
 WITHIN_PATCH = "right_to_left_within_patch"
 
 
@@ -44,8 +38,9 @@ def make(seed=0, **options):
 
 
 def observe(model):
-    """What every copy of a model must reproduce: the bound at given latents, and the tokens of
-    given noise.
+    """Returns the bound at given latents and the tokens of given noise.
+
+    Every copy of a model must reproduce both.
     """
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(model.config.vocab_size, (2, 8), generator=generator)

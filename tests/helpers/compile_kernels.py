@@ -1,8 +1,9 @@
-"""Compiles every kernel for a GPU's architecture, which takes no GPU: `python
-tests/helpers/compile_kernels.py 90`.
+"""Compiles every kernel for a GPU's architecture, which takes no GPU.
 
-In a process of its own, because the tests around it run the kernels in Triton's interpreter. Prints
-a line for each.
+    python tests/helpers/compile_kernels.py 90
+
+Runs in a process of its own, because the tests around it run the kernels in Triton's interpreter.
+Prints a line for each kernel.
 """
 
 import sys

@@ -1,4 +1,7 @@
-"""The couplings' table of cases and implementations. A new coupling or size is one line of `CASES`."""
+"""The table of couplings and implementations that the tests run through.
+
+A new coupling or size is one line of `CASES`.
+"""
 
 from dataclasses import dataclass
 
@@ -14,7 +17,6 @@ IMPLEMENTATIONS = {
     "auto": "cpu",
 }
 
-
 DTYPES = {
     "reference": [torch.float32, torch.float64],
     "triton": [torch.float32],
@@ -24,8 +26,9 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A coupling and its size: `components` K of the mixture; `latent_size` d of a coupling of
-    whole vectors.
+    """A coupling and its size.
+
+    `components` is the K of a mixture, `latent_size` the d of a coupling of whole vectors.
     """
 
     kind: str
@@ -65,7 +68,6 @@ CASES = {
     "rosenblatt, K=7, d=4": Case("mixture_rosenblatt", 7, 4),
 }
 
-
 # For tests of several dtypes; a test that says nothing is one of the reference, in float64.
 every_implementation = pytest.mark.parametrize(
     ("run", "dtype"),
@@ -79,8 +81,10 @@ def generator(seed: int) -> torch.Generator:
 
 
 def draw(case: Case, leading=(4,), dtype=torch.float64, seed=0, hardness=0.0) -> list[Tensor]:
-    """z and parameters. `hardness` 0 is a mixture whose parts overlap, 1 one of far, thin and
-    unlikely parts.
+    """Draws z and parameters.
+
+    With `hardness` 0 the parts of the mixture overlap; with 1 they are far apart, thin and
+    unlikely.
     """
     random = generator(seed)
     scales = {"logits": 10.0, "loc": 30.0, "mean": 30.0, "log_scale": 4.0}

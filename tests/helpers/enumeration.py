@@ -7,11 +7,10 @@ import torch
 
 
 def enumerate_likelihoods(model, length, points=400, observed=None):
-    """log p(x) and the ELBO of all V^T sequences, d = 1, by quadrature on a grid over all T
-    latents.
+    """Returns log p(x) and the ELBO of all V^T sequences of a model with d = 1.
 
-    With `observed`, {position: token}, of all completions of these, given these, over the latents
-    of the others.
+    Integrates by quadrature on a grid over all T latents. With `observed`, {position: token},
+    returns them for all completions given these tokens, integrated over the latents of the others.
     """
     observed = observed or {}
     missing = [n for n in range(length) if n not in observed]
@@ -19,7 +18,7 @@ def enumerate_likelihoods(model, length, points=400, observed=None):
     mask = torch.tensor([n in observed for n in range(length)])
 
     def flow(values, **options):
-        """The stack, on the latents (or noise) of the missing tokens, and theirs again."""
+        """Applies the stack to latents (or noise) of the missing tokens; returns theirs."""
         full = torch.zeros(len(values), length, 1, dtype=torch.float64)
         full[:, missing] = values
 
@@ -61,6 +60,6 @@ def enumerate_likelihoods(model, length, points=400, observed=None):
 
 
 def gauss_legendre(points, low, high):
-    """Nodes and weights of an integral from `low` to `high`."""
+    """Returns nodes and weights of an integral from `low` to `high`."""
     nodes, weights = map(torch.from_numpy, np.polynomial.legendre.leggauss(points))
     return 0.5 * (high - low) * (nodes + 1) + low, 0.5 * (high - low) * weights

@@ -1,4 +1,4 @@
-"""The normal distribution in multiprecision, at exact floats."""
+"""The standard normal in 50 digits, for arguments taken as exact."""
 
 import mpmath
 from mpmath import mp, mpf
@@ -7,19 +7,20 @@ mp.dps = 50
 
 
 def exact_log_ndtr(x: mpf) -> mpf:
-    """log Phi(x)"""
+    """log Phi(x)."""
     small = mpmath.erfc(abs(x) / mpmath.sqrt(2)) / 2
     return mpmath.log(small) if x < 0 else mpmath.log1p(-small)
 
 
 def exact_log_prob(x: mpf) -> mpf:
-    """log phi(x)"""
+    """log phi(x)."""
     return -x * x / 2 - mpmath.log(2 * mpmath.pi) / 2
 
 
 def exact_ndtri_exp(log_p: mpf, guess: float) -> mpf:
-    """Phi^-1(exp(log_p)) <= 0, by Newton's method from `guess`; what it returns has log Phi = log_p
-    to 45 digits.
+    """Phi^-1(exp(log_p)) <= 0, by Newton's method from `guess`.
+
+    log Phi of the result is log_p to 45 digits.
     """
     x = mpf(guess) if guess < 0 else mpf(-1)
     for _ in range(100):

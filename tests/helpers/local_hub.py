@@ -1,5 +1,4 @@
-"""A Hub on loopback: what the real `huggingface_hub` client needs to push and load models, kept in
-memory.
+"""A Hub on loopback: all that the real `huggingface_hub` client needs to push and load models.
 
     with LocalHub() as hub:
         subprocess.run([sys.executable, "-c", "..."], env={**os.environ, **hub.environment(home)})
@@ -55,8 +54,9 @@ PIPELINE_TAGS = {"text-generation", "fill-mask", "feature-extraction"}
 
 
 class HubError(Exception):
-    """An answer other than 200. The client tells errors apart by `code`, in the header
-    X-Error-Code.
+    """An answer other than 200.
+
+    The client tells errors apart by `code`, in the header X-Error-Code.
     """
 
     def __init__(self, status: HTTPStatus, code: str = "", content: bytes = b"", **headers: str):
@@ -106,7 +106,7 @@ class LocalHub:
         self.server.server_close()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Points the client here, and all that it keeps into the folder `home`."""
+        """Points the client here, and its files into the folder `home`."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
@@ -128,8 +128,9 @@ class LocalHub:
         return self.repositories[repo_id]
 
     def check_access(self, endpoint, user: dict | None, repo_id: str | None) -> None:
-        """Who may do what. As on the Hub, a private repository does not exist for those who may not
-        read it.
+        """Raises HubError unless the token may do this to the repository.
+
+        As on the Hub, a private repository does not exist for those who may not read it.
         """
         is_writing = endpoint in WRITING
         if user is None and (is_writing or endpoint is LocalHub.whoami):
@@ -296,9 +297,7 @@ def _etag(content: bytes) -> str:
 
 
 def card_errors(content: str) -> Iterator[str]:
-    """What the Hub would say of a card's metadata: its rules for the fields that cards of ours
-    have.
-    """
+    """Yields the Hub's objections to a card's metadata, by its rules for our cards' fields."""
     match = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
     metadata = yaml.safe_load(match[1]) if match else {}
     if metadata.get("license", "mit") not in LICENSES:

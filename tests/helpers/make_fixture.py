@@ -1,10 +1,9 @@
-"""Makes tests/fixtures/VERSION: a tiny checkpoint as this version saves it, and what it must give
-in all later ones.
+"""Makes tests/fixtures/VERSION: a tiny checkpoint of this version, and its results.
 
     PYTHONPATH=src python tests/helpers/make_fixture.py
 
-Once per release, and never again for that release: `test_checkpoints_of_earlier_releases` loads all
-of them.
+All later versions must load it and give the same results: `test_checkpoints_of_earlier_releases`
+loads every fixture. Run this once per release, and never again for that release.
 """
 
 import shutil
@@ -21,7 +20,7 @@ TEXT = "how vexingly quick daft zebras jump"  # an odd number of characters: the
 
 
 def make_model() -> TarFlowLMModel:
-    """Every coupling, direction, context and head, each parameter away from where it starts."""
+    """A model with every coupling, direction, context and head, and no parameter at its start."""
     config = TarFlowLMConfig(
         vocab_size=27,
         latent_size=2,

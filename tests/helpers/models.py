@@ -41,8 +41,9 @@ STACKS = {
 
 
 def make(flows, patch_size=1, latent_size=2, vocab_size=5, seed=0, noise=0.1, **options):
-    """A small model in float64 whose every parameter matters, and whose flows are not steeper than
-    trained ones.
+    """A small model in float64 in which every parameter matters.
+
+    Its flows are not steeper than trained ones.
     """
     torch.manual_seed(seed)
     config = TarFlowLMConfig(
@@ -90,7 +91,6 @@ PATCH_STACKS = {
     ],
 }
 
-
 # Stacks that continue a prompt exactly.
 CAUSAL = {
     "left to right": [
@@ -107,7 +107,7 @@ CAUSAL = {
 
 
 def separated(flows, **options):
-    """A model whose codebook has separated: encoding and decoding a text gives it back."""
+    """A model with a separated codebook: encoding and decoding a text gives it back."""
     model = make(flows, **{"vocab_size": 27, "max_position_embeddings": 32, **options}).float()
     with torch.no_grad():
         model.codebook.log_scale.fill_(-7.0)

@@ -1,4 +1,4 @@
-"""Reads pages of HTML, and the text that must not break out of them."""
+"""A reader of the passes' pages, and text that must not break out of a page."""
 
 import re
 from html import unescape
@@ -23,8 +23,9 @@ HOSTILE = [
 
 
 class Page(HTMLParser):
-    """Its rows, each a list of (text, marked, given); and whether every element ends where it
-    should.
+    """A page's rows, each a list of (text, marked, given).
+
+    Asserts that every element ends in its place.
     """
 
     void = ("meta", "br", "link", "img")

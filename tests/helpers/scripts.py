@@ -9,7 +9,7 @@ from helpers import ROOT
 
 
 def script(name: str, *arguments: object, capsys, monkeypatch) -> str:
-    """What a script of examples/ prints, run as if from the command line."""
+    """Runs a script of examples/ as from the command line, and returns its output."""
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     capsys.readouterr()

@@ -39,7 +39,7 @@ def config(**changes) -> TarFlowLMConfig:
 
 
 def run(tmp_path, data, tokenizer, model_config=None, train_data=None, baseline=False, **options):
-    """Trains from scratch (or resumes) and returns the model and the losses by step."""
+    """Trains from scratch (or resumes), and returns the model and the losses by step."""
     AcceleratorState._reset_state(reset_partial_state=True)  # as a new process would begin
     set_seed(0)
     training = TrainingConfig(

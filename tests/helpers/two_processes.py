@@ -1,7 +1,8 @@
-"""Short trainings whose losses do not depend on the number of processes. `test_loop.py` has
-torchrun call it:
+"""Short trainings whose losses do not depend on the number of processes.
 
-torchrun --nproc_per_node 2 -m helpers.two_processes FOLDER    # prints the losses, as JSON
+    torchrun --nproc_per_node 2 -m helpers.two_processes FOLDER    # prints the losses, as JSON
+
+`training/test_loop.py` runs it.
 """
 
 import json
@@ -67,8 +68,10 @@ def losses(folder: Path) -> dict[str, list[float]]:
 
 
 def sharded_losses(baseline: bool, rank: int = 0, world_size: int = 1) -> list[float]:
-    """Three steps; with a process group, of weights that FSDP2 has spread over its processes. The
-    fourth has a gradient that is not finite in one of them.
+    """Returns the losses of three steps, then makes a fourth with a gradient that is not finite.
+
+    With a process group, FSDP2 has spread the weights over its processes; one of them has the bad
+    gradient.
     """
     set_seed(0)
     model = discrete_baseline(config()) if baseline else TarFlowLMModel(config())

@@ -9,8 +9,9 @@ from tarflow_hf.modeling import coupling
 
 @pytest.fixture
 def run(request):
-    """Calls an op of `coupling` by name on the implementation's device; arguments and results are
-    on the CPU.
+    """Returns a function that calls an op of `coupling` by name.
+
+    The op runs on the implementation's device; arguments and results are on the CPU.
     """
     implementation = getattr(request, "param", "reference")
     device = IMPLEMENTATIONS[implementation]

@@ -34,8 +34,9 @@ def model(request):
 
 
 def masks(patch_size):
-    """Observed positions of three sequences of 12 tokens (4 to 12 of them real), in rows: spans,
-    none, a prefix.
+    """Observed positions of three sequences of 12 tokens, and the mask of the real ones.
+
+    The rows observe spans, nothing and a prefix.
     """
     observed = torch.tensor(
         [[0, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 0, 1, 1, 1]]
@@ -107,8 +108,9 @@ def test_observed_patches_have_a_table_for_each_place():
 
 @pytest.mark.parametrize("direction", ["left_to_right", "right_to_left"])
 def test_what_a_decoder_reads(direction):
-    """One sequence of five real positions and two of padding, of which 1 and 3 are observed,
-    written out by hand.
+    """The decoder's input written out for one sequence.
+
+    It has five real positions, of which 1 and 3 are observed, and two of padding.
     """
     model = make([flow("affine", direction)], conditional=True)
     layer = model.flow.layers[0]
@@ -211,8 +213,9 @@ def test_terms_are_those_of_the_missing_tokens(model):
 
 
 def test_every_observed_token_counts_wherever_it_stands(model):
-    """Each changes the prior of what is missing before and behind it, and every parameter gets a
-    gradient.
+    """Each observed token changes the prior of the missing ones before and behind it.
+
+    Every parameter gets a gradient.
     """
     observed, _ = masks(model.config.patch_size)
     ids = torch.randint(5, (3, 12))
@@ -233,14 +236,13 @@ def test_every_observed_token_counts_wherever_it_stands(model):
 # -------------------------------------------------------------------------------------- enumeration
 
 SMALL = [flow("mixture_rosenblatt"), flow("mixture_cdf", "right_to_left", num_components=2)]
-
-
 OBSERVED = [{1: 2}, {0: 1}, {2: 0}]
 
 
 def small_model():
-    """One in which what is observed matters: the encoders of its tokens are apart, and the weights
-    are large.
+    """A model in which the observed tokens matter.
+
+    Their encoders are apart, and the weights are large.
     """
     model = make(SMALL, latent_size=1, vocab_size=3, initial_log_scale=-0.7, conditional=True)
     with torch.no_grad():
@@ -252,7 +254,7 @@ def small_model():
 
 
 def completions(observed):
-    """All sequences of three tokens with the observed ones, and the mask of these, (9, 3) each."""
+    """Returns all sequences of three tokens with the observed ones, and their mask, (9, 3) each."""
     rows = [
         x
         for x in itertools.product(range(3), repeat=3)
@@ -288,7 +290,10 @@ def test_likelihoods_of_all_completions_add_up_to_one(observed):
 
 
 def test_importance_weighted_bound_of_what_is_missing():
-    """On average above the ELBO, below the likelihood, and with 32 samples much closer to this."""
+    """The bound lies between the ELBO and the likelihood on average.
+
+    With 32 samples it is much closer to the likelihood.
+    """
     model, observed = small_model(), {1: 2}
     log_likelihood, elbo = enumerate_likelihoods(model, 3, points=150, observed=observed)
     exact, low = (
@@ -312,8 +317,9 @@ def test_importance_weighted_bound_of_what_is_missing():
 
 @pytest.mark.parametrize("observed", OBSERVED, ids=str)
 def test_infilled_tokens_follow_the_enumerated_distribution(observed):
-    """Chi-square of 20,000 infills, decoded by sampling p(x | z), against the table of all
-    completions.
+    """Chi-square of 20,000 infills against the table of all completions.
+
+    Tokens are decoded by sampling p(x | z).
     """
     from scipy.stats import chisquare
 

@@ -1,6 +1,8 @@
-"""The inverse of all dimensions at once: `test_couplings.py` and `test_couplings_exact.py` hold
-"auto" to everything that they hold the reference to; here, that it is this inverse which answers,
-and what it leaves to the reference.
+"""The inverse of all dimensions at once.
+
+`test_couplings.py` and `test_couplings_exact.py` hold "auto" to everything that they hold the
+reference to. Here: that this inverse is the one that answers, and which rows it leaves to the
+reference.
 """
 
 import pytest
@@ -11,13 +13,11 @@ from tarflow_hf.modeling import coupling, coupling_newton, coupling_torch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-
 MIXTURES = {
     **CASES,
     "cdf, K=65": Case("mixture_cdf", 65),
     "rosenblatt, K=27, d=8": Case("mixture_rosenblatt", 27, 8),
 }
-
 
 MIXTURES = {name: case for name, case in MIXTURES.items() if case.kind != "affine"}
 
@@ -50,7 +50,7 @@ def test_rows_are_found_and_no_worse_than_by_the_reference(name, hardness):
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_row_alone_and_in_a_batch(name):
-    """Rows are left out of the rounds as they come to rest: the same roots, but for the last place."""
+    """Rows leave the rounds as they come to rest: the roots agree but for the last place."""
     case = MIXTURES[name]
     u, *parameters = draw(case, (64,), torch.float32, seed=2, hardness=0.3)
     z, is_found = solve(case, u, *parameters)
@@ -65,7 +65,11 @@ def test_a_row_alone_and_in_a_batch(name):
 
 
 def test_what_is_not_found_is_left_to_the_reference():
-    """Noise in the far tail, components thinner than float32 resolves, values that are none."""
+    """The reference inverts what the rounds do not find.
+
+    That is noise in the far tail, components thinner than float32 resolves, and values that are no
+    numbers.
+    """
     log_scale = torch.tensor([[0.0, 0.0], [-10.0, -10.0], [0.0, 0.0], [0.0, 0.0]])
     loc = torch.tensor([[-1.0, 1.0], [9900.0, 10000.0], [-1.0, 1.0], [-1.0, torch.nan]])
     u = torch.tensor([31.0, 1.0, 1.0, 1.0])
@@ -88,7 +92,10 @@ def test_parts_change_nothing(monkeypatch):
 
 
 def test_few_rounds(monkeypatch):
-    """What a position costs: the rounds until all dimensions rest, each a fixed number of calls."""
+    """All dimensions rest after a few rounds.
+
+    Each round is a fixed number of calls, so the rounds are the cost of a position.
+    """
     num_rounds, ndtri = [], torch.special.ndtri
     monkeypatch.setattr(torch.special, "ndtri", lambda x: num_rounds.append(1) or ndtri(x))
     u, *parameters = draw(MIXTURES["rosenblatt, K=27, d=8"], (50,), torch.float32, seed=4)

@@ -1,8 +1,8 @@
-"""The Triton kernels against the reference: they may err as much against float64 as the reference
-does, plus a little.
+"""The Triton kernels against the reference.
 
-On a GPU if there is one, else in Triton's interpreter (see conftest.py). The kernels pass the tests
-of `test_couplings.py`, too.
+Against float64 they may err as much as the reference does, plus a little. They run on a GPU if
+there is one, otherwise in Triton's interpreter (see conftest.py). They pass the tests of
+`test_couplings.py`, too.
 """
 
 import os
@@ -21,16 +21,9 @@ from tarflow_hf.modeling.coupling_torch import (
 
 pytest.importorskip("triton")
 
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
 EPS = torch.finfo(torch.float32).eps
-
-
 KINDS = ["mixture_cdf", "mixture_rosenblatt"]
-
-
 SUFFIXES = ["", "_inverse", "_log_prob"]
 
 
@@ -60,7 +53,7 @@ def draw(kind, num_rows, num_components, latent_size=2, seed=0, dtype=torch.floa
 
 
 def run(op, tensors, implementation, wanted=(0, 1, 2, 3)):
-    """Outputs, then the gradients of a fixed random functional of them to the wanted arguments."""
+    """Returns outputs, and gradients of a fixed random functional to the wanted arguments."""
     leaves = [x.detach().clone().requires_grad_(i in wanted) for i, x in enumerate(tensors)]
     out = getattr(coupling, op)(*leaves, implementation=implementation)
     out = out if isinstance(out, tuple) else (out,)
@@ -83,7 +76,7 @@ def error(actual, expected):
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
-    """What a kernel forgets to write is NaN."""
+    """Fills empty tensors with NaN, so that a value that no kernel writes is seen."""
     for name in ("empty", "empty_like"):
         plain = getattr(torch, name)
 
@@ -128,8 +121,9 @@ def test_as_exact_as_the_reference(kind, suffix, num_rows, num_components, laten
 
 
 def test_normal_functions_within_four_units_in_the_last_place():
-    """One component of mean 0 and scale 1 is the identity; its tails are those of the normal, on
-    [-30, 30].
+    """One component of mean 0 and scale 1 is the identity.
+
+    Its tails are those of the normal, on [-30, 30].
     """
     z = torch.linspace(-30, 30, 1201, device=DEVICE)
     zero = torch.zeros(1201, 1, device=DEVICE)
@@ -180,7 +174,7 @@ def test_non_contiguous_broadcast_and_empty():
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_logits_of_any_stride(suffix):
-    """Transposed, and one number for all: the kernels read them where they are."""
+    """The kernels read transposed and expanded logits in place."""
     op = getattr(coupling, "mixture_rosenblatt" + suffix)
     z, logits, mean, log_scale = draw("mixture_rosenblatt", 2, 4)
     for strided in (logits.T.contiguous().T, logits[:1, :1].expand(2, 4), logits[:1].expand(2, 4)):
@@ -206,8 +200,9 @@ def test_a_backward_pass_in_parts(monkeypatch):
 
 
 def test_the_inverse_drops_what_cannot_matter():
-    """Weights from 1 to e^-300: those out of reach are dropped, and z is that of the whole mixture
-    in float64.
+    """Components out of reach are dropped, among weights from 1 to e^-300.
+
+    z is that of the whole mixture in float64.
     """
     u, logits, mean, log_scale = draw("mixture_rosenblatt", 12, 130, latent_size=3)
     logits = -300 * torch.rand(logits.shape, generator=torch.Generator().manual_seed(2)).to(logits)
@@ -223,7 +218,7 @@ def test_the_inverse_drops_what_cannot_matter():
 
 
 def test_bad_codes_among_the_logits():
-    """Components that are ruled out have weight 0, and no gradient."""
+    """Components that are ruled out have weight 0 and no gradient."""
     tensors = draw("mixture_rosenblatt", 5, 6)
     tensors[1][:, 2:4] = -torch.inf
     actual = run("mixture_rosenblatt", tensors, "triton")
@@ -234,7 +229,7 @@ def test_bad_codes_among_the_logits():
 
 
 def draw_network(size, num_features, hidden, num_components, num_rows=3):
-    """u, from_context and the weights of a dimension-wise autoregressive network."""
+    """Draws u, from_context and the weights of a dimension-wise autoregressive network."""
     generator = torch.Generator().manual_seed(size)
     triangle = num_features * (size * (size - 1) // 2)
     shapes = [(num_rows, size), (num_rows, size, hidden)]
@@ -292,7 +287,10 @@ def test_the_autoregressive_inverse_refuses():
 
 
 def test_what_auto_takes(monkeypatch):
-    """The kernels for tensors on a GPU, unless one asks for none; the reference on a CPU."""
+    """ "auto" takes the kernels for tensors on a GPU, and the reference on a CPU.
+
+    It takes no kernels if asked for none.
+    """
 
     class OnGPU:
         device, dtype, shape = torch.device("cuda"), torch.float32, (2, 3)
@@ -326,7 +324,7 @@ def test_where_the_kernels_cannot_run(monkeypatch):
 
 @pytest.mark.parametrize("architecture", ["80", "90"])
 def test_the_kernels_compile_for_a_gpu(architecture, tmp_path):
-    """The interpreter is more lenient than the compiler, which needs no GPU."""
+    """The compiler, which needs no GPU, is stricter than the interpreter."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(sys.path),
@@ -346,7 +344,10 @@ on_a_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 
 @on_a_gpu
 def test_more_than_2_to_the_31_parameters():
-    """Offsets are 64 bits wide: the last rows are computed as they are alone."""
+    """Offsets are 64 bits wide.
+
+    The last rows come out as they do on their own.
+    """
     n, k = 2**25 + 5, 64
     tensors = [
         torch.zeros(n, device=DEVICE),

@@ -1,5 +1,6 @@
-"""The couplings against plain autograd and themselves. A new coupling or size is one line of
-`CASES`.
+"""The couplings against plain autograd and themselves.
+
+A new coupling or size is one line of `CASES`.
 """
 
 import itertools
@@ -19,24 +20,23 @@ from tarflow_hf.modeling.normal import normal_log_prob
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-
 ODD_CASES = {
     **CASES,
     "cdf, K=65": Case("mixture_cdf", 65),
     "rosenblatt, K=65, d=2": Case("mixture_rosenblatt", 65, 2),
 }
 
-
 OPS = [(name, suffix) for name, case in CASES.items() for suffix in case.directions]
-
-
 ODD_OPS = [(name, suffix) for name, case in ODD_CASES.items() for suffix in case.directions]
 
 
 def wild(
     shape: tuple[int, ...], limit: float, dtype: torch.dtype, random: torch.Generator
 ) -> Tensor:
-    """Magnitudes log-uniform from 1e-8 to `limit`, of both signs; a third are exactly 0 or +-limit."""
+    """Draws magnitudes log-uniform from 1e-8 to `limit`, of both signs.
+
+    A third are exactly 0 or +-limit.
+    """
     uniform = torch.rand(shape, generator=random, dtype=torch.float64)
     magnitude = 10 ** (-8 + (8 + math.log10(limit)) * uniform)
     corner = torch.randint(12, shape, generator=random)
@@ -45,8 +45,9 @@ def wild(
 
 
 def draw_wild(case: Case, count: int, dtype: torch.dtype, seed: int, limit=1e4) -> list[Tensor]:
-    """The whole domain: |z|, |logits|, |loc| up to 1e4 and log_scale in [-10, 10], often at the
-    corners.
+    """Draws from the whole domain, often at its corners.
+
+    |z|, |logits| and |loc| go up to 1e4; log_scale is in [-10, 10].
     """
     random = generator(seed)
     limits = {"logits": 1e4, "loc": 1e4, "mean": 1e4, "log_scale": 10.0}
@@ -65,7 +66,7 @@ def draw_wild(case: Case, count: int, dtype: torch.dtype, seed: int, limit=1e4) 
 def with_gradients(
     run, op: str, tensors: list[Tensor], seed=0, cotangents=None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and the gradients of all arguments for random cotangents."""
+    """Returns outputs, and the gradients of all arguments for random cotangents."""
     tensors = [x.detach().requires_grad_() for x in tensors]
     outputs = run(op, *tensors)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
@@ -81,8 +82,9 @@ def with_gradients(
 
 @pytest.mark.parametrize("name", CASES)
 def test_against_plain_autograd(run, name):
-    """Outputs, and hand-derived gradients of u and log_det, against autograd through the
-    specification.
+    """Outputs and hand-derived gradients of u and log_det.
+
+    Compared with autograd through the specification.
     """
     case = CASES[name]
     tensors = [x.requires_grad_() for x in draw(case, (50,), seed=1)]
@@ -139,8 +141,9 @@ def test_every_implementation_is_the_specification(run, name, dtype):
 
 @pytest.mark.parametrize("name", CASES)
 def test_jacobian(run, name):
-    """log_det is that of the autodiff Jacobian, which is lower triangular; the inverse's Jacobian
-    is its inverse.
+    """log_det is that of the autodiff Jacobian, which is lower triangular.
+
+    The inverse's Jacobian is its inverse.
     """
     case = CASES[name]
     z, *parameters = draw(case, (4,), seed=3)
@@ -179,8 +182,9 @@ def test_log_prob_is_log_det_plus_base(run, name):
 
 
 def test_no_element_keeps_the_others_waiting(monkeypatch):
-    """On a CPU a batch is as slow as its slowest element: none may hop over its root until
-    bisection ends that.
+    """No element hops over its root until bisection ends that.
+
+    On a CPU a batch is as slow as its slowest element.
     """
     num_steps = []
     find_root = coupling_torch.find_root
@@ -202,8 +206,9 @@ def test_no_element_keeps_the_others_waiting(monkeypatch):
 @every_implementation
 @pytest.mark.parametrize("name", CASES)
 def test_round_trips(run, name, dtype):
-    """Both ways, to what rounding u and z allows: |J^-1| (eps (1 + |u|) + |J| eps |z|) in z, and
-    |J| times it in u.
+    """Both ways, within the rounding of u and z.
+
+    The rounding is |J^-1| (eps (1 + |u|) + |J| eps |z|) in z, and |J| times it in u.
     """
     case, eps, n = CASES[name], torch.finfo(dtype).eps, 6 if run.is_slow else 30
     z, *parameters = draw(case, (n,), dtype, seed=5, hardness=0.3)
@@ -223,8 +228,9 @@ def test_round_trips(run, name, dtype):
 
 @pytest.mark.parametrize("run", IMPLEMENTATIONS, indirect=True)
 def test_inverse_finds_components_thinner_than_the_spacing_of_floats(run):
-    """A component narrower than the spacing of floats shows its slope at one number only: not where
-    to end.
+    """A component narrower than the spacing of floats shows its slope at one number only.
+
+    The search must not end where it does not see the slope.
     """
     loc = torch.tensor([9900.0, 10000.0, 10100.0]).expand(4, 3)
     u = torch.tensor([-1.0, 1.0, -8.0, 8.0])
@@ -338,8 +344,9 @@ def test_strided_inputs(run, name, suffix):
 @every_implementation
 @pytest.mark.parametrize(("name", "suffix"), OPS)
 def test_extremes_are_finite(run, name, suffix, dtype):
-    """Outputs and gradients over the whole domain, corners included; the inverse for |u| up to 30,
-    and up to 1e4.
+    """Outputs and gradients are finite over the whole domain, corners included.
+
+    The inverse is finite for |u| up to 30, and up to 1e4.
     """
     case = CASES[name]
     count, rounds = (40, 40) if case.kind == "mixture_rosenblatt" else (400, 6)
@@ -361,8 +368,9 @@ def test_extremes_are_finite(run, name, suffix, dtype):
 @pytest.mark.parametrize("log_scale", [-10.0, 0.0, 10.0])
 @pytest.mark.parametrize(("name", "suffix"), [op for op in OPS if CASES[op[0]].components > 1])
 def test_gaps_are_finite(run, name, suffix, log_scale, dtype):
-    """Between far components of equal weight, du/dz underflows in every dimension at once; dz/du
-    overflows.
+    """Between far components of equal weight, du/dz underflows in every dimension at once.
+
+    dz/du overflows there.
     """
     case = CASES[name]
     for gap in (1, 12, 1e9) if run.is_slow else (1, 5, 8, 12, 20, 60, 1e3, 1e9):
@@ -391,8 +399,9 @@ MIXTURES = {  # logits, loc, log_scale
 @pytest.mark.parametrize("run", IMPLEMENTATIONS, indirect=True)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_u_never_decreases(run, name):
-    """Along a dense grid, and float by float at the median, where the tails change places, and at
-    |t| = 1.06.
+    """u is monotone along a dense grid, and float by float where formulas change.
+
+    They change at the median, where the tails change places, and at |t| = 1.06.
     """
     logits, loc, log_scale = (torch.tensor(x) for x in MIXTURES[name])
     median = run("mixture_cdf_inverse", torch.zeros(1), logits, loc, log_scale)
@@ -503,7 +512,7 @@ def test_compiled(run, name, suffix):
 
 
 def draw_linear(dtype=torch.float64) -> list[Tensor]:
-    """z, hidden, weight, bias, mean, log_scale."""
+    """Draws z, hidden, weight, bias, mean and log_scale."""
     z, _, mean, log_scale = draw(Case("mixture_rosenblatt", 7, 3), (2, 2), seed=17)
     random = generator(18)
     shapes = ((2, 2, 4), (7, 4), (7,))
@@ -536,8 +545,9 @@ def test_linear_logits(run, dtype, suffix, max_logits):
 
 
 def test_linear_logits_accumulate_in_float32():
-    """bfloat16 by autocast: the weights' gradient is that of the cast factors, however many parts
-    it comes in.
+    """Under bfloat16 autocast the weights' gradient is that of the cast factors.
+
+    It does not depend on the number of parts that it comes in.
     """
     random = generator(19)
     n, w, k = 4096, 4, 5
@@ -628,13 +638,8 @@ def test_a_vocabulary_within_2_gib():
 # ---------------------------------------------------------------------------------------- bad input
 
 AFFINE = {"z": (3,), "loc": (3,), "log_scale": (3,)}
-
-
 CDF = {"z": (3,), "logits": (3, 2), "loc": (3, 2), "log_scale": (3, 2)}
-
-
 ROSENBLATT = {"z": (3, 4), "logits": (3, 2), "mean": (2, 4), "log_scale": (2,)}
-
 
 BAD_INPUT = {  # name: op, arguments (a shape, or the thing itself), error, what its message must name
     "loc of another size": ("affine", {**AFFINE, "loc": (4,)}, ValueError, "loc"),

@@ -17,7 +17,7 @@ def exact_log_softmax(logits: list[float]) -> list[mpf]:
 
 
 def exact_scalar(z, log_weight, loc, log_scale) -> tuple[mpf, mpf, list[mpf]]:
-    """u, log du/dz and the components' log(pi_k N(z; m_k, s_k)) of one scalar under a mixture."""
+    """Returns u, log du/dz and the components' log(pi_k N(z; m_k, s_k)) of one scalar."""
     t = [(mpf(z) - mpf(m)) * mpmath.exp(-mpf(s)) for m, s in zip(loc, log_scale, strict=True)]
     cdf, sf = (
         sum(mpmath.exp(w + exact_log_ndtr(sign * x)) for w, x in zip(log_weight, t, strict=True))
@@ -34,8 +34,9 @@ def exact_scalar(z, log_weight, loc, log_scale) -> tuple[mpf, mpf, list[mpf]]:
 
 
 def exact(case: Case, z, *parameters) -> tuple[list[mpf], list[mpf]]:
-    """u of one position and log du_i/dz_i of each dimension, in 50 digits, of inputs taken as they
-    are.
+    """Returns u of one position and log du_i/dz_i of each dimension, in 50 digits.
+
+    Takes the inputs as exact.
     """
     if case.kind == "affine":
         loc, log_scale = parameters
@@ -57,8 +58,9 @@ def exact(case: Case, z, *parameters) -> tuple[list[mpf], list[mpf]]:
 
 
 def position(case: Case, tensors: list[Tensor], i: int) -> list:
-    """Arguments of position i as Python numbers; the Rosenblatt coupling's components are shared by
-    all.
+    """Returns the arguments of position i as Python numbers.
+
+    All positions share the components of the Rosenblatt coupling.
     """
     shared = 2 if case.kind == "mixture_rosenblatt" else 0
     return [
@@ -117,8 +119,9 @@ def test_against_mpmath(run, name, dtype, hardness):
 
 @every_implementation
 def test_the_past_far_from_every_component(run, dtype):
-    """30 scales from all components their log-densities are -450 and almost equal: later weights
-    hang on the rest.
+    """30 scales from all components their log-densities are -450 and almost equal.
+
+    The later weights depend on the small differences.
     """
     case, count = Case("mixture_rosenblatt", 7, 3), 10
     random = generator(0)

@@ -1,4 +1,4 @@
-"""generate: determinism, options, prompts, streaming, and what it refuses."""
+"""`generate`: determinism, options, prompts, streaming, and the inputs it refuses."""
 
 import itertools
 
@@ -78,7 +78,10 @@ def test_states_go_from_the_latents_to_the_noise(model):
 
 
 def test_work_is_linear_in_the_length(model):
-    """Each position costs one forward of one token through each decoder: no prefix is read twice."""
+    """Each position costs one forward of one token through each decoder.
+
+    No prefix is read twice.
+    """
     lengths = []
     hooks = [
         layer.decoder.register_forward_pre_hook(
@@ -97,8 +100,9 @@ def test_work_is_linear_in_the_length(model):
 @pytest.mark.parametrize("patch_size", [1, 2])
 @pytest.mark.parametrize("stack", CAUSAL)
 def test_a_prompt_is_exact_where_no_flow_runs_right_to_left(stack, patch_size):
-    """Given the prompt's latents, noise behind the prompt gives what the whole noise of that prompt
-    would give.
+    """Noise behind a prompt gives the tokens that the whole noise would give.
+
+    The latents of the prompt are given.
     """
     model = make(CAUSAL[stack], patch_size)
     z = model.encode(torch.randint(5, (2, 8)))
@@ -180,8 +184,9 @@ def test_prompts_of_different_lengths_share_a_batch(stack, patch_size, side):
 @pytest.mark.parametrize("conditional", [False, True])
 @pytest.mark.parametrize("stack", ["mix-d, mix-1, mix-1", "mix-1, right to left, posterior"])
 def test_an_infill_keeps_every_known_token(stack, conditional, patch_size, side):
-    """Three texts of different lengths; each is filled in as it would be alone, and one of them is
-    all gap.
+    """Three texts of different lengths are filled in as each would be on its own.
+
+    One of them is all gap.
     """
     model = make(STACKS[stack], patch_size, conditional=conditional)
     noise, ids = torch.randn(3, 8, 2, dtype=torch.float64), torch.randint(5, (3, 8))
@@ -247,11 +252,10 @@ def test_what_is_approximate_is_said_once(monkeypatch):
 
 
 def test_a_continuation_follows_its_enumerated_distribution():
-    """Of a prompt x whose latents z are drawn from q(z | x): E_q p(z_new | z), by quadrature,
-    decoded by p(x | z_new).
+    """Continuations of a prompt x follow E_q p(z_new | z), decoded by p(x | z_new).
 
-    Left to right, p(z_new | z) = p(z, z_new) / p(z), where p(z) is the model of the first token
-    alone.
+    The prompt's latents z are drawn from q(z | x), and the expectation is taken by quadrature. Left
+    to right, p(z_new | z) = p(z, z_new) / p(z), where p(z) is the model of the first token only.
     """
     from scipy.stats import chisquare
 
@@ -417,6 +421,9 @@ def test_bad_input(model):
         with pytest.raises(ValueError, match=message):
             model.generate(**arguments)
 
+
+def test_lengths_that_do_not_fit():
+    prompt = torch.zeros(1, 4, dtype=torch.long)
     pairs = make(STACKS["mix-d"], 2)
     with pytest.raises(ValueError, match="multiples of patch_size"):
         pairs.generate(max_new_tokens=5)

@@ -1,5 +1,6 @@
-"""The inverse of a flow: every method against the sequential one, which test_modeling.py holds to a
-cache-free loop.
+"""Every method of inversion against the sequential one.
+
+`test_modeling.py` holds the sequential one to a loop without a cache.
 """
 
 import itertools
@@ -20,9 +21,7 @@ METHODS = {
     "auto": {"inverse_method": "auto"},
 }
 
-
 TOLERANCE = {torch.float32: 32 * 2**-23, torch.float64: 32 * 2**-52}  # of the residual, by default
-
 
 # Of states, against the sequential inverse. Llama's norm rounds to float32 in a float64 model, too.
 ERROR = {torch.float32: 1e-3, torch.float64: 1e-7}
@@ -60,7 +59,7 @@ def test_every_method_gives_the_sequential_inverse(stack, method, patch_size):
 
 
 def scaled(flows, factor, **options):
-    """A model whose contexts hang on the past so much that a guess is worth little."""
+    """A model whose contexts depend on the past so much that a guess is worth little."""
     model = make(flows, **options)
     with torch.no_grad():
         for layer in model.flow.layers:
@@ -86,8 +85,9 @@ def test_a_hard_flow_still_ends_right(coupling, direction):
 
 
 def test_states_that_no_guess_can_reach_are_found_one_by_one():
-    """States are clamped where they are guesses, and nowhere else: then the parallel form is the
-    sequential one.
+    """Only guesses are clamped, no final states.
+
+    Then the parallel form is the sequential one.
     """
     model = make([flow("affine")])
     with torch.no_grad():
@@ -113,8 +113,9 @@ def test_overflowing_guesses_do_not_reach_the_positions_before_them():
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_final_positions_are_not_computed_again(window):
-    """Without a context the first iteration finds all states and makes the first final, the second
-    one the rest.
+    """Without a context the first iteration finds all states.
+
+    It makes the first one final, the second iteration the others.
     """
     model = make([flow("affine")])
     layer = model.flow.layers[0]
@@ -149,8 +150,9 @@ def test_final_positions_are_not_computed_again(window):
 
 @pytest.mark.parametrize("method", ["sequential", "parallel", "captured step"])
 def test_caches_grow_linearly(method):
-    """Keys and values of each position once, with nothing beside them, in the memory that the
-    caches hold at most.
+    """The caches hold the keys and values of each position once, and nothing else.
+
+    Measured by the memory that they hold at most.
     """
     model, options = make([flow("affine")]), METHODS.get(method, {"inverse_method": method})
     layer, sizes = model.flow.layers[0], {}
@@ -181,8 +183,9 @@ def test_caches_grow_linearly(method):
 @pytest.mark.parametrize("direction", ["left_to_right", "right_to_left"])
 @pytest.mark.parametrize("coupling", ["affine", "mixture_cdf", "mixture_rosenblatt"])
 def test_known_positions_are_kept_and_the_others_follow_from_them(coupling, direction, options):
-    """Any positions of each sequence; the noise there is not read. The forward pass gives the rest
-    of it back.
+    """Any positions of each sequence may be known, and their noise is not read.
+
+    The forward pass gives the noise of the others back.
     """
     layer = (model := make([flow(coupling, direction)])).flow.layers[0]
     u, known = torch.randn(2, 3, 9, 2, dtype=torch.float64)
@@ -334,8 +337,9 @@ def test_prompts_and_streams(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_observed(method):
-    """A conditional model's slots differ from sequence to sequence: the observed positions first,
-    known to be 0.
+    """The slots of a conditional model differ from sequence to sequence.
+
+    Observed positions come first, and are known to be 0.
     """
     model = make(STACKS["mix-d, mix-1, mix-1"], conditional=True)
     ids, mask = torch.randint(5, (3, 10)), torch.rand(3, 10) < torch.tensor([[0.0], [0.4], [0.8]])

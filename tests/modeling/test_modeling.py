@@ -97,8 +97,9 @@ def test_jacobian_of_one_flow_is_block_triangular_in_its_direction(flows, patch_
 
 @pytest.mark.parametrize("patch_size", [2, 3])
 def test_within_a_patch_the_last_token_comes_first(patch_size):
-    """Dimension-wise autoregressive, the last token's noise depends on itself and the patches
-    before it alone.
+    """The last token's noise depends on itself and on the patches before it only.
+
+    The flow is dimension-wise autoregressive.
     """
     model = make([flow("mixture_cdf", "right_to_left_within_patch", num_components=2)], patch_size)
     z = model.encode(torch.randint(5, (1, 2 * patch_size)))
@@ -113,7 +114,10 @@ def test_within_a_patch_the_last_token_comes_first(patch_size):
 @pytest.mark.parametrize("stack", PATCH_STACKS)
 @pytest.mark.parametrize("patch_size", [2, 4, 8])
 def test_a_patch_head_end_to_end(stack, patch_size):
-    """Training descends the loss, scoring and sampling agree, and the body still runs once a patch."""
+    """Training lowers the loss, and scoring and sampling agree.
+
+    The body still runs once a patch.
+    """
     model = make(PATCH_STACKS[stack], patch_size, max_position_embeddings=16)
     input_ids = torch.randint(5, (2, 16))
     noise = torch.randn(2, 16, 2, dtype=torch.float64)
@@ -148,10 +152,9 @@ def test_a_patch_head_end_to_end(stack, patch_size):
 
 @pytest.mark.parametrize("patch_size", [2, 4])
 def test_a_patch_head_sees_the_tokens_before_in_the_patch_and_no_others(patch_size):
-    """One Mix-d flow, token by token: the blocks of its Jacobian are triangular over the tokens of
-    a patch.
+    """The Jacobian's blocks are triangular over the tokens of a patch.
 
-    Without a patch head they are diagonal within a patch.
+    The flow is one of Mix-d, token by token. Without a patch head the blocks are diagonal.
     """
     for layers, is_seen in ((0, False), (1, True)):
         model = make(
@@ -201,8 +204,9 @@ def test_reverse_undoes_forward(flows, patch_size):
 
 
 def test_cached_reverse_equals_recomputing_every_prefix(flows, patch_size):
-    """The oracle knows no cache: it asks the forward pass for each position's context, prefix after
-    prefix.
+    """An oracle without a cache asks the forward pass for each position's context.
+
+    It computes every prefix anew.
     """
     model = make(flows, patch_size)
     u = torch.randn(2, 6, 2, dtype=torch.float64)
@@ -327,7 +331,7 @@ def test_no_gradient_leaves_padding_and_every_parameter_gets_one(flows, smallest
 
 
 def test_terms_of_the_bound(flows, smallest_patch):
-    """Against the definitions, with torch.distributions."""
+    """The terms against their definitions, with torch.distributions."""
     model = make(flows, smallest_patch)
     input_ids = torch.randint(5, (2, 6))
     out = model(input_ids, output_noise=True)
@@ -399,8 +403,9 @@ def test_elbo_and_importance_weighted_bound_against_quadrature():
 
 
 def test_sampled_tokens_follow_the_enumerated_distribution():
-    """Chi-square of 20,000 samples, decoded by sampling p(x | z), against the table of all
-    sequences.
+    """Chi-square of 20,000 samples against the table of all sequences.
+
+    Tokens are decoded by sampling p(x | z).
     """
     from scipy.stats import chisquare
 
@@ -419,11 +424,10 @@ def test_sampled_tokens_follow_the_enumerated_distribution():
 
 
 def test_proposition_4_the_limit_is_the_discrete_model():
-    """As the scales vanish, minus the ELBO of a single tied Mix-d flow is the cross-entropy of its
-    mixture weights.
+    """The limit of vanishing scales is the discrete transformer.
 
-    The posterior context then reads the tokens' own embeddings, which is the discrete transformer
-    itself.
+    Minus the ELBO of a single tied Mix-d flow becomes the cross-entropy of its mixture weights. The
+    posterior context then reads the tokens' own embeddings.
     """
     model = make([flow("mixture_rosenblatt")], latent_size=3, vocab_size=7)
     input_ids = torch.randint(7, (4, 12))
@@ -482,7 +486,10 @@ def test_top_k_posterior_context(patch_size):
 
 @pytest.mark.parametrize("patch_head_layers", [0, 1])
 def test_large_vocabulary_in_chunks(monkeypatch, patch_head_layers):
-    """Logits made chunk by chunk, and remade in the backward pass, change no loss and no gradient."""
+    """Logits are made chunk by chunk, and again in the backward pass.
+
+    That changes no loss and no gradient.
+    """
 
     model = make([flow("mixture_rosenblatt", patch_head_layers=patch_head_layers)], patch_size=2)
     input_ids = torch.randint(5, (3, 8))
@@ -526,7 +533,7 @@ def test_large_vocabulary_in_chunks(monkeypatch, patch_head_layers):
 
 
 def test_autoregressive_head_has_only_unmasked_weights():
-    """Sizes of the head of Lippe & Gavves, without the blocks that a mask would zero."""
+    """The head of Lippe & Gavves has no blocks that a mask would zero."""
     model = make([flow("mixture_cdf", num_components=2, head_hidden_size=32)], latent_size=4)
     head = model.flow.layers[0].head
     features = 32 * 9 // 16 // 3
@@ -666,7 +673,7 @@ def test_bad_input():
 
 @pytest.mark.parametrize("stack", ["mix-d, mix-1, mix-1", "one of each"])
 def test_offloaded_weights(stack):
-    """Every use of a weight is seen by the hooks that bring it from where it is kept."""
+    """The hooks that bring weights from where they are kept see every use of one."""
     model = make(STACKS[stack], patch_size=2).float()
     input_ids, noise = torch.randint(5, (2, 6)), torch.randn(2, 6, 2)
     z = model.encode(input_ids)

@@ -1,5 +1,6 @@
-"""The standard normal in log space against mpmath (50 digits) and scipy; root finding where
-Newton's method fails.
+"""The standard normal in log space against mpmath (50 digits) and scipy.
+
+Root finding where Newton's method fails.
 """
 
 import math
@@ -23,8 +24,9 @@ DTYPES = [torch.float32, torch.float64]
 
 
 def grid(dtype: torch.dtype) -> torch.Tensor:
-    """Both signs, magnitudes from 1e-8 to 1e8, dense where the formulas change (|x| = 1.06), and
-    zero.
+    """Both signs of magnitudes from 1e-8 to 1e8, and zero.
+
+    Dense where the formulas change, at |x| = 1.06.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.cat(
@@ -36,8 +38,9 @@ def grid(dtype: torch.dtype) -> torch.Tensor:
 
 
 def worst(actual: torch.Tensor, expected: list[mpf], scale: list[mpf]) -> float:
-    """Largest error, in units of the dtype's eps times `scale`; numbers below the smallest normal
-    one count as 0.
+    """The largest error, in units of the dtype's eps times `scale`.
+
+    Numbers below the smallest normal one count as 0.
     """
     info = torch.finfo(actual.dtype)
     errors = [abs(mpf(a) - e) for a, e in zip(actual.tolist(), expected, strict=True)]
@@ -151,7 +154,6 @@ def test_quantile_inverts_the_tail(dtype):
 
 NO_SLOPE = -math.inf
 
-
 # name: (value and log of the derivative, lower, upper, root)
 FUNCTIONS = {
     "line": (lambda x: (x - 3, torch.zeros_like(x)), -10.0, 10.0, 3.0),
@@ -224,8 +226,9 @@ def test_root(name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_root_alone_and_in_a_batch(dtype):
-    """No element's steps depend on its neighbours': bitwise the same root, whichever way the others
-    converge.
+    """No element's steps depend on its neighbours' convergence.
+
+    The root is the same to the last bit.
     """
     generator = torch.Generator().manual_seed(0)
     target = 10 ** (6 * torch.rand(64, dtype=dtype, generator=generator) - 3)
@@ -245,8 +248,9 @@ def test_root_alone_and_in_a_batch(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_root_takes_few_steps(dtype):
-    """Newton's method comes from one side: without a step across the root only bisection closes the
-    bracket.
+    """Newton's method comes from one side.
+
+    Without a step across the root, only bisection would close the bracket.
     """
     calls = []
 
@@ -262,7 +266,7 @@ def test_root_takes_few_steps(dtype):
 
 
 def test_root_rests_within_the_tolerance():
-    """Rounding noise larger than the steps: the loop ends, near the root."""
+    """The loop ends near the root although rounding noise is larger than the steps."""
 
     def function(x):
         return x - 1 + 1e-3 * torch.sin(1e5 * x), torch.zeros_like(x)

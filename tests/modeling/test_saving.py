@@ -1,5 +1,6 @@
-"""Saving and loading, from folders and from a Hub, with this package and without it; the pipeline;
-Trainer.
+"""Saving and loading, from folders and from a Hub, with this package and without it.
+
+Also the pipeline, and the library's Trainer.
 """
 
 import ast
@@ -43,10 +44,7 @@ from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import character_tokenizer
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
 OWN_CODEBOOK = flow("mixture_rosenblatt", tie_codebook=False, num_components=3)
-
 
 QWEN3 = {
     "model_type": "qwen3",
@@ -57,7 +55,6 @@ QWEN3 = {
     "intermediate_size": 32,
     "max_position_embeddings": 16,
 }
-
 
 MODELS = {
     "mix-d, mix-1": {"flows": [MIX_D, MIX_1]},
@@ -75,7 +72,7 @@ MODELS = {
 
 
 def continue_text(model, tokenizer=None, **options):
-    """What the pipeline makes of a prompt and of an empty one."""
+    """Returns the pipeline's continuations of a prompt and of an empty one."""
     write = pipeline("text-generation", model=model, tokenizer=tokenizer, **options)
     texts = []
 
@@ -91,7 +88,10 @@ def names_in(folder):
 
 
 def state_in(model, dtype):
-    """A model's weights as loaded in `dtype`: a codebook's scales are too fine for bfloat16."""
+    """A model's weights as loaded in `dtype`.
+
+    A codebook's scales are too fine for bfloat16, and stay in float32.
+    """
     return {
         name: x if "codebook" in name.split(".") else x.to(dtype)
         for name, x in model.state_dict().items()
@@ -103,7 +103,7 @@ def state_in(model, dtype):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Each of MODELS, and the folder where it is saved."""
+    """Each of MODELS, and the folder that it is saved in."""
     root = tmp_path_factory.mktemp("saved")
     models = {name: (make(**options), root / name) for name, options in MODELS.items()}
     for model, folder in models.values():
@@ -157,7 +157,6 @@ def test_saving_again_keeps_weights_and_dtypes(saved, name, dtype, tmp_path):
 
 
 KEY = "flow.layers.0.start"
-
 
 UNFIT = {
     "missing_keys": lambda weights: weights.pop(KEY),
@@ -219,7 +218,7 @@ def hub():
 
 
 def run_python(script, folder, hub, python_path=None):
-    """Runs a script in a fresh process, and returns what it leaves in `results`."""
+    """Runs a script in a fresh process, and returns its `results`."""
     functions = "".join(map(inspect.getsource, [observe, continue_text]))
     path = folder / "results.pt"
     environment = {**os.environ, **hub.environment(folder / "home")}
@@ -280,7 +279,6 @@ def main():
 
 
 """
-
 
 # None in sys.modules: as if it were not installed, wherever it is.
 WITHOUT_THE_PACKAGE = """
@@ -602,8 +600,9 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A model before and after three steps of Trainer on padded texts, and each call of it with its
-    random state.
+    """A model before and after three steps of Trainer on padded texts.
+
+    With them, each call of the model with its random state.
     """
     tokenizer = character_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
@@ -639,7 +638,7 @@ def trained(tmp_path_factory):
 
 
 def replay(model, call):
-    """The model's own loss on the batch and with the noise of a recorded call."""
+    """Returns the model's own loss on the batch and with the noise of a recorded call."""
     inputs, random_state = call
     torch.set_rng_state(random_state)
     out = model(**inputs)
@@ -701,7 +700,6 @@ def test_trainer_checkpoints_carry_code_and_weights(trained, tmp_path):
 
 LIBRARIES = {"numpy", "torch", "transformers"}
 
-
 STANDARD = {
     "collections",
     "contextlib",
@@ -713,9 +711,7 @@ STANDARD = {
     "typing",
 }
 
-
 OPTIONAL = {"triton"}
-
 
 FORBIDDEN_NAMES = {
     "__builtins__",
@@ -731,7 +727,7 @@ FORBIDDEN_NAMES = {
 
 
 def imports(nodes):
-    """(level, module) of every import within the nodes; the level counts the dots."""
+    """Yields (level, module) of every import within the nodes; the level counts the dots."""
     for node in ast.walk(ast.Module(list(nodes), [])):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)
@@ -740,7 +736,7 @@ def imports(nodes):
 
 
 def is_guarded(node):
-    """Whether it is a `try: ... except ImportError: ...`."""
+    """Returns True for `try: ... except ImportError: ...`."""
     return isinstance(node, ast.Try) and all(
         handler.type is not None and ast.unparse(handler.type) == "ImportError"
         for handler in node.handlers
@@ -804,8 +800,10 @@ FORBIDDEN_PARTS = {
 
 
 def names_reached(tree):
-    """The names that a file uses: alone, as attributes (dotted as far as they lead), imported, or
-    by `getattr`.
+    """Yields the names that a file uses.
+
+    A name stands on its own, as an attribute (dotted as far as it leads), in an import or in
+    `getattr`.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):

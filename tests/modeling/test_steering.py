@@ -1,6 +1,4 @@
-"""Steering of generate: neutral where nothing is asked for, and exactly what it says where
-something is.
-"""
+"""Steering of `generate`: neutral by default, and otherwise exactly as documented."""
 
 import itertools
 
@@ -36,7 +34,7 @@ def model():
 
 
 def sharp(flows, log_scale=-8.0, **options):
-    """A model whose codebook has separated, so that a latent is a token."""
+    """A model with a separated codebook, so that a latent is a token."""
     model = make(flows, **options)
     with torch.no_grad():
         for codebook in [
@@ -75,8 +73,9 @@ def test_neutral_values_change_nothing(model, option, prompt):
 
 
 def test_the_defaults_of_the_library_ask_for_nothing():
-    """A top_k of 50, as older versions have it, would be an error here, where no flow has such
-    weights.
+    """The library's default top_k does not count as asked for.
+
+    Older versions default to 50, which is an error for flows without mixture weights.
     """
     assert make(STACKS["mix-1"]).generate(
         generation_config=GenerationConfig(max_new_tokens=4)
@@ -87,7 +86,10 @@ def test_the_defaults_of_the_library_ask_for_nothing():
 @pytest.mark.parametrize("num_kept", [1, 2, 5])
 @pytest.mark.parametrize("log_scale", [0.0, -7.0])
 def test_components_of_no_weight_might_as_well_not_be_there(dtype, num_kept, log_scale):
-    """The inverse takes logits of -inf, without which top_k and top_p could not be told to it."""
+    """The inverse takes logits of -inf.
+
+    top_k and top_p rely on it.
+    """
     generator = torch.Generator().manual_seed(num_kept)
     shapes = (50, 3), (50, 9), (9, 3), (9,)
     u, logits, mean, scale = (
@@ -130,8 +132,9 @@ def test_flow_temperatures_scale_the_state_that_enters_each_inverse():
 
 
 def first_flow_logits(model, latents):
-    """The mixture logits (B, T, V) of a tied Mix-d flow at its own latents, as a discrete
-    transformer would give.
+    """The mixture logits (B, T, V) of a tied Mix-d flow at its own latents.
+
+    They are the logits that a discrete transformer would give.
     """
     layer, codebook = model.flow.layers[0], model.codebook()
     context = layer._context(layer._inputs(latents, codebook))
@@ -193,7 +196,10 @@ def test_tokens_follow_the_steered_weights(options, expected):
 
 @pytest.mark.parametrize("stack", [*PATCH_STACKS, "mix-d, own codebook", "one of each", "mix-d"])
 def test_every_rosenblatt_flow_is_steered(stack):
-    """With one component left, tied or not and with whatever head, such a flow forgets its noise."""
+    """With one component left, a flow forgets its noise.
+
+    Tied or not, and with any head.
+    """
     flows = (PATCH_STACKS | STACKS)[stack]
     model = sharp(flows, patch_size=2, log_scale=-12.0)
     noise = torch.randn(8, 8, 2, dtype=torch.float64)
@@ -294,8 +300,9 @@ def test_more_candidates_are_better():
 
 @pytest.mark.parametrize("num_flows", [1, 2, 3])
 def test_the_state_of_any_flow_gives_the_text_back(num_flows):
-    """An edit that edits nothing; and one of some positions leaves alone what comes before them in
-    every flow.
+    """An edit that changes nothing gives the text back.
+
+    An edit of some positions leaves the earlier positions of every flow as they are.
     """
     model = make(CAUSAL["left to right"])
     latents = model.encode(torch.randint(5, (4, 10)))

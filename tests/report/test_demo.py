@@ -1,5 +1,6 @@
-"""What the demo page answers: against the model itself, and what it says of input that it can't
-take.
+"""Answers of the demo page against the model itself.
+
+Also its messages about input that it can't take.
 """
 
 import re
@@ -29,12 +30,12 @@ def tokenizer():
 
 
 def rows_of(answer):
-    """The passes, each a list of (text, marked, given)."""
+    """Returns the passes, each a list of (text, marked, given)."""
     return Page(answer).rows
 
 
 def scored(answer):
-    """The text whose tokens have numbers, and the sum of these."""
+    """Returns the text whose tokens have numbers, and the sum of these."""
     tokens = tokens_of(answer)
     bits = sum(float(number.replace("\N{MINUS SIGN}", "-")) for _, number, _ in tokens)
     return "".join(text for text, *_ in tokens).replace("\N{OPEN BOX}", " "), bits
@@ -122,7 +123,7 @@ def test_score(model, tokenizer):
     ],
 )
 def test_edit_redraws_the_part_that_was_meant(tokenizer, text, part, start, expected):
-    """A flow that changes every token by itself: what is redrawn changes, and nothing else."""
+    """A flow that changes every token by itself: only the redrawn part changes."""
     model = separated([flow("affine")])
     with torch.no_grad():
         model.flow.layers[0].head.projection.weight.zero_()
@@ -143,7 +144,7 @@ def test_edit_redraws_the_part_that_was_meant(tokenizer, text, part, start, expe
 
 
 def test_edit_of_a_state(model, tokenizer):
-    """Flow 1 runs left to right: what stands before the edit of its state stays."""
+    """Flow 1 runs left to right: the text before the edit of its state stays."""
     _, after = rows_of(demo.edit(model, tokenizer, TEXT, "is", 8, num_flows=1))
     assert after[0][:2] == ("the fox ", False) and any(marked for _, marked, _ in after)
 

@@ -1,5 +1,6 @@
-"""The multi-pass view and edits: what is marked, what is shown, and that no text can break out of
-the page.
+"""The multi-pass view and edits: which tokens are marked, and which are shown.
+
+No text can break out of the page.
 """
 
 import re
@@ -157,7 +158,7 @@ def test_bad_input(model, options, message):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tokenizer):
-    """A model whose codebook has separated: encoding and decoding a text gives it back."""
+    """A model with a separated codebook: encoding and decoding a text gives it back."""
     model = make(STACKS["mix-d, mix-1, mix-1"], vocab_size=27, max_position_embeddings=32).float()
     with torch.no_grad():
         model.codebook.log_scale.fill_(-7.0)

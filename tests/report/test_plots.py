@@ -1,4 +1,4 @@
-"""Pictures show the numbers."""
+"""The numbers in the pictures."""
 
 import sys
 

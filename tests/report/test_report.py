@@ -1,5 +1,6 @@
-"""The report: a page that is whole, readable without eyes and without a network, with the numbers
-of its commands.
+"""The report is a whole page, with the numbers of its commands.
+
+It is readable without eyes and without a network.
 """
 
 import itertools
@@ -24,12 +25,8 @@ from tarflow_hf.report import Section, Table, report_page, samples_section
 
 pytest.importorskip("matplotlib")
 
-
 VOID = {"meta", "br"}
-
-
 HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\u202e\x00"
-
 
 TEXT = (
     "the quick brown fox jumps over the lazy dog and then it sleeps in the warm light of the sun "
@@ -38,8 +35,9 @@ TEXT = (
 
 
 class Page(HTMLParser):
-    """Its elements, [tag, attributes, text inside] in their order; and whether every element ends
-    where it should.
+    """A page's elements in their order, each [tag, attributes, text inside].
+
+    Asserts that every element ends in its place.
     """
 
     def __init__(self, page: str):
@@ -72,7 +70,7 @@ class Page(HTMLParser):
 
 
 def check(page: str) -> Page:
-    """What holds for every report."""
+    """Returns the page, after the checks that every report must pass."""
     parsed = Page(page)
     assert page.startswith("<!DOCTYPE html>\n") and parsed.elements[0][:2] == [
         "html",

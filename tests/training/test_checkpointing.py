@@ -20,8 +20,9 @@ from tarflow_hf.training import save_model
 
 @pytest.mark.parametrize("kind", ["plain", "average, accumulation", "stream", "baseline"])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, data, tokenizer, kind):
-    """Killed at step 64 of 70, where the second epoch has just begun: all later losses and the
-    weights are the same.
+    """A run killed at step 64 of 70 gives the same later losses and weights.
+
+    At step 64 the second epoch has just begun.
     """
     options = {"num_steps": 70, "save_every": 30, "learning_rate": 0.01}
     if kind == "average, accumulation":
@@ -70,7 +71,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, data, tokenizer, kind)
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_what_is_observed_follows_from_seed_and_step(tmp_path, data, tokenizer, conditional):
-    """A conditional run resumes exactly, and only as what it is."""
+    """A conditional run resumes exactly, and only as a conditional run."""
     options = {"num_steps": 6, "save_every": 3, "eval_sequences": 4}
     whole, expected = run(tmp_path, data, tokenizer, config(conditional=conditional), **options)
     shutil.rmtree(tmp_path / "checkpoint-6")
@@ -106,7 +107,10 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path, tokenizer, monkeypa
 
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path, data, tokenizer, monkeypatch):
-    """The system lets no file grow beyond some size, once step 6 is due: as if the disk were full."""
+    """The system lets no file grow beyond some size once step 6 is due.
+
+    That looks like a full disk.
+    """
     import resource
 
     from tarflow_hf import training as module
@@ -158,8 +162,9 @@ def test_an_output_folder_that_can_not_be_written(tmp_path, data, tokenizer, mon
 
 
 def test_a_killed_run_goes_on(tmp_path, one_thread):
-    """SIGKILL at random moments of a run that saves at every step: the log is that of a run that
-    nobody killed.
+    """SIGKILL at random moments of a run that saves at every step.
+
+    The log is that of a run that nobody killed.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
@@ -194,5 +199,5 @@ def test_a_killed_run_goes_on(tmp_path, one_thread):
 
 
 def newer(folder: Path, step: int) -> bool:
-    """Whether there is a checkpoint of this step or a later one."""
+    """Returns True if there is a checkpoint of this step or a later one."""
     return any(int(path.name.split("-")[1]) >= step for path in folder.glob("checkpoint-*"))

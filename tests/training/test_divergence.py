@@ -23,8 +23,9 @@ DIVERGENCES = [  # a parameter whose value, or gradient, diverges, or the loss i
 
 @pytest.mark.parametrize("place, what, said", DIVERGENCES)
 def test_a_divergence_is_traced(tmp_path, data, tokenizer, monkeypatch, place, what, said):
-    """It begins at step 63, in the second epoch; the log looks at step 70, when all weights are
-    NaN.
+    """The divergence begins at step 63, in the second epoch.
+
+    The log looks at step 70, when all weights are NaN.
     """
     from tarflow_hf import training as module
 
@@ -69,7 +70,7 @@ def test_a_divergence_is_traced(tmp_path, data, tokenizer, monkeypatch, place, w
 
 
 def test_parameters_without_entries_do_not_diverge(tmp_path, data, tokenizer):
-    """A head of one dimension has none that reads another."""
+    """A head of one dimension has empty weights between dimensions."""
     model, losses = run(
         tmp_path, data, tokenizer, config(latent_size=1), num_steps=2, eval_sequences=2
     )
@@ -77,7 +78,7 @@ def test_parameters_without_entries_do_not_diverge(tmp_path, data, tokenizer):
 
 
 def test_a_divergence_in_the_last_step_is_not_saved(tmp_path, data, tokenizer, monkeypatch):
-    """Its loss is finite; the gradients, and with them the weights, are not."""
+    """The loss is finite; the gradients and with them the weights are not."""
     from tarflow_hf import training as module
 
     def diverging_loss(model, *arguments):

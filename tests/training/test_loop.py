@@ -27,8 +27,9 @@ def test_a_run_with_another_seed_is_another_one(tmp_path, data, tokenizer):
 
 
 def test_training_learns(tmp_path, data, tokenizer):
-    """Forty words over and over: both models come far below the first loss, and the flow's bound is
-    honest.
+    """Both models come far below the first loss on forty repeated words.
+
+    The flow's bound agrees with its loss.
     """
     for name, baseline in (("flow", False), ("ar", True)):
         options = {
@@ -60,8 +61,9 @@ def test_the_saved_model_is_the_trained_one(tmp_path, data, tokenizer):
 
 
 def test_averaged_weights(tmp_path, data, tokenizer):
-    """After every step: average = decay average + (1 - decay) weights, beginning with the first
-    weights.
+    """After every step, average = decay average + (1 - decay) weights.
+
+    The average begins with the first weights.
     """
     from tarflow_hf import training as module
 
@@ -88,8 +90,9 @@ def test_averaged_weights(tmp_path, data, tokenizer):
 
 @pytest.mark.parametrize("num_processes", [2, 3, 5])
 def test_processes_share_validation(data, num_processes):
-    """Three batches: each is scored once, with its own noise, and all processes run equally many
-    forward passes.
+    """Each of three batches is scored once, with its own noise.
+
+    All processes run equally many forward passes.
     """
     model = TarFlowLMModel(config())
     calls, summed = [], []
@@ -178,9 +181,10 @@ def test_bad_input(tmp_path, data, tokenizer):
 
 
 def test_two_processes_give_the_losses_of_one(tmp_path):
-    """And the validations, which they share. DDP and FSDP2 on gloo: a flow model, the discrete one,
-    a stream in parts, a conditional model, whose processes miss different numbers of tokens, and
-    the stages.
+    """Losses and shared validations under DDP and FSDP2 on gloo.
+
+    The runs are a flow model, the discrete one, a stream in parts, a conditional model and the
+    stages. The processes of the conditional model miss different numbers of tokens.
     """
     from helpers import two_processes
 
@@ -228,7 +232,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
 def test_how_a_step_is_computed_changes_no_loss(
     tmp_path, data, tokenizer, monkeypatch, change, baseline
 ):
-    """In parts also of a conditional model: with the latents' noise, what is observed is that of
+    """Parts, checkpointing and compilation change no loss.
+
+    In parts also of a conditional model: the latents' noise and the observed tokens are those of
     the whole.
     """
     conditional = change == "parts" and not baseline

@@ -21,7 +21,7 @@ def test_loss_is_nats_per_token():
 
 
 def test_loss_of_a_conditional_model_is_nats_per_missing_token():
-    """Its observed tokens are drawn anew from the generator of the step, before the latents."""
+    """The step's generator draws the observed tokens anew, before the latents."""
     model = TarFlowLMModel(config(conditional=True, patch_size=2))
     input_ids = torch.randint(27, (8, 16))
     loss = compute_loss(model, input_ids, torch.Generator().manual_seed(3))
@@ -36,9 +36,7 @@ def test_loss_of_a_conditional_model_is_nats_per_missing_token():
 
 
 def test_a_sequence_draws_noise_of_its_own():
-    """Of a step's four sequences, halves draw what they draw in the whole: latents, and what is
-    observed.
-    """
+    """Halves of a step's four sequences draw the latents and masks of the whole."""
     model = TarFlowLMModel(config())
     input_ids = torch.randint(27, (4, 16))
     whole = RowNoise(1, 4, 0, torch.device("cpu"))

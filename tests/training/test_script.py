@@ -27,7 +27,7 @@ def arguments_of(*arguments: str, monkeypatch):
     "recipe", sorted(path.stem for path in (ROOT / "examples" / "recipes").iterdir())
 )
 def test_recipes(tmp_path, data, tokenizer, monkeypatch, recipe):
-    """Each is read by its name, builds, and runs two steps in each stage, at reduced size."""
+    """Each recipe is read by its name, and runs two steps in each stage at reduced size."""
     run_options, training, fields = arguments_of("--recipe", recipe, monkeypatch=monkeypatch)
     fields |= {
         "vocab_size": 27,
@@ -109,7 +109,7 @@ def test_names_that_do_not_exist(tmp_path, monkeypatch, content, arguments, mess
 
 
 def test_a_tokenizer_with_more_tokens_than_the_vocabulary(tmp_path, data, tokenizer, monkeypatch):
-    """The script says so before the corpus is read, `train` before its first step."""
+    """The script says so before it reads the corpus, `train` before its first step."""
     small = config(vocab_size=26, flows=STACK[2:])
     small.save_pretrained(tmp_path)
     monkeypatch.setattr(
@@ -138,7 +138,7 @@ def test_accelerate_reads_its_configs(path):
 
 
 def test_the_scripts_end_to_end(tmp_path, capsys, monkeypatch):
-    """Train a flow and its baseline on a text file, sample, and score text."""
+    """Trains a flow and its baseline on a text file, samples, and scores text."""
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_text(TEXT * 3)
     Path("config.json").write_text(json.dumps(replace_sizes(config().to_diff_dict())))

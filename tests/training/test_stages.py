@@ -22,8 +22,9 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
 def test_progressive_training_freezes_what_is_done(tmp_path, data, tokenizer, ema_decay):
-    """Each stage changes its flow (the first the codebook, too) and nothing else by one bit; the
-    last changes all.
+    """Each stage changes its flow and no other weight by one bit.
+
+    The first stage also changes the codebook, and the last one changes all.
     """
     options = {
         "mode": "progressive_then_joint",
@@ -60,8 +61,9 @@ def test_progressive_training_freezes_what_is_done(tmp_path, data, tokenizer, em
 
 
 def test_frozen_flows_run_no_backward(tmp_path, data, tokenizer, monkeypatch):
-    """The backward pass of a CDF would be that of a frozen flow: the trained flow, the last one,
-    needs none.
+    """Only a frozen flow would call a CDF's backward pass.
+
+    The trained flow is the last one, and needs none.
     """
     from tarflow_hf.modeling import coupling_torch
 
@@ -91,7 +93,7 @@ def test_frozen_flows_run_no_backward(tmp_path, data, tokenizer, monkeypatch):
 
 
 def test_a_stage_is_the_training_of_the_cut_stack(tmp_path, data, tokenizer):
-    """The first stage gives the losses and the weights of a model that has the first flow alone."""
+    """The first stage gives the losses and weights of a model with the first flow only."""
     torch.manual_seed(0)
     stack, first = TarFlowLMModel(config(flows=STACK)), TarFlowLMModel(config(flows=STACK[:1]))
     first.load_state_dict({name: stack.state_dict()[name] for name in first.state_dict()})
@@ -145,9 +147,10 @@ def test_a_run_resumes_inside_and_between_stages(tmp_path, data, tokenizer, end)
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])
 def test_patience(tmp_path, data, tokenizer, monkeypatch, ema_decay):
-    """A stage ends when two evaluations in a row were no better, with the weights of the best one;
-    also after a resume between them. The codebook and flow 1 are those of step 4, flow 2 of step
-    10; the joint stage ends by its budget.
+    """A stage ends with its best weights after two evaluations that were no better.
+
+    It does so also after a resume between them. The codebook and flow 1 are those of step 4, flow 2
+    of step 10. The joint stage ends by its budget.
     """
     from tarflow_hf import training as module
 
