@@ -1,0 +1,77 @@
+"""The house rules that a formatter can't check."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+
+FOLDERS = ("src", "examples", "benchmarks", "tests", "model_cards", "metrics")
+FILES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for folder in FOLDERS
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+TREES = {file: ast.parse(text) for file, text in FILES.items()}
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+IMPORTS = (ast.Import, ast.ImportFrom)
+
+# Instead: "Returns the number of ...". A docstring begins with the thing or with what it does.
+VAGUE = {"Of", "What", "Whether", "Where", "How"}
+
+
+def nodes_of(folder, *kinds):
+    """Yields (file, node) of every node of these kinds."""
+    for file, tree in TREES.items():
+        if file.startswith(f"{folder}/"):
+            yield from ((file, node) for node in ast.walk(tree) if isinstance(node, kinds))
+
+
+def body_of(function):
+    """Returns the numbers of the first and the last line of a body, without its docstring."""
+    statements = function.body[ast.get_docstring(function) is not None :] or function.body
+    return statements[0].lineno, statements[-1].end_lineno
+
+
+@pytest.mark.parametrize("folder", FOLDERS[1:])
+def test_docstrings_begin_with_the_thing_or_the_verb(folder):
+    documented = nodes_of(folder, ast.Module, ast.ClassDef, *FUNCTIONS)
+    docstrings = [(file, ast.get_docstring(node) or "-") for file, node in documented]
+    assert [each for each in docstrings if each[1].split()[0].strip(",:") in VAGUE] == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_lines_are_short_and_bodies_have_room(folder):
+    lines = {file: FILES[file].splitlines() for file in FILES if file.startswith(f"{folder}/")}
+    lengths = [len(line) for each in lines.values() for line in each]
+    assert sum(length > 100 for length in lengths) <= 0.06 * len(lengths)
+
+    bodies = {
+        (file, number)
+        for file, function in nodes_of(folder, *FUNCTIONS)
+        for number in range(body_of(function)[0], body_of(function)[1] + 1)
+    }
+    num_blank = sum(not lines[file][number - 1].strip() for file, number in bodies)
+    assert num_blank >= 0.05 * len(bodies)
+
+
+def modules_of(node):
+    """The dotted names that an import may bind, without the dots in front."""
+    names = [each.name for each in node.names]
+    return [node.module or "", *names] if isinstance(node, ast.ImportFrom) else names
+
+
+def test_no_test_file_imports_from_another():
+    tests = {Path(file).stem for file in FILES if Path(file).name.startswith("test_")}
+    for file, node in nodes_of("tests", *IMPORTS):
+        assert not tests & {part for name in modules_of(node) for part in name.split(".")}, file
+
+
+def test_modeling_imports_only_its_neighbours():
+    """These files travel with every checkpoint, flat: ours are imported by `from .name import`."""
+    for file, node in nodes_of("src/tarflow_hf/modeling", *IMPORTS):
+        assert not any(name.split(".")[0] == "tarflow_hf" for name in modules_of(node)), file
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and node.module and "." not in node.module, file
