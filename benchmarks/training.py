@@ -28,7 +28,7 @@ from measure import device_name, facts, output_of_own_process, peak_resident_mem
 from transformers import PreTrainedModel, set_seed
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
-from tarflow_hf.throughput import peak_flops, training_flops
+from tarflow_hf.cost import peak_flops, training_flops
 from tarflow_hf.training import (
     RowNoise,
     TrainingConfig,

@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.data import PackedTokens, held_out_documents
-from tarflow_hf.evaluation import WHAT_IS_SCORED, evaluate_text, evaluation_table
-from tarflow_hf.provenance import provenance_of
+from tarflow_hf.evaluation import WHAT_IS_SCORED, evaluate_text, evaluation_table, provenance_of
 
 
 def parse_arguments() -> argparse.Namespace:

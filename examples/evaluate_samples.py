@@ -11,7 +11,7 @@ The defaults are the paper's: 5,000 samples of the model's length, read by GPT-2
 scale 5, with as many sequences of the text. Samples are kept in --samples, and a run that was
 stopped goes on with them. Without a network the judge is a local folder. A judge needs
 `mauve-text`; without one, what it would say is not measured. What the JSON holds:
-`tarflow_hf.generative_metrics.SampleEvaluation`.
+`tarflow_hf.evaluation.SampleEvaluation`.
 """
 
 import argparse
@@ -22,18 +22,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.data import PackedTokens, held_out_documents
-from tarflow_hf.evaluation import longest_sequence
-from tarflow_hf.generative_metrics import (
+from tarflow_hf.evaluation import (
     JUDGE,
     MAUVE_SCALE,
     NUM_SAMPLES,
     evaluate_samples,
     load_judge,
+    longest_sequence,
+    provenance_of,
     reference_sequences,
     sample_table,
     sample_to_file,
 )
-from tarflow_hf.provenance import provenance_of
 
 
 def parse_arguments() -> argparse.Namespace:

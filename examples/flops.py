@@ -6,7 +6,7 @@
     python examples/flops.py --checkpoint runs/demo/model     # of one model, at its own and other patch sizes
     python examples/flops.py --recipe examples/recipes/demo.json --figure flops.svg
 
-Each ratio is given by the true count and, in brackets, by the paper's: see `tarflow_hf.flops`.
+Each ratio is given by the true count and, in brackets, by the paper's: see `tarflow_hf.evaluation.flops`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from tarflow_hf import TarFlowLMConfig
-from tarflow_hf.flops import (
+from tarflow_hf.evaluation import (
     GPT2_SIZES,
     PATCH_SIZES,
     count_by_patch_size,

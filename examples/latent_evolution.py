@@ -18,9 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import PackedTokens, held_out_documents
-from tarflow_hf.evaluation import cut_text
-from tarflow_hf.latent_evolution import evolution_of_samples, evolution_of_text, evolution_table
-from tarflow_hf.provenance import provenance_of
+from tarflow_hf.evaluation import (
+    cut_text,
+    evolution_of_samples,
+    evolution_of_text,
+    evolution_table,
+    provenance_of,
+)
 from tarflow_hf.report import plot_evolution
 
 

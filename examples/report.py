@@ -20,16 +20,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import PackedTokens, held_out_documents
-from tarflow_hf.evaluation import cut_text, evaluate_text, longest_sequence
-from tarflow_hf.flops import count_by_patch_size
-from tarflow_hf.generative_metrics import (
+from tarflow_hf.evaluation import (
+    count_by_patch_size,
+    cut_text,
     evaluate_samples,
+    evaluate_text,
+    evolution_of_samples,
+    evolution_of_text,
     load_judge,
+    longest_sequence,
+    provenance_of,
     reference_sequences,
     sample_to_file,
 )
-from tarflow_hf.latent_evolution import evolution_of_samples, evolution_of_text
-from tarflow_hf.provenance import provenance_of
 from tarflow_hf.report import (
     codebook_section,
     draw_passes,

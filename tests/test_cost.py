@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.training import STACK, config
 from tarflow_hf import TarFlowLMModel
-from tarflow_hf.throughput import forward_flops, training_flops
+from tarflow_hf.cost import forward_flops, training_flops
 from tarflow_hf.training import TrainingConfig, discrete_baseline, make_stages
 
 

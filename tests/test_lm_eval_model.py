@@ -19,11 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from helpers import ROOT
 from helpers.enumeration import enumerate_likelihoods
 from helpers.models import STACKS, make
-from tarflow_hf.checkpointing import save_model
 from tarflow_hf.data import character_tokenizer
-from tarflow_hf.evaluation import cut_text, likelihood
-from tarflow_hf.generative_metrics import judge_texts, load_judge
-from tarflow_hf.training import discrete_baseline
+from tarflow_hf.evaluation import cut_text, judge_texts, likelihood, load_judge
+from tarflow_hf.training import discrete_baseline, save_model
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402

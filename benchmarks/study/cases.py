@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
-from tarflow_hf.throughput import forward_flops
+from tarflow_hf.cost import forward_flops
 from tarflow_hf.training import discrete_baseline
 
 DIRECTIONS = ("left_to_right", "right_to_left")

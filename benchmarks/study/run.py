@@ -32,9 +32,9 @@ from report import tables
 from transformers import PreTrainedModel, set_seed
 
 from tarflow_hf import TarFlowLMModel
+from tarflow_hf.cost import training_flops
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, character_tokenizer, load_splits
 from tarflow_hf.evaluation import likelihood
-from tarflow_hf.throughput import training_flops
 from tarflow_hf.training import TrainingConfig, train
 
 SETTINGS = ("dataset", "num_layers", "hidden_size", "num_tokens", "latent_size")

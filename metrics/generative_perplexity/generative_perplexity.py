@@ -4,7 +4,7 @@ import datasets
 import evaluate
 import torch
 
-from tarflow_hf.generative_metrics import JUDGE, judge_texts, load_judge, token_statistics
+from tarflow_hf.evaluation import JUDGE, judge_texts, load_judge, token_statistics
 
 _DESCRIPTION = """\
 The perplexity of generated texts under a causal language model, the judge, with the mean entropy of the judge's tokens

@@ -28,7 +28,7 @@ def test_reconstruction_by_hand(monkeypatch):
     assert 0.001 < result.standard_error < 0.005
     assert (result.num_text_tokens, result.num_used_tokens) == (2, 2)
     whole = reconstruction(model, cut_text(ids[:100], 50))
-    monkeypatch.setattr(evaluation, "MAX_SCORES", 28)  # seven tokens at a time
+    monkeypatch.setattr(evaluation.codebook, "MAX_SCORES", 28)  # seven tokens at a time
     assert reconstruction(model, cut_text(ids[:100], 50)) == whole
 
     # Entries that have fallen together: only one of them ever comes back.
@@ -53,7 +53,7 @@ def test_nearest_distances(monkeypatch):
         expected.append(min(distance / unit for distance, unit in zip(away, units, strict=True)))
 
     for limit in (2**24, 50):
-        monkeypatch.setattr(evaluation, "MAX_SCORES", limit)
+        monkeypatch.setattr(evaluation.codebook, "MAX_SCORES", limit)
         torch.testing.assert_close(nearest_distances(codebook), torch.stack(expected))
 
     state = codebook_state(codebook)

@@ -8,14 +8,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from helpers import ROOT
 from helpers.scripts import script
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
-from tarflow_hf.flops import (
+from tarflow_hf.cost import forward_flops
+from tarflow_hf.evaluation import (
     GPT2_SIZES,
     count_flops,
     gpt2_sized_config,
     paper_flow_flops,
     paper_head_flops,
 )
-from tarflow_hf.throughput import forward_flops
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers.models import STACKS, make
 from tarflow_hf.data import character_tokenizer
-from tarflow_hf.generative_metrics import check_judge, judge_texts, load_judge, mauve_score
+from tarflow_hf.evaluation import check_judge, judge_texts, load_judge, mauve_score
 
 TEXTS = ["the fox", "a text of another length", "ab", "the fox jumps over the dog"]
 

@@ -4,16 +4,16 @@ import pytest
 import torch
 
 from helpers.scripts import script
-from tarflow_hf.checkpointing import save_model
 from tarflow_hf.data import character_tokenizer
-from tarflow_hf.evaluation import cut_text
-from tarflow_hf.latent_evolution import (
+from tarflow_hf.evaluation import (
+    cut_text,
     evolution_of_samples,
     evolution_of_text,
     measure_evolution,
     measure_state,
+    provenance_of,
 )
-from tarflow_hf.provenance import provenance_of
+from tarflow_hf.training import save_model
 
 
 def by_definition(state):

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from tarflow_hf import TarFlowLMModel
-from tarflow_hf.evaluation import Evaluation
-from tarflow_hf.provenance import provenance_of, weights_checksum
+from tarflow_hf.evaluation import Evaluation, provenance_of, weights_checksum
 
 
 def test_a_record_of_other_fields_is_rejected(flow):

@@ -8,9 +8,8 @@ import pytest
 
 from helpers import ROOT
 from helpers.models import STACKS, make
-from tarflow_hf.checkpointing import save_model
 from tarflow_hf.data import PackedTokens, character_tokenizer
-from tarflow_hf.generative_metrics import (
+from tarflow_hf.evaluation import (
     SampleEvaluation,
     TokenStatistics,
     judge_texts,
@@ -21,7 +20,7 @@ from tarflow_hf.generative_metrics import (
     token_statistics,
     warnings_of,
 )
-from tarflow_hf.training import discrete_baseline
+from tarflow_hf.training import discrete_baseline, save_model
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,9 @@ import torch
 
 from helpers import ROOT
 from helpers.evaluation import TEXT
-from tarflow_hf.checkpointing import save_model
 from tarflow_hf.data import PackedTokens, character_tokenizer
-from tarflow_hf.evaluation import Evaluation, cut_text, evaluate_text, likelihoods
-from tarflow_hf.provenance import weights_checksum
-from tarflow_hf.training import discrete_baseline
+from tarflow_hf.evaluation import Evaluation, cut_text, evaluate_text, likelihoods, weights_checksum
+from tarflow_hf.training import discrete_baseline, save_model
 
 
 @pytest.mark.parametrize("kind", ["flow", "discrete"])

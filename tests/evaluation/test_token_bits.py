@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from helpers.models import PATCH_STACKS, STACKS, make
+from tarflow_hf.evaluation import bits_of_pieces, token_bits, what_bits_mean
 from tarflow_hf.modeling.normal import normal_log_prob
-from tarflow_hf.token_likelihood import bits_of_pieces, token_bits, what_bits_mean
 
 CASES = [(flows, patch_size) for flows in STACKS.values() for patch_size in (1, 2)]
 CASES += [(flows, 2) for flows in PATCH_STACKS.values()]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-from tarflow_hf.generative_metrics import (
+from tarflow_hf.evaluation import (
     distinct_n,
     ngrams,
     repetition,

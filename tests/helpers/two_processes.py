@@ -19,8 +19,8 @@ from transformers import set_seed
 from helpers.training import TEXT, config, run
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import PackedTokens, StreamingPackedTokens, character_tokenizer
-from tarflow_hf.divergence import FirstFault
 from tarflow_hf.training import (
+    FirstFault,
     RowNoise,
     TrainingConfig,
     compute_loss,

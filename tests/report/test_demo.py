@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from helpers.models import STACKS, flow, separated
 from helpers.pages import HOSTILE, Page, hostile_tokenizer, tokens_of, written
 from tarflow_hf.data import character_tokenizer
+from tarflow_hf.evaluation import token_bits
 from tarflow_hf.report import demo
-from tarflow_hf.token_likelihood import token_bits
 
 TEXT = "the fox is red"
 

@@ -5,12 +5,12 @@ import sys
 import pytest
 import torch
 
-from tarflow_hf.latent_evolution import measure_evolution
+from tarflow_hf.evaluation import measure_evolution
 
 
 def test_pictures_show_the_numbers():
     pytest.importorskip("matplotlib")
-    from tarflow_hf.flops import figure_7
+    from tarflow_hf.evaluation import figure_7
     from tarflow_hf.report import plot_evolution, plot_flops
 
     counts = figure_7(["small"], [1, 2])

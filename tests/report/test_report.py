@@ -17,11 +17,10 @@ import torch
 from helpers import ROOT
 from helpers.models import STACKS, make
 from tarflow_hf import data
-from tarflow_hf.checkpointing import save_model
 from tarflow_hf.data import character_tokenizer, held_out_documents
-from tarflow_hf.generative_metrics import Sample, SampleEvaluation
-from tarflow_hf.provenance import provenance_of
+from tarflow_hf.evaluation import Sample, SampleEvaluation, provenance_of
 from tarflow_hf.report import Section, Table, report_page, samples_section
+from tarflow_hf.training import save_model
 
 pytest.importorskip("matplotlib")
 

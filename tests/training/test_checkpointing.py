@@ -49,7 +49,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, data, tokenizer, kind)
         if step == 64:
             raise Killed
 
-    from tarflow_hf import training as module
+    from tarflow_hf.training import loop as module
 
     original = module.Log.losses
     with pytest.MonkeyPatch.context() as patch:
@@ -113,7 +113,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path, data, tokenizer, m
     """
     import resource
 
-    from tarflow_hf import training as module
+    from tarflow_hf.training import loop as module
 
     original, limits = module.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -145,7 +145,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path, data, tokenizer, m
 
 @pytest.mark.parametrize("obstacle", ["a file", "no permission"])
 def test_an_output_folder_that_can_not_be_written(tmp_path, data, tokenizer, monkeypatch, obstacle):
-    from tarflow_hf import training as module
+    from tarflow_hf.training import loop as module
 
     folder = tmp_path / "runs" / "mine"
     if obstacle == "a file":

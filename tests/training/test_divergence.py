@@ -27,7 +27,7 @@ def test_a_divergence_is_traced(tmp_path, data, tokenizer, monkeypatch, place, w
 
     The log looks at step 70, when all weights are NaN.
     """
-    from tarflow_hf import training as module
+    from tarflow_hf.training import loop as module
 
     steps = count(1)
 
@@ -79,7 +79,7 @@ def test_parameters_without_entries_do_not_diverge(tmp_path, data, tokenizer):
 
 def test_a_divergence_in_the_last_step_is_not_saved(tmp_path, data, tokenizer, monkeypatch):
     """The loss is finite; the gradients and with them the weights are not."""
-    from tarflow_hf import training as module
+    from tarflow_hf.training import loop as module
 
     def diverging_loss(model, *arguments):
         loss = compute_loss(model, *arguments)

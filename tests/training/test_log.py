@@ -3,11 +3,11 @@
 import pytest
 
 from helpers.training import entries, run
-from tarflow_hf.throughput import training_flops
+from tarflow_hf.cost import training_flops
 
 
 def test_the_log_says_how_fast(tmp_path, data, tokenizer, monkeypatch):
-    from tarflow_hf import training as module
+    from tarflow_hf.training import log as module
 
     monkeypatch.setattr(module, "peak_flops", lambda *_: 1e12)
     model, _ = run(tmp_path, data, tokenizer, num_steps=4, log_every=2, eval_sequences=4)

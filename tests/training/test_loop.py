@@ -65,7 +65,7 @@ def test_averaged_weights(tmp_path, data, tokenizer):
 
     The average begins with the first weights.
     """
-    from tarflow_hf import training as module
+    from tarflow_hf.training import loop as module
 
     seen = []
     original = module.AveragedModel.update_parameters

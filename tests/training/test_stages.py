@@ -152,7 +152,7 @@ def test_patience(tmp_path, data, tokenizer, monkeypatch, ema_decay):
     It does so also after a resume between them. The codebook and flow 1 are those of step 4, flow 2
     of step 10. The joint stage ends by its budget.
     """
-    from tarflow_hf import training as module
+    from tarflow_hf.training import loop as module
 
     values = {
         2: 3.0,

@@ -11,8 +11,8 @@ from markupsafe import Markup
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..evaluation import bits_of_pieces, token_bits, what_bits_mean
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
-from ..token_likelihood import bits_of_pieces, token_bits, what_bits_mean
 from .page import printable, render
 
 # White space that a reader could not see otherwise.

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from ..latent_evolution import MEASURES, Evolution
+from ..evaluation import MEASURES, Evolution
 from .page import render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..flops import FlopCount
+    from ..evaluation import FlopCount
 
 COLORS = (
     "#0072b2",

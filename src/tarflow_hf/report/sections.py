@@ -4,12 +4,21 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation import WHAT_IS_SCORED, Evaluation, Likelihood
-from ..flops import FlopCount, patch_size_rows
-from ..generative_metrics import NOT_MEASURED, Sample, SampleEvaluation, sample_rows
-from ..latent_evolution import MEASURES, Evolution
+from ..evaluation import (
+    MEASURES,
+    NOT_MEASURED,
+    WHAT_IS_SCORED,
+    Evaluation,
+    Evolution,
+    FlopCount,
+    Likelihood,
+    Provenance,
+    Sample,
+    SampleEvaluation,
+    patch_size_rows,
+    sample_rows,
+)
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
-from ..provenance import Provenance
 from .page import Section, render
 from .passes import Pass, passes_section
 from .plots import inline_svg, plot_measure, plot_patch_sizes

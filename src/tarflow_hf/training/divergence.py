@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .modeling.modeling_tarflowlm import TarFlowLMModel
+from ..modeling.modeling_tarflowlm import TarFlowLMModel
 
 
 class FirstFault:

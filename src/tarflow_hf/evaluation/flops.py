@@ -1,7 +1,7 @@
 """What a forward pass costs, against a discrete transformer: the true count, and the paper's (its
 Figure 7).
 
-The true count is `throughput.forward_flops`, of the model that a configuration makes, built without
+The true count is `cost.forward_flops`, of the model that a configuration makes, built without
 memory. The paper's is a formula for GPT-2's blocks. Both count a multiply-add as two, and neither
 counts norms, biases, activations, look-ups or the arithmetic of the couplings. What differs:
 
@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from .modeling.configuration_tarflowlm import TarFlowLMConfig
-from .modeling.coupling_heads import COUPLING_HEADS
-from .modeling.modeling_tarflowlm import TarFlowLMModel
-from .throughput import forward_flops
-from .training import discrete_baseline
+from ..baseline import discrete_baseline
+from ..cost import forward_flops
+from ..modeling.configuration_tarflowlm import TarFlowLMConfig
+from ..modeling.coupling_heads import COUPLING_HEADS
+from ..modeling.modeling_tarflowlm import TarFlowLMModel
 
 GPT2_SIZES = {  # layers, width, heads
     "small": (12, 768, 12),

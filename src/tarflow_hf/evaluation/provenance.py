@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from . import __version__
-from .modeling.modeling_tarflowlm import TarFlowLMModel
+from .. import __version__
+from ..modeling.modeling_tarflowlm import TarFlowLMModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,33 +10,30 @@ and again, has a low generative perplexity. `warnings_of` says so where it is se
 """
 
 import json
-import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from .data import PackedTokens
-from .evaluation import latent_noise, longest_sequence, ratio_of_sums
-from .modeling.modeling_tarflowlm import TarFlowLMModel
+from ..baseline import longest_sequence
+from ..data import PackedTokens
+from ..modeling.modeling_tarflowlm import TarFlowLMModel
+from .judge import MAUVE_SCALE, judge_texts, mauve_score
+from .likelihood import latent_noise
 from .provenance import Provenance, weights_checksum
+from .token_statistics import TokenStatistics, token_statistics
 
-JUDGE = "openai-community/gpt2-large"
 NUM_SAMPLES = 5000  # the paper's protocol, as the judge and the scale
-MAUVE_SCALE = 5.0
 READABLE = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 BY_JUDGE = (
     "judge",
@@ -48,284 +45,6 @@ BY_JUDGE = (
     "mauve_scale",
 )
 NOT_MEASURED = "Generative perplexity and MAUVE were not measured: there was no judge."
-
-# --------------------------------------------------------------------------------------------------
-# Of the tokens alone
-# --------------------------------------------------------------------------------------------------
-
-
-def unigram_entropy(tokens: Sequence[int]) -> float:
-    """Nats of the distribution of the tokens within one sequence.
-
-    Example:
-        >>> round(unigram_entropy([1, 1, 2, 2]), 4), unigram_entropy([7, 7, 7])
-        (0.6931, 0.0)
-    """
-    if len(tokens) == 0:
-        raise ValueError("A sequence without tokens has no entropy.")
-    _, counts = np.unique(np.asarray(tokens), return_counts=True)
-    share = counts / len(tokens)
-    return abs(float(-(share * np.log(share)).sum()))  # abs: no -0.0
-
-
-def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    """All runs of n tokens.
-
-    Example:
-        >>> ngrams([1, 2, 3], 2)
-        [(1, 2), (2, 3)]
-    """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, not {n}.")
-    return list(zip(*(tokens[start:] for start in range(n)), strict=False))
-
-
-def distinct_n(sequences: Iterable[Sequence[int]], n: int) -> float:
-    """Share of different n-grams among all n-grams of all sequences (Li et al., 2016). It falls
-    with their number.
-
-    Raises:
-        ValueError: No sequence has n tokens.
-
-    Example:
-        >>> distinct_n([[1, 2, 1], [1, 2, 3]], 2)  # 12, 21, 12, 23
-        0.75
-    """
-    found, total = set(), 0
-    for tokens in sequences:
-        grams = ngrams(tokens, n)
-        found.update(grams)
-        total += len(grams)
-
-    if not total:
-        raise ValueError(f"There is no sequence of at least n = {n} tokens.")
-
-    return len(found) / total
-
-
-def repetition(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of a sequence's n-grams that have occurred in it before (Welleck et al., 2020); 0 where
-    it has none.
-
-    Example:
-        >>> repetition([1, 2, 1, 2, 1], n=2)  # 12, 21, 12, 21
-        0.5
-    """
-    grams = ngrams(tokens, n)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-@dataclass(frozen=True)
-class TokenStatistics:
-    """Of token sequences, samples or text, in numbers that need no judge."""
-
-    num_sequences: int
-    entropy: float  # nats, the mean of `unigram_entropy`
-    entropy_std: float  # over the sequences
-    distinct_1: float
-    distinct_2: float
-    distinct_3: float
-    repetition_4: float  # the mean of `repetition`
-
-
-def token_statistics(sequences: Sequence[Sequence[int]]) -> TokenStatistics:
-    """
-    Raises:
-        ValueError: There is no sequence, or one is empty; or all are shorter than three tokens.
-    """
-    if not sequences:
-        raise ValueError("There is no sequence to describe.")
-
-    entropy = np.array([unigram_entropy(tokens) for tokens in sequences])
-    return TokenStatistics(
-        num_sequences=len(sequences),
-        entropy=entropy.mean().item(),
-        entropy_std=entropy.std().item(),
-        distinct_1=distinct_n(sequences, 1),
-        distinct_2=distinct_n(sequences, 2),
-        distinct_3=distinct_n(sequences, 3),
-        repetition_4=float(np.mean([repetition(tokens, 4) for tokens in sequences])),
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# By a judge
-# --------------------------------------------------------------------------------------------------
-
-
-def load_judge(
-    name: str | os.PathLike = JUDGE, device: torch.device | str = "cpu", **options: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model with its tokenizer, a folder or a repository of the Hub; options of
-    `from_pretrained`.
-
-    Raises:
-        ValueError: It gives no logits of tokens, or the tokenizer is not the model's.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    judge = AutoModelForCausalLM.from_pretrained(name, **options).to(device).eval()
-    check_judge(judge, tokenizer)
-    return judge, tokenizer
-
-
-def check_judge(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError where a model can't judge, or reads another tokenizer's tokens."""
-    if judge.get_output_embeddings() is None or judge.base_model is judge:
-        raise ValueError(
-            f"A judge needs logits for the next token, which {type(judge).__name__} has not: take a causal language "
-            "model such as gpt2-large."
-        )
-
-    size, num_tokens = judge.get_input_embeddings().num_embeddings, len(tokenizer)
-    if num_tokens > size:
-        raise ValueError(
-            f"The tokenizer has {num_tokens} tokens, the judge embeddings for {size}: it is another model's tokenizer."
-        )
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What a judge says of n texts. A text's first token is not scored, as nothing stands before
-    it.
-    """
-
-    nats: Tensor  # (n,) of each text
-    num_tokens: Tensor  # (n,) that are scored
-    features: Tensor  # (n, width): the judge's last hidden state at a text's last token, for MAUVE
-    num_truncated: int  # texts that were longer than the judge could read
-
-    @property
-    def nats_per_token(self) -> float:
-        return ratio_of_sums(self.nats, self.num_tokens)[0]
-
-    @property
-    def standard_error(self) -> float:
-        """Of `nats_per_token`, over the texts."""
-        return ratio_of_sums(self.nats, self.num_tokens)[1]
-
-    @property
-    def perplexity(self) -> float:
-        """The generative perplexity: exp of the nats per token of all texts together."""
-        return math.exp(self.nats_per_token)
-
-
-@torch.no_grad()
-def judge_texts(
-    texts: Sequence[str],
-    judge: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int = 8,
-    max_length: int = 1024,
-    progress: bool = False,
-) -> Judgement:
-    """Reads texts with a judge, whose own tokenizer cuts them into tokens. Of longer ones the first
-    `max_length` (or as many as the judge can read) count.
-
-    Raises:
-        ValueError: There is no text, one has fewer than two of the judge's tokens, the model can't
-            judge, or its answer is not finite.
-    """
-    check_judge(judge, tokenizer)
-    if not texts:
-        raise ValueError("There is no text to judge.")
-
-    longest = min(max_length, getattr(judge.config, "max_position_embeddings", None) or max_length)
-    if longest < 2:
-        raise ValueError(
-            f"max_length must be at least 2, not {max_length}: a text's first token is not scored."
-        )
-
-    encoded = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
-    for text, ids in zip(texts, encoded, strict=True):
-        if len(ids) < 2:
-            raise ValueError(
-                f"A text of {len(ids)} tokens can't be judged: {text!r} (the first is not scored)."
-            )
-
-    num_truncated = sum(len(ids) > longest for ids in encoded)
-    encoded = [torch.tensor(ids[:longest]) for ids in encoded]
-
-    states: list[Tensor] = []
-    hook = judge.base_model.register_forward_hook(
-        lambda *arguments: states.append(arguments[-1][0])
-    )
-    nats, features = [], []
-
-    try:
-        starts = range(0, len(encoded), batch_size)
-        for start in tqdm(starts, desc="judging", unit="batch", disable=not progress, leave=False):
-            ids = encoded[start : start + batch_size]
-            lengths = torch.tensor([len(row) for row in ids], device=judge.device)
-            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(judge.device)  # (B, T)
-            mask = torch.arange(ids.shape[1], device=judge.device) < lengths[:, None]
-            logits = (
-                judge(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-                .logits[:, :-1]
-                .float()
-            )
-            loss = F.cross_entropy(
-                logits.transpose(1, 2), ids[:, 1:], reduction="none"
-            )  # (B, T - 1)
-            nats.append(loss.masked_fill(~mask[:, 1:], 0).cpu().double().sum(-1))
-            features.append(states.pop()[torch.arange(len(ids)), lengths - 1].float().cpu())
-    finally:
-        hook.remove()
-
-    nats, num_tokens = torch.cat(nats), torch.tensor([len(row) - 1 for row in encoded])
-    if not bool(nats.isfinite().all()):
-        raise ValueError(
-            f"The judge's nats are not finite for {int((~nats.isfinite()).sum())} texts."
-        )
-
-    return Judgement(nats, num_tokens, torch.cat(features), num_truncated)
-
-
-def mauve_score(
-    text_features: Tensor,
-    sample_features: Tensor,
-    scale: float = MAUVE_SCALE,
-    num_buckets: int | None = None,
-) -> float:
-    """MAUVE (Pillutla et al., 2021) of features (n, width) and (m, width), between 0 and 1 (alike),
-    by `mauve-text`.
-
-    It depends on n and m, the judge, the scale and the number of buckets (a tenth of the smaller by
-    default): compare only what agrees in all of them.
-
-    Raises:
-        ImportError: There is no `mauve-text`.
-        ValueError: Features are of different widths, not finite, or fewer than 2.
-    """
-    for name, features in (("text_features", text_features), ("sample_features", sample_features)):
-        if features.ndim != 2 or len(features) < 2 or not bool(features.isfinite().all()):
-            raise ValueError(
-                f"{name} must be (n, width) with n of at least 2, finite, not {tuple(features.shape)}."
-            )
-
-    if text_features.shape[1] != sample_features.shape[1]:
-        widths = f"{text_features.shape[1]} and {sample_features.shape[1]}"
-        raise ValueError(f"The features have widths {widths}: they are not of the same judge.")
-
-    try:
-        import mauve
-    except ImportError as error:
-        raise ImportError("MAUVE needs its library: `pip install mauve-text`.") from error
-
-    result = mauve.compute_mauve(
-        p_features=text_features.numpy(),
-        q_features=sample_features.numpy(),
-        mauve_scaling_factor=scale,
-        num_buckets="auto" if num_buckets is None else num_buckets,
-    )
-
-    return float(result.mauve)
-
-
-# --------------------------------------------------------------------------------------------------
-# Samples, kept in a file
-# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -467,11 +186,6 @@ def read_samples(path: str | os.PathLike, header: dict[str, Any] | None = None) 
             )
 
     return samples
-
-
-# --------------------------------------------------------------------------------------------------
-# All of it
-# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What each token of a text costs: its share of the bound on the text's likelihood."""
+"""The bits of each token: its share of the bound on a text's likelihood."""
 
 import math
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .modeling.modeling_tarflowlm import TarFlowLMModel
+from ..modeling.modeling_tarflowlm import TarFlowLMModel
 
 
 @torch.no_grad()

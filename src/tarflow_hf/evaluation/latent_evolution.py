@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .evaluation import batches_of_equal_length, latent_noise
-from .modeling.modeling_tarflowlm import TarFlowLMModel
+from ..modeling.modeling_tarflowlm import TarFlowLMModel
+from .likelihood import batches_of_equal_length, latent_noise
 
 MEASURES = {
     "norm": "mean norm of the states",

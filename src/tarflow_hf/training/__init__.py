@@ -1,0 +1,32 @@
+"""Training: stages, the loss, one loop on Accelerate that resumes exactly, its log and its
+checkpoints.
+"""
+
+from ..baseline import discrete_baseline
+from .checkpointing import save_model
+from .config import TrainingConfig, make_accelerator, share_cores
+from .divergence import FirstFault
+from .log import Log
+from .loop import check_batches, check_tokenizer, train, validate
+from .loss import RowNoise, compute_loss, draw_observed_mask
+from .stages import Stage, make_optimizer, make_stages
+
+__all__ = [
+    "FirstFault",
+    "Log",
+    "RowNoise",
+    "Stage",
+    "TrainingConfig",
+    "check_batches",
+    "check_tokenizer",
+    "compute_loss",
+    "discrete_baseline",
+    "draw_observed_mask",
+    "make_accelerator",
+    "make_optimizer",
+    "make_stages",
+    "save_model",
+    "share_cores",
+    "train",
+    "validate",
+]

@@ -1,0 +1,155 @@
+"""The configuration of a run, and what Accelerate makes of it."""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+)
+
+MODES = ("joint", "progressive", "progressive_then_joint")
+
+
+@dataclass
+class TrainingConfig:
+    """How to train. `batch_size` counts the sequences of one optimiser step, over all processes and
+    accumulations.
+    """
+
+    output_dir: str = field(
+        default="runs/demo", metadata={"help": "where checkpoints and the model go"}
+    )
+    num_steps: int = field(
+        default=600, metadata={"help": "optimiser steps, shared evenly by the stages"}
+    )
+    mode: str = field(
+        default="joint",
+        metadata={
+            "help": "joint; progressive: one flow after the other, those before it frozen; progressive_then_joint",
+            "choices": list(MODES),
+        },
+    )
+    stage_steps: list[int] | None = field(
+        default=None, metadata={"help": "optimiser steps of each stage, in place of num_steps"}
+    )
+    stage_learning_rates: list[float] | None = field(
+        default=None, metadata={"help": "peak of each stage, in place of learning_rate"}
+    )
+    patience: int = field(
+        default=0,
+        metadata={
+            "help": "a stage ends after this many evaluations without a better one, with its best weights; 0: no"
+        },
+    )
+    batch_size: int = field(default=8, metadata={"help": "sequences a step, over all processes"})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "parts a step is computed in"}
+    )
+    learning_rate: float = field(default=2e-3, metadata={"help": "peak, after warm-up"})
+    min_learning_rate: float = field(default=0.0, metadata={"help": "at the end of the cosine"})
+    warmup_steps: int = field(
+        default=50, metadata={"help": "steps of linear warm-up, in each stage"}
+    )
+    weight_decay: float = field(default=0.1, metadata={"help": "of weight matrices"})
+    adam_beta2: float = field(default=0.95, metadata={"help": "of AdamW"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping; 0 for none"})
+    ema_decay: float = field(
+        default=0.0, metadata={"help": "of averaged weights, which are evaluated and saved; 0: off"}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations"})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, bf16 or fp16; else as launched"}
+    )
+    seed: int = field(default=0, metadata={"help": "of weights, order of the data, and latents"})
+    log_every: int = field(default=10, metadata={"help": "steps between lines of the log"})
+    eval_every: int = field(
+        default=0, metadata={"help": "steps between evaluations; 0: at the end alone"}
+    )
+    eval_sequences: int = field(default=128, metadata={"help": "of the validation split"})
+    save_every: int = field(
+        default=0, metadata={"help": "steps between checkpoints; 0: at the end alone"}
+    )
+    keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints kept"})
+    resume: bool = field(
+        default=False, metadata={"help": "go on from the newest checkpoint in output_dir"}
+    )
+    report_to: str | None = field(
+        default=None, metadata={"help": "a tracker of Accelerate, such as tensorboard"}
+    )
+
+    def __post_init__(self):
+        for name in (
+            "num_steps",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "log_every",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), not {self.ema_decay}.")
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}.")
+
+        for name in ("stage_steps", "stage_learning_rates"):
+            values = getattr(self, name)
+            if values is not None and not (values and all(value > 0 for value in values)):
+                raise ValueError(
+                    f"{name} must be positive numbers, one for each stage, not {values!r}."
+                )
+
+        if self.patience < 0 or (self.patience and self.eval_every < 1):
+            raise ValueError(
+                f"patience counts evaluations: it must be 0, or positive with an eval_every, not {self.patience} with "
+                f"eval_every {self.eval_every}."
+            )
+
+
+# Fields that a resumed run may change: they leave the loss curve as it is.
+FREE_FIELDS = {
+    "output_dir",
+    "log_every",
+    "eval_every",
+    "eval_sequences",
+    "save_every",
+    "keep_checkpoints",
+    "resume",
+}
+FREE_FIELDS |= {"report_to", "gradient_checkpointing"}
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """Accelerate's state for a run: precision, accumulation, trackers, and how the data is shared
+    out.
+    """
+    return Accelerator(
+        # A step has all its parts, also where an epoch ends between them.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_dir=config.output_dir,
+        step_scheduler_with_optimizer=False,
+        # A batch is split over the processes, so that their number changes nothing; the order
+        # depends on the seed.
+        dataloader_config=DataLoaderConfiguration(
+            split_batches=True, use_seedable_sampler=True, data_seed=config.seed
+        ),
+    )
+
+
+def share_cores() -> None:
+    """Gives this process its share of the cores, where a launcher has given it one thread because
+    nobody asked.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        torch.set_num_threads(
+            max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        )
