@@ -34,6 +34,8 @@ from transformers import AutoModel, DynamicCache, set_seed
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, character_tokenizer, load_splits
 from tarflow_hf.evaluation import likelihood
+from tarflow_hf.modeling.inversion_tarflowlm import InverseOptions
+from tarflow_hf.modeling.slots_tarflowlm import to_positions, to_tokens
 from tarflow_hf.training import TrainingConfig, compute_loss, discrete_baseline, make_optimizer
 
 LIBRARY = "transformers, Llama"
@@ -104,41 +106,39 @@ def parse_arguments() -> argparse.Namespace:
 def cached_loop(model: TarFlowLMModel, noise: Tensor) -> Tensor:
     """The plainest cached inverse of every flow: a list, and a dynamic cache."""
     codebook = model.codebook()
-    h = model.flow._to_positions(noise)
+    h = to_positions(noise, model.config.patch_size)
 
     for layer in reversed(model.flow.layers):
-        u, states, cache = layer._arrange(h), [], DynamicCache(config=layer.decoder.config)
-        inputs = layer._inputs(u, codebook, 0, 1)
+        u, states, cache = layer.order(h).arrange(h), [], DynamicCache(config=layer.decoder.config)
+        inputs = layer.inputs(u, codebook, first=0, last=1)
 
         for n in range(u.shape[1]):
-            context = layer.decoder(
-                inputs_embeds=inputs, past_key_values=cache, use_cache=True
-            ).last_hidden_state
+            context = layer.context(inputs, first=n, cache=cache)
             states.append(layer.head(u[:, n : n + 1], context, codebook, task="inverse"))
-            inputs = layer._inputs(states[-1], codebook, 1, 2)
+            inputs = layer.inputs(states[-1], codebook, first=1, last=2)
 
-        h = layer._rearrange(torch.cat(states, 1))
+        h = layer.order(u).rearrange(torch.cat(states, 1))
 
-    return model.decode(model.flow._to_tokens(h)).argmax(-1)
+    return model.decode(to_tokens(h, model.config.patch_size)).argmax(-1)
 
 
 def recomputing_loop(model: TarFlowLMModel, noise: Tensor) -> Tensor:
     """Every prefix is read again for every position: no cache."""
     codebook = model.codebook()
-    h = model.flow._to_positions(noise)
+    h = to_positions(noise, model.config.patch_size)
 
     for layer in reversed(model.flow.layers):
-        u = layer._arrange(h)
+        u = layer.order(h).arrange(h)
         states = torch.zeros_like(u)
 
         for n in range(u.shape[1]):
-            inputs = layer._inputs(states, codebook, 0, n + 1)
+            inputs = layer.inputs(states, codebook, last=n + 1)
             context = layer.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1:]
             states[:, n : n + 1] = layer.head(u[:, n : n + 1], context, codebook, task="inverse")
 
-        h = layer._rearrange(states)
+        h = layer.order(u).rearrange(states)
 
-    return model.decode(model.flow._to_tokens(h)).argmax(-1)
+    return model.decode(to_tokens(h, model.config.patch_size)).argmax(-1)
 
 
 def build(arguments: argparse.Namespace, patch_size: int, **options: int) -> TarFlowLMModel:
@@ -353,13 +353,13 @@ def trained_flows(model: TarFlowLMModel, arguments: argparse.Namespace, table: T
 
     for batch in arguments.batch_sizes:
         noise = torch.randn(batch, length, model.config.latent_size, device=device)
-        u, codebook = model.flow._to_positions(noise), model.codebook()
+        u, codebook = to_positions(noise, model.config.patch_size), model.codebook()
 
         for index in reversed(range(len(model.flow.layers))):
             layer, facts = model.flow.layers[index], model.config.flows[index]
 
             def invert(method, layer=layer, u=u, codebook=codebook):
-                return layer(u, codebook, reverse=True, inverse_method=method)
+                return layer(u, codebook, options=InverseOptions(method), reverse=True)
 
             h, _ = invert("sequential")
             found, report = invert("parallel")

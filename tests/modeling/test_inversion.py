@@ -11,7 +11,8 @@ from transformers import MistralConfig
 
 from helpers.models import CAUSAL, STACKS, flow, make
 from helpers.streaming import Recorder
-from tarflow_hf.modeling.inversion_tarflowlm import MAX_GUESS
+from tarflow_hf.modeling.inversion_tarflowlm import MAX_GUESS, InverseOptions
+from tarflow_hf.modeling.slots_tarflowlm import Known
 
 METHODS = {
     "parallel": {"inverse_method": "parallel"},
@@ -195,10 +196,9 @@ def test_known_positions_are_kept_and_the_others_follow_from_them(coupling, dire
         h, report = layer(
             u.masked_fill(mask[..., None], torch.nan),
             model.codebook(),
+            known=Known(known, mask),
+            options=InverseOptions(**{"inverse_method": "sequential", **options}),
             reverse=True,
-            known=known,
-            known_mask=mask,
-            **options,
         )
         again, _ = layer(h, model.codebook())
 
@@ -259,16 +259,16 @@ def test_gradients_are_those_of_recomputing_every_prefix(stack, patch_size):
     h = u.reshape(2, -1, 2 * patch_size)
 
     for layer in reversed(model.flow.layers):
-        own = layer._arrange(h)
+        own = layer.order(h).arrange(h)
         found = torch.zeros_like(own)
 
         for n in range(own.shape[1]):
-            inputs = layer._inputs(found, model.codebook(), last=n + 1)
+            inputs = layer.inputs(found, model.codebook(), last=n + 1)
             context = layer.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1:]
             state = layer.head(own[:, n : n + 1], context, model.codebook(), task="inverse")
             found = torch.cat([found[:, :n], state, found[:, n + 1 :]], 1)
 
-        h = layer._rearrange(found)
+        h = layer.order(found).rearrange(found)
 
     cotangent = torch.randn_like(u)
     tensors = [u, *model.flow.parameters()]

@@ -213,17 +213,17 @@ def test_cached_reverse_equals_recomputing_every_prefix(flows, patch_size):
     h = u.reshape(2, -1, 2 * patch_size)
 
     for layer in reversed(model.flow.layers):
-        own = layer._arrange(h)
+        own = layer.order(h).arrange(h)
         found = torch.zeros_like(own)
 
         for n in range(own.shape[1]):
-            inputs = layer._inputs(found, model.codebook(), last=n + 1)
+            inputs = layer.inputs(found, model.codebook(), last=n + 1)
             context = layer.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, -1:]
             found[:, n : n + 1] = layer.head(
                 own[:, n : n + 1], context, model.codebook(), task="inverse"
             )
 
-        h = layer._rearrange(found)
+        h = layer.order(found).rearrange(found)
 
     torch.testing.assert_close(
         model.flow(u, reverse=True).latents, h.reshape(u.shape), atol=1e-8, rtol=1e-8
@@ -449,7 +449,7 @@ def test_proposition_4_the_limit_is_the_discrete_model():
     torch.nn.init.constant_(model.codebook.log_scale, 0.0)
     out = model(input_ids)
     hidden = layer.decoder(
-        inputs_embeds=layer._inputs(out.latents, model.codebook())
+        inputs_embeds=layer.inputs(out.latents, model.codebook())
     ).last_hidden_state
     weights = torch.nn.functional.linear(hidden, *projection).log_softmax(-1)
     torch.testing.assert_close(

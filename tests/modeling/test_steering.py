@@ -137,7 +137,7 @@ def first_flow_logits(model, latents):
     They are the logits that a discrete transformer would give.
     """
     layer, codebook = model.flow.layers[0], model.codebook()
-    context = layer._context(layer._inputs(latents, codebook))
+    context = layer.context(layer.inputs(latents, codebook))
     return torch.nn.functional.linear(context, *layer.head.projection()[0])
 
 

@@ -19,7 +19,9 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput, logging
 
+from .checks_tarflowlm import check_ids
 from .inversion_tarflowlm import InverseReport
+from .slots_tarflowlm import Pieces
 
 logger = logging.get_logger(__name__)
 
@@ -315,7 +317,7 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         ids, is_known, is_real, noise = (
             pieces.gather(x.to(home)) for x in (text, is_known, is_real, noise)
         )
-        ids = self._check_ids(ids.masked_fill(~is_known, 0))
+        ids = check_ids(ids.masked_fill(~is_known, 0), self.config)
         known = {}
 
         if bool(is_known.any()):
@@ -586,45 +588,6 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             )
 
         return length
-
-
-class Pieces:
-    """Sequences with padding anywhere, (B, T, ...), and their real tokens in one piece, padding at
-    the end.
-
-    Example:
-        >>> pieces = Pieces(torch.tensor([[False, True, True], [True, False, False]]))
-        >>> pieces.gather(torch.tensor([[0, 1, 2], [3, 0, 0]]))
-        tensor([[1, 2],
-                [3, 0]])
-        >>> pieces.scatter(torch.tensor([[1, 2], [3, 0]]))
-        tensor([[0, 1, 2],
-                [3, 0, 0]])
-    """
-
-    def __init__(self, is_real: Tensor):
-        self.order = (
-            None  # (B, T): where the tokens of the pieces stand; None where nothing is padded
-        )
-
-        if not bool(is_real.all()):
-            self.order = (~is_real).int().argsort(dim=-1, stable=True)
-            self.width, self.length = int(is_real.sum(-1).max()), is_real.shape[1]
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Sequences (B, T, ...) to pieces (B, longest, ...)."""
-        return x if self.order is None else self._take(x, self.order)[:, : self.width]
-
-    def scatter(self, x: Tensor) -> Tensor:
-        """Back to sequences, with 0 at padding (where pieces have it)."""
-        if self.order is None:
-            return x
-        x = torch.cat([x, x.new_zeros(len(x), self.length - self.width, *x.shape[2:])], 1)
-        return self._take(x, self.order.argsort(-1))
-
-    def _take(self, x: Tensor, index: Tensor) -> Tensor:
-        index = index.to(x.device).reshape(*index.shape, *[1] * (x.ndim - 2))
-        return x.gather(1, index.expand_as(x))
 
 
 def _is_after_end(tokens: Tensor, eos_token_id: int | list[int] | None) -> Tensor:

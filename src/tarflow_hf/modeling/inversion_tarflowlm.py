@@ -1,33 +1,15 @@
-"""The inverse of one flow, sequential or parallel: u_n and the states before n give the state at n,
-for every n.
+"""The inverse of one flow: the state at each position, from its noise and the states before it.
 
     h_n = inverse(u_n; context(h_0, ..., h_(n-1))),   n = 0, ..., N - 1
 
 Sequentially that is N steps with a key-value cache. In parallel it is a fixed point, solved for
 many positions at once (Jacobi's method): from a guess of all states, recompute all of them, again
 and again. After k iterations at least the first k states are those of the sequential inverse,
-whatever the flow; where a state depends little on those before it, far more are, and that is what
-the parallel form lives on.
+whatever the flow is. Where a state depends little on those before it, far more are.
 
-Everything here is in the flow's own, arranged order. Of a `FlowLayer` it asks `_inputs(h, codebook,
-first, last)`, the decoder's inputs of the slots first, ..., last - 1 (slot s predicts position s
-and reads the state at s - 1), `_context(inputs)`, what the decoder makes of them, and `_inverse(u,
-context, codebook)`, the coupling's inverse there.
-
-What is promised of them, and the tests in the repository that show it:
-
-- all give the same states, up to rounding:
-  `tests/modeling/test_inversion.py::test_every_method_gives_the_sequential_inverse`, also where a guess is
-  worth little, `tests/modeling/test_inversion.py::test_a_hard_flow_still_ends_right`, or nothing,
-  `tests/modeling/test_inversion.py::test_states_that_no_guess_can_reach_are_found_one_by_one`;
-- no final position is computed again:
-  `tests/modeling/test_generation.py::test_work_is_linear_in_the_length`,
-  `tests/modeling/test_inversion.py::test_final_positions_are_not_computed_again`;
-- the caches take memory in proportion to the positions:
-  `tests/modeling/test_inversion.py::test_caches_grow_linearly`;
-- what is known stays, and the rest follows from it:
-  `tests/modeling/test_inversion.py::test_known_positions_are_kept_and_the_others_follow_from_them`;
-- gradients: `tests/modeling/test_inversion.py::test_gradients_are_those_of_recomputing_every_prefix`.
+Everything here is in the flow's own order, slot by slot. Three methods of a `FlowLayer` are used:
+`inputs` (the decoder's inputs; slot s predicts position s and reads the state at s - 1), `context`
+(the decoder's output of these) and `invert_position` (the coupling's inverse there).
 
 Shapes: B batch, N positions of size D.
 
@@ -36,8 +18,10 @@ References:
     Solving*, ICML 2021, arXiv:2002.03629.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,22 +29,103 @@ from transformers import DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from .codebook import Gaussians
+from .coupling_head import LogitsProcessor
+from .slots_tarflowlm import Known, Observed
 
 INVERSE_METHODS = ("auto", "sequential", "parallel")
 
 # A guess further out is pulled in. It only steers the iteration: what is final is never clamped.
-# Without it a guess that overflows would reach, as 0 times NaN, the positions before it through the
+# Without it a guess that overflows would reach the positions before it, as 0 times NaN, through the
 # masked part of the attention.
 MAX_GUESS = 1e4
 
 
+# --------------------------------------------------------------------------------------------------
+# Options and report
+# --------------------------------------------------------------------------------------------------
+
+
+class InverseOptions(NamedTuple):
+    """How a stack of flows is inverted. All methods give the same states, up to rounding.
+
+    Args:
+        inverse_method: "sequential", "parallel" or "auto", for all flows or a list with one for
+            each from the data side; see `choose_inverse_methods` for the choice of "auto".
+        inverse_window: The number of positions that the parallel form takes at once; by default all
+            of them, on a CPU at least 16 and about 1,024 over the batch.
+        inverse_tolerance: The change of a state, |G(h) - h| / (1 + |h|), that the parallel form
+            takes for none. By default 32 times the relative spacing of the states' dtype or, if the
+            decoder runs in a coarser one, a quarter of that one's.
+        capture_step: Takes the steps of the sequential form by a CUDA graph.
+        flow_temperatures: A factor for each flow from the data side, by which its output is
+            multiplied before it is inverted. The last one is the noise's standard deviation.
+        logits_processor: A map from the mixture logits (n, K), in float32 or better, to other ones
+            (-inf leaves a component out), for every flow whose coupling takes one.
+        on_position: Called with the latents (B, P, d) of each position that the first flow
+            completes, in its order.
+    """
+
+    inverse_method: str | Sequence[str] = "auto"
+    inverse_window: int | None = None
+    inverse_tolerance: float | None = None
+    capture_step: bool = False
+    flow_temperatures: Sequence[float] | None = None
+    logits_processor: LogitsProcessor | None = None
+    on_position: Callable[[Tensor], None] | None = None
+
+    def for_flows(
+        self, flows: Sequence[nn.Module], u: Tensor, is_differentiable: bool
+    ) -> list["InverseOptions"]:
+        """The options of each flow from the data side, with one method and one temperature.
+
+        Raises:
+            ValueError: If an option is unknown or out of range, or has no gradients where they are
+                asked for.
+        """
+        if self.inverse_window is not None and self.inverse_window < 1:
+            raise ValueError(f"inverse_window must be at least 1, not {self.inverse_window}.")
+        if self.inverse_tolerance is not None and not self.inverse_tolerance >= 0:
+            raise ValueError(f"inverse_tolerance must not be negative: {self.inverse_tolerance}.")
+        if is_differentiable and self.capture_step:
+            raise ValueError(
+                "capture_step=True has no gradients: use torch.no_grad(), or capture_step=False."
+            )
+
+        temperatures = [1.0] * len(flows)
+        if self.flow_temperatures is not None:
+            temperatures = list(self.flow_temperatures)
+
+        if len(temperatures) != len(flows):
+            raise ValueError(
+                f"flow_temperatures has {len(temperatures)} entries for {len(flows)} flows: {temperatures}."
+            )
+        if not all(0 < temperature < math.inf for temperature in temperatures):
+            raise ValueError(f"flow_temperatures must be positive and finite, not {temperatures}.")
+
+        methods = choose_inverse_methods(self.inverse_method, flows, u, is_differentiable)
+        options = [
+            self._replace(
+                inverse_method=method,
+                flow_temperatures=(temperature,),
+                on_position=None,
+                logits_processor=self.logits_processor
+                if flow.head.takes_logits_processor
+                else None,
+            )
+            for flow, method, temperature in zip(flows, methods, temperatures, strict=True)
+        ]
+        options[0] = options[0]._replace(on_position=self.on_position)
+
+        return options
+
+
 @dataclass
 class InverseReport:
-    """What the inversion of one flow did.
+    """The course of the inversion of one flow.
 
     `residual` is the largest |G(h) - h| / (1 + |h|) over the final states, G(h) being their
     recomputation from the final states before them: how far the result is from being its own next
-    iterate. 0 for a sequential inverse, which is that by construction.
+    iterate. It is 0 for a sequential inverse by construction.
     """
 
     method: str  # "sequential" or "parallel"
@@ -75,12 +140,11 @@ def choose_inverse_methods(
     u: Tensor,
     is_differentiable: bool = False,
 ) -> list[str]:
-    """The method of each flow, "sequential" or "parallel", from one for all of them or a list with
-    one for each.
+    """The method of each flow, "sequential" or "parallel".
 
-    "auto" is a rule made from rough timings on one core of a CPU, of stacks of width 128 trained on
-    characters for 600 steps of 256. How many times faster the parallel form was than the sequential
-    one at 256 positions (in brackets the iterations it took):
+    "auto" is a rule made from rough timings on one core of a CPU, with stacks of width 128 trained
+    on characters for 600 steps of 256. The speed of the parallel form divided by that of the
+    sequential one at 256 positions, and in brackets the iterations it took:
 
     | flow | batch 1 | 8 | 16 | 32 |
     |---|---|---|---|---|
@@ -89,26 +153,26 @@ def choose_inverse_methods(
     | Mix-1, one layer, on top of that | 14 (8) | 4 (17) | 2.3 (34) | 1.4 (58) |
     | Mix-1, one layer, next to the noise there | 1.9 (56) | 0.8 (100) | 0.6 (128) | 0.5 (171) |
 
-    and 0.3 for a Mix-d flow of four layers that reads the posterior over tokens, at batch 1 (226):
-    its states hang on those before almost as discrete tokens do. An affine flow of one layer gained
-    7 at 1,024 positions (5). So "auto" takes the parallel form
+    A Mix-d flow of four layers that reads the posterior over tokens came to 0.3 at batch 1 (226):
+    its states depend on those before almost as discrete tokens do. An affine flow of one layer
+    gained 7 at 1,024 positions (5). So "auto" takes the parallel form
 
-    - for a flow of an affine or mixture-CDF coupling and at most four layers that reads the latents
+    - for a flow of a smooth coupling (affine, Mix-1) and at most four layers that reads the latents
       themselves,
     - on a CPU up to a batch of 16 (a GPU has not been measured; there the batch does not count),
-    - where no gradients are asked for, which only the sequential form has,
+    - if no gradients are asked for, which only the sequential form has,
 
     and the sequential form otherwise.
 
     Args:
-        methods: "auto", "sequential" or "parallel", or a list of these.
+        methods: "auto", "sequential" or "parallel", or a list with one of these for each flow.
         flows: The `FlowLayer`s, from the data side.
-        u: What is to be inverted (B, N, D).
-        is_differentiable: Whether gradients are asked for.
+        u: The noise to invert, (B, N, D).
+        is_differentiable: True if gradients are asked for.
 
     Raises:
-        ValueError: An unknown method, a list of another length than the flows, or gradients of the
-            parallel form.
+        ValueError: If a method is unknown, if a list has another length than the flows, or if
+            gradients of the parallel form are asked for.
     """
     methods = [methods] * len(flows) if isinstance(methods, str) else list(methods)
     if len(methods) != len(flows):
@@ -135,11 +199,259 @@ def choose_inverse_methods(
     ]
 
 
-class LayerWithRoom(DynamicLayer):
-    """The keys and values of a decoder layer, in buffers with room for all slots: a step copies its
-    own, not the past.
+# --------------------------------------------------------------------------------------------------
+# The three ways
+# --------------------------------------------------------------------------------------------------
 
-    The library's layer, which makes both anew at every step, copies N^2 / 2 slots in N steps.
+
+def invert(
+    flow: nn.Module,
+    u: Tensor,
+    codebook: Gaussians,
+    observed: Observed | None,
+    known: Known | None,
+    options: InverseOptions,
+) -> tuple[Tensor, InverseReport]:
+    """The states (B, N, D) that the flow maps to u (B, N, D), in the flow's own order.
+
+    Args:
+        flow: The `FlowLayer`.
+        u: Its output.
+        codebook: The encoder's.
+        observed: What the decoder of a conditional model is told beforehand.
+        known: States that are held fixed.
+        options: Those of this flow, with one method. `on_position` is called with each new state
+            (B, 1, D), in order, but not with those at the beginning that are known to all
+            sequences.
+    """
+    arguments = flow, u, codebook, observed, known, options
+    if options.inverse_method == "parallel":
+        return invert_in_parallel(*arguments)
+    if options.capture_step:
+        return invert_by_captured_step(*arguments)
+
+    return invert_sequentially(*arguments)
+
+
+def invert_sequentially(
+    flow: nn.Module,
+    u: Tensor,
+    codebook: Gaussians,
+    observed: Observed | None,
+    known: Known | None,
+    options: InverseOptions,
+) -> tuple[Tensor, InverseReport]:
+    """`invert`, one position after another: each costs the decoder one slot. Differentiable."""
+    num_positions = u.shape[1]
+    first = _num_known(known)
+
+    # Not a static cache, which attends over all N slots at every step.
+    cache = _make_cache(flow.decoder.config, num_positions)
+
+    # States are a list: gradients pass through it.
+    states = [] if first == 0 else [known.states[:, :first]]
+    num_final = [] if first == 0 else [first]
+
+    # The first step reads all that is known at the beginning, and the start vector before it.
+    beginning = u if known is None else known.states
+    inputs = flow.inputs(beginning, codebook, observed, 0, min(first + 1, num_positions))
+    start = 0
+
+    for n in range(first, num_positions):
+        if n > first:  # of the states before, slot n reads the last alone
+            inputs = flow.inputs(states[-1].expand(-1, n, -1), codebook, observed, n, n + 1)
+            start = n
+
+        context = flow.context(inputs, observed, start, cache)
+        state = flow.invert_position(u[:, n : n + 1], context[:, -1:], codebook, options)
+        if known is not None:
+            is_known = known.mask[:, n : n + 1, None]
+            state = torch.where(is_known, known.states[:, n : n + 1], state)
+
+        states.append(state)
+        num_final.append(1)
+        if options.on_position is not None:
+            options.on_position(state)
+
+    report = InverseReport("sequential", num_positions - first, 0.0, num_final)
+    return torch.cat(states, 1), report
+
+
+def invert_by_captured_step(
+    flow: nn.Module,
+    u: Tensor,
+    codebook: Gaussians,
+    observed: Observed | None,
+    known: Known | None,
+    options: InverseOptions,
+) -> tuple[Tensor, InverseReport]:
+    """`invert_sequentially` by a step of fixed shapes on fixed buffers, captured and replayed.
+
+    The step counts its own position on the device, so that one CUDA graph serves them all. On a CPU
+    it runs as it is. It has no gradients, and takes no observed tokens, whose slots differ from row
+    to row.
+
+    Raises:
+        ValueError: If something is observed.
+    """
+    if observed is not None:
+        raise ValueError(
+            "capture_step=True cannot go on from observed tokens: use capture_step=False."
+        )
+
+    num_positions = u.shape[1]
+    first = _num_known(known)
+    h = torch.zeros_like(u) if known is None else known.states.clone()
+    if first == num_positions:
+        return h, InverseReport("sequential", 0, 0.0, [first])
+
+    cache = StaticCache(config=flow.decoder.config, max_cache_len=num_positions)
+    slot = torch.full((1,), first, device=u.device)
+
+    def step(inputs: Tensor | None = None) -> None:
+        if inputs is None:
+            inputs = flow.inputs(h.index_select(1, slot - 1), codebook, None, 1, 2)
+
+        context = flow.context(inputs, None, 0, cache)
+        noise = u.index_select(1, slot)
+        state = flow.invert_position(noise, context[:, -1:], codebook, options)
+        if known is not None:
+            is_known = known.mask.index_select(1, slot).unsqueeze(-1)
+            state = torch.where(is_known, h.index_select(1, slot), state)
+
+        h.index_copy_(1, slot, state.to(h.dtype))
+        slot.add_(1)
+
+    graph = None
+    for n in range(first, num_positions):
+        if n == first:
+            step(flow.inputs(h, codebook, None, 0, n + 1))
+        elif u.device.type != "cuda" or n == first + 1:
+            step()  # on a GPU the first plain step is the graph's warm-up
+        else:
+            if graph is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):  # records the step without taking it
+                    step()
+
+            graph.replay()
+
+        if options.on_position is not None:
+            options.on_position(h[:, n : n + 1].clone())
+
+    num_final = [first] * (first > 0) + [1] * (num_positions - first)
+    return h, InverseReport("sequential", num_positions - first, 0.0, num_final)
+
+
+def invert_in_parallel(
+    flow: nn.Module,
+    u: Tensor,
+    codebook: Gaussians,
+    observed: Observed | None,
+    known: Known | None,
+    options: InverseOptions,
+) -> tuple[Tensor, InverseReport]:
+    """`invert`, many positions at once, iterated until they no longer change.
+
+    One iteration recomputes the positions of a window, whose states h are guesses, from the states
+    before them. From the left, positions become final
+
+    - as long as recomputing them changes no sequence's state by more than the tolerance. The guess
+      that was read stays the state: what was measured is what is returned, and its keys and values
+      in the cache are right;
+    - and one more, which was computed from final states only: the very step of the sequential
+      inverse.
+
+    So every iteration makes at least one position final, N always suffice, and no number of
+    iterations is taken for convergence. Each state returned is what a sequential step makes of
+    those before it, up to the tolerance. By default that is the rounding level: the error is of the
+    kind and size that rounding commits in the sequential inverse. It is measured in the space of
+    the states, where the result is compared and decoded. It costs nothing there, because G(h) - h
+    is the step of the iteration itself.
+
+    Final positions stay in the cache and are not computed again: the window moves on behind them.
+    """
+    num_positions = u.shape[1]
+    window = _window(u, options)
+    tolerance = _tolerance(flow, u, options)
+    num_known = _num_known(known)
+
+    h = _as_guess(u)
+    if known is not None:
+        h = torch.where(known.mask.unsqueeze(-1), known.states, h)
+
+    # Without its configuration the cache keeps every slot, also of a decoder with a sliding window:
+    # it can be cropped.
+    cache = DynamicCache()
+    first, num_final, residuals = 0, [], [u.new_zeros(())]
+
+    while first < num_positions:
+        last = min(max(first, num_known) + window, num_positions)
+        inputs = flow.inputs(h, codebook, observed, first, last)
+        context = flow.context(inputs, observed, first, cache)
+        new = flow.invert_position(u[:, first:last], context, codebook, options)
+        if known is not None:
+            is_known = known.mask[:, first:last, None]
+            new = torch.where(is_known, known.states[:, first:last], new)
+
+        old = h[:, first:last]
+        change = ((new - old).abs() / (1 + old.abs())).amax((0, 2))  # (n,)
+        num_unchanged = int((change <= tolerance).int().cumprod(0).sum())  # waits for the device
+        exact = first + num_unchanged
+        end = min(exact + 1, last)
+        if exact > first:
+            residuals.append(change[:num_unchanged].max())
+
+        h[:, exact:end] = new[:, num_unchanged : end - first]
+        h[:, end:last] = _as_guess(new[:, end - first :])
+        if end < last:
+            cache.crop(end - last)
+
+        num_final.append(end - first)
+        if options.on_position is not None:
+            for n in range(max(first, num_known), end):
+                options.on_position(h[:, n : n + 1])
+
+        first = end
+
+    residual = torch.stack(residuals).max().item()
+    return h, InverseReport("parallel", len(num_final), residual, num_final)
+
+
+def _window(u: Tensor, options: InverseOptions) -> int:
+    if options.inverse_window is not None:
+        return options.inverse_window
+
+    return max(16, 1024 // len(u)) if u.device.type == "cpu" else u.shape[1]
+
+
+def _tolerance(flow: nn.Module, u: Tensor, options: InverseOptions) -> float:
+    if options.inverse_tolerance is not None:
+        return options.inverse_tolerance
+
+    eps, decoder_eps = torch.finfo(u.dtype).eps, torch.finfo(flow.decoder.dtype).eps
+    return decoder_eps / 4 if decoder_eps > eps else 32 * eps
+
+
+def _as_guess(h: Tensor) -> Tensor:
+    return h.nan_to_num(0.0).clamp(-MAX_GUESS, MAX_GUESS)
+
+
+def _num_known(known: Known | None) -> int:
+    """The number of positions from the first that are known to all sequences."""
+    return 0 if known is None else int(known.mask.all(0).int().cumprod(0).sum())
+
+
+# --------------------------------------------------------------------------------------------------
+# The cache of the sequential form
+# --------------------------------------------------------------------------------------------------
+
+
+class LayerWithRoom(DynamicLayer):
+    """The keys and values of a decoder layer, in buffers with room for all slots.
+
+    A step copies its own slot only. The library's layer makes both tensors anew at every step, and
+    copies N^2 / 2 slots in N steps.
     """
 
     def __init__(self, num_slots: int):
@@ -173,255 +485,3 @@ def _make_cache(config: PreTrainedConfig, num_slots: int) -> DynamicCache:
         ]
 
     return cache
-
-
-def invert_sequentially(
-    flow: nn.Module,
-    u: Tensor,
-    codebook: Gaussians,
-    observed: tuple[Tensor, ...] | None = None,
-    known: Tensor | None = None,
-    known_mask: Tensor | None = None,
-    on_position: Callable[[Tensor], None] | None = None,
-    logits_processor: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, InverseReport]:
-    """One position after another: each costs the decoder one slot. Differentiable.
-
-    Args:
-        flow: The `FlowLayer`.
-        u: Its output (B, N, D).
-        codebook: The encoder's, as tensors.
-        observed: Of a conditional model, what its decoder knows beforehand.
-        known, known_mask: States (B, N, D) that are given where the mask (B, N) is true, and stay
-            as they are.
-        on_position: Called with each new state (B, 1, D), as it is found; not with those known to
-            all sequences at the beginning, which are read at once.
-        logits_processor: Steers the inverse of a mixture Rosenblatt coupling.
-
-    Returns:
-        The states (B, N, D) and the report.
-    """
-    first = _num_known(known_mask)
-    # Not a static cache, which attends over all N slots at every step. States are a list: gradients
-    # pass through it.
-    cache = _make_cache(flow.decoder.config, u.shape[1])
-    states = [] if first == 0 else [known[:, :first]]
-    num_final = [] if first == 0 else [first]
-    inputs, start = (
-        flow._inputs(
-            u if known is None else known, codebook, 0, min(first + 1, u.shape[1]), observed
-        ),
-        0,
-    )
-
-    for n in range(first, u.shape[1]):
-        if n > first:  # of the states before, slot n reads the last alone
-            inputs, start = (
-                flow._inputs(states[-1].expand(-1, n, -1), codebook, n, n + 1, observed),
-                n,
-            )
-
-        context = flow._context(inputs, observed, start, cache)
-        state = flow._inverse(u[:, n : n + 1], context[:, -1:], codebook, logits_processor)
-        if known_mask is not None:
-            state = torch.where(known_mask[:, n : n + 1, None], known[:, n : n + 1], state)
-
-        states.append(state)
-        num_final.append(1)
-        if on_position is not None:
-            on_position(state)
-
-    return torch.cat(states, 1), InverseReport("sequential", u.shape[1] - first, 0.0, num_final)
-
-
-def invert_by_captured_step(
-    flow: nn.Module,
-    u: Tensor,
-    codebook: Gaussians,
-    observed: tuple[Tensor, ...] | None = None,
-    known: Tensor | None = None,
-    known_mask: Tensor | None = None,
-    on_position: Callable[[Tensor], None] | None = None,
-    logits_processor: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, InverseReport]:
-    """`invert_sequentially` by a step of fixed shapes on fixed buffers, which on a GPU is captured
-    and replayed.
-
-    The step counts its own position on the device, so that one CUDA graph serves them all. On a CPU
-    it runs as it is. Without gradients, and not for what is observed in a conditional model, whose
-    slots differ from row to row.
-
-    Raises:
-        ValueError: Something is observed.
-    """
-    if observed is not None:
-        raise ValueError(
-            "capture_step=True cannot go on from observed tokens: use capture_step=False."
-        )
-
-    first = _num_known(known_mask)
-    num_positions = u.shape[1]
-    h = torch.zeros_like(u) if known is None else known.clone()
-    if first == num_positions:
-        return h, InverseReport("sequential", 0, 0.0, [first])
-
-    cache = StaticCache(config=flow.decoder.config, max_cache_len=num_positions)
-    slot = torch.full((1,), first, device=u.device)
-
-    def step(inputs: Tensor | None = None) -> None:
-        if inputs is None:
-            inputs = flow._inputs(h.index_select(1, slot - 1), codebook, 1, 2)
-
-        context = flow._context(inputs, cache=cache)
-        state = flow._inverse(u.index_select(1, slot), context[:, -1:], codebook, logits_processor)
-
-        if known_mask is not None:
-            state = torch.where(
-                known_mask.index_select(1, slot).unsqueeze(-1), h.index_select(1, slot), state
-            )
-
-        h.index_copy_(1, slot, state.to(h.dtype))
-        slot.add_(1)
-
-    graph = None
-    for n in range(first, num_positions):
-        if n == first:
-            step(flow._inputs(h, codebook, 0, n + 1))
-        elif (
-            u.device.type != "cuda" or n == first + 1
-        ):  # on a GPU the first plain step is the graph's warm-up
-            step()
-        else:
-            if graph is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):  # records the step without taking it
-                    step()
-            graph.replay()
-
-        if on_position is not None:
-            on_position(h[:, n : n + 1].clone())
-
-    num_final = [1] * (num_positions - first)
-    return h, InverseReport(
-        "sequential", num_positions - first, 0.0, [first] * (first > 0) + num_final
-    )
-
-
-def invert_in_parallel(
-    flow: nn.Module,
-    u: Tensor,
-    codebook: Gaussians,
-    observed: tuple[Tensor, ...] | None = None,
-    known: Tensor | None = None,
-    known_mask: Tensor | None = None,
-    on_position: Callable[[Tensor], None] | None = None,
-    logits_processor: Callable[[Tensor], Tensor] | None = None,
-    window: int | None = None,
-    tolerance: float | None = None,
-) -> tuple[Tensor, InverseReport]:
-    """Many positions at once, iterated until they no longer change: the sequential inverse, to the
-    tolerance.
-
-    One iteration recomputes the positions of a window, whose states h are guesses, from the states
-    before them. From the left, positions become final
-
-    - as long as recomputing them changes no sequence's state by more than the tolerance. The guess
-      that was read stays the state, so that what was measured is what is returned, and its keys and
-      values in the cache are right;
-    - and one more, which was computed from final states alone: the very step of the sequential
-      inverse.
-
-    So every iteration makes at least one position final, N always suffice, and no number of
-    iterations is taken for convergence. Each state returned is what a sequential step makes of
-    those before it, up to the tolerance, at the rounding level by default: the error is of the
-    kind, and by default of the size, that rounding commits in the sequential inverse. It is
-    measured in z, the space of the states, where the result is compared and decoded, and where it
-    costs nothing, because G(h) - h is the step of the iteration itself.
-
-    Final positions stay in the cache and are not computed again: the window moves on behind them.
-
-    Args:
-        flow, u, codebook, observed, known, known_mask: As in `invert_sequentially`.
-        on_position: Called with the state (B, 1, D) of each final position that is not among those
-            known to all sequences at the beginning, in order.
-        logits_processor: As in `invert_sequentially`.
-        window: Positions computed at once; by default all, but on a CPU at least 16 and about 1,024
-            over the batch.
-        tolerance: Of |G(h) - h| / (1 + |h|). By default 32 times the relative spacing of the
-            states' dtype or, if the decoder runs in a coarser one, a quarter of that one's.
-
-    Returns:
-        The states (B, N, D) and the report.
-
-    Raises:
-        ValueError: The window is not at least 1, or the tolerance is negative.
-    """
-    num_positions = u.shape[1]
-    if window is None:
-        window = max(16, 1024 // len(u)) if u.device.type == "cpu" else num_positions
-
-    if window < 1:
-        raise ValueError(f"inverse_window must be at least 1, not {window}.")
-
-    if tolerance is None:
-        tolerance = 32 * torch.finfo(u.dtype).eps
-        if torch.finfo(flow.decoder.dtype).eps > torch.finfo(u.dtype).eps:
-            tolerance = torch.finfo(flow.decoder.dtype).eps / 4
-
-    if not tolerance >= 0:
-        raise ValueError(f"inverse_tolerance must not be negative: {tolerance}.")
-
-    num_known = _num_known(known_mask)
-    h = (
-        _as_guess(u)
-        if known is None
-        else torch.where(known_mask.unsqueeze(-1), known, _as_guess(u))
-    )
-
-    # Without its configuration the cache keeps every slot, also of a decoder with a sliding window:
-    # it can be cropped.
-    cache = DynamicCache()
-
-    first, num_final, residuals = 0, [], [u.new_zeros(())]
-    while first < num_positions:
-        last = min(max(first, num_known) + window, num_positions)
-        inputs = flow._inputs(h, codebook, first, last, observed)
-        context = flow._context(inputs, observed, first, cache)
-        new = flow._inverse(u[:, first:last], context, codebook, logits_processor)
-        if known_mask is not None:
-            new = torch.where(known_mask[:, first:last, None], known[:, first:last], new)
-
-        old = h[:, first:last]
-        change = ((new - old).abs() / (1 + old.abs())).amax((0, 2))  # (n,)
-        num_unchanged = int(
-            (change <= tolerance).int().cumprod(0).sum()
-        )  # the one look at the device
-        exact = first + num_unchanged
-        end = min(exact + 1, last)
-        if exact > first:
-            residuals.append(change[:num_unchanged].max())
-
-        h[:, exact:end] = new[:, num_unchanged : end - first]
-        h[:, end:last] = _as_guess(new[:, end - first :])
-        if end < last:
-            cache.crop(end - last)
-
-        num_final.append(end - first)
-        if on_position is not None:
-            for n in range(max(first, num_known), end):
-                on_position(h[:, n : n + 1])
-
-        first = end
-
-    return h, InverseReport(
-        "parallel", len(num_final), torch.stack(residuals).max().item(), num_final
-    )
-
-
-def _as_guess(h: Tensor) -> Tensor:
-    return h.nan_to_num(0.0).clamp(-MAX_GUESS, MAX_GUESS)
-
-
-def _num_known(known_mask: Tensor | None) -> int:
-    """How many positions from the first are known to all sequences."""
-    return 0 if known_mask is None else int(known_mask.all(0).int().cumprod(0).sum())
