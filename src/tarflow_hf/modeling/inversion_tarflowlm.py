@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .codebook import Gaussians
 from .coupling_head import LogitsProcessor
-from .slots_tarflowlm import Known, Observed
+from .slots_tarflowlm import Channels, Known, Observed, to_tokens
 
 INVERSE_METHODS = ("auto", "sequential", "parallel")
 
@@ -117,6 +117,16 @@ class InverseOptions(NamedTuple):
         options[0] = options[0]._replace(on_position=self.on_position)
 
         return options
+
+    def for_slots(self, channels: Channels) -> "InverseOptions":
+        """The options for a flow's own order: `on_position` is called with its states (B, 1, D)."""
+        if self.on_position is None:
+            return self
+
+        def on_slot(h: Tensor) -> None:
+            self.on_position(to_tokens(channels.unshuffle(h), channels.patch_size))
+
+        return self._replace(on_position=on_slot)
 
 
 @dataclass

@@ -147,12 +147,7 @@ class FlowLayer(FlowDecoder):
         if known is not None:
             u = u.masked_fill(known.mask.unsqueeze(-1), 0)  # it may be anything there
 
-        if options.on_position is not None:
-            on_position, channels = options.on_position, self.channels
-            options = options._replace(
-                on_position=lambda h: on_position(to_tokens(channels.unshuffle(h), self.patch_size))
-            )
-
+        options = options.for_slots(self.channels)
         h, report = invert(self, u, codebook, observed, known, options)
         return layout.keep_variables(order.rearrange(h)), report
 
