@@ -45,28 +45,29 @@ class TarFlowLMConfig(PreTrainedConfig):
               first flow, and impossible in the others, whose input does not live in the codebook's
               space;
             - `patch_head_layers` ("mixture_rosenblatt", default 0): depth of a second decoder, over
-              the tokens of each patch, by which a token's mixture weights see the latents before it
-              in its patch, too; without it the tokens of a patch are independent given the patches
+              the tokens of each patch. A token's mixture weights then see the latents before it in
+              its patch, too; without it the tokens of a patch are independent given the patches
               before. Half of `num_hidden_layers` is a good depth.
+
+            A coupling of one's own brings its own options, see `CouplingHead`.
         block_config (`PreTrainedConfig` or `dict` with a `model_type`, *optional*): Full
             configuration of the flows' decoder, of any causal architecture of the library. Its
             depth is set per flow, its vocabulary is not used.
-        conditional (`bool`, defaults to False): Whether the model may be told some of the tokens
-            (`observed_mask`), which then enter every flow as context: prompts and infilling are
+        conditional (`bool`, defaults to False): True if the model may be told some of the tokens
+            (`observed_mask`), which then enter every flow as context. Prompts and infilling are
             exact once it has been trained so.
         posterior_top_k (`int`, *optional*): Number of tokens that the "posterior" context averages
             over (the most likely ones, renormalised). Default: all of them up to a vocabulary of
             256, 8 beyond.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
-        initial_log_scale (`float`, defaults to -1): Initial log standard deviation of the codebook,
-        whose means are
-            drawn from N(0, I).
+        initial_log_scale (`float`, defaults to -1): Initial log standard deviation of the codebook.
+            Its means are drawn from N(0, I).
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): Special tokens, for
             `generate`.
 
     Raises:
-        ValueError: A field contradicts itself or another; the message names it, its value and what
-            is allowed.
+        ValueError: If a field contradicts itself or another one; the message names it, its value
+            and what is allowed.
 
     Example:
         >>> config = TarFlowLMConfig(vocab_size=27, latent_size=5, hidden_size=64, num_attention_heads=4, flows=[
