@@ -15,7 +15,7 @@ from helpers.training import TEXT, run
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import PackedTokens, character_tokenizer
 from tarflow_hf.evaluation import likelihood
-from tarflow_hf.flops import count_flops
+from tarflow_hf.evaluation.flops import count_flops
 from tarflow_hf.hub import model_card
 from tarflow_hf.modeling.coupling_heads import COUPLING_HEADS
 
