@@ -34,6 +34,7 @@ from tarflow_hf.evaluation import (
     sample_to_file,
 )
 from tarflow_hf.report import (
+    SEED,
     codebook_section,
     draw_passes,
     evolution_section,
@@ -80,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
         "--show_passes", type=int, default=2, help="samples whose way from noise to text it shows"
     )
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
     return parser.parse_args()

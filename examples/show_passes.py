@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tarflow_hf.report import draw_passes, passes_page, passes_text
+from tarflow_hf.report import SEED, draw_passes, few_changes, passes_page, passes_text
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
         "--temperature", type=float, default=1.0, help="standard deviation of the noise"
     )
     parser.add_argument("--html", type=Path, help="write a page here, too")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
     return parser.parse_args()
@@ -54,6 +54,9 @@ def main():
     )
 
     print(passes_text(passes, tokenizer, color=sys.stdout.isatty()))
+    if note := few_changes(passes):
+        print(f"\n{note}")
+
     if arguments.html is not None:
         arguments.html.write_text(
             passes_page(passes, tokenizer, f"From noise to text: {arguments.checkpoint}")

@@ -14,7 +14,14 @@ from helpers import ROOT
 from helpers.models import STACKS, make
 from helpers.pages import HOSTILE, Page, hostile_tokenizer
 from tarflow_hf.data import character_tokenizer
-from tarflow_hf.report import find_passes, passes_page, passes_section, passes_text
+from tarflow_hf.report import (
+    Pass,
+    few_changes,
+    find_passes,
+    passes_page,
+    passes_section,
+    passes_text,
+)
 from tarflow_hf.training import save_model
 
 EXAMPLES = ROOT / "examples"
@@ -112,6 +119,26 @@ def test_hostile_text_stays_text():
         "\x1b[7m",
         "\x1b[27",
     }
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ([0, 0, 90], "changed no token of this text: they move"),
+        ([3, 2, 90], "changed only 3 of 100 tokens of this text: elsewhere they move"),
+        ([3, 2, 3], None),  # the first flow changes no more
+        ([6, 0, 90], None),  # many
+        ([90], None),  # there is no other flow
+    ],
+)
+def test_few_changes_are_explained(tokenizer, changed, sentence):
+    """`changed`: the number of tokens that each pass changes, from the beginning on."""
+    is_changed = [torch.arange(100) < number for number in [0, *changed]]
+    ids, nowhere = torch.zeros(100, dtype=torch.long), torch.zeros(100, dtype=torch.bool)
+    passes = [Pass("a pass", ids, mask, nowhere, is_first=not mask.any()) for mask in is_changed]
+    notes = re.findall('<p class="note">(.*?)</p>', passes_page(passes, tokenizer))
+    assert notes == ([few_changes(passes)] if sentence else [])
+    assert all(sentence in note for note in notes)
 
 
 def test_in_a_terminal(model, tokenizer):

@@ -4,8 +4,10 @@ tokens, the answers of the demo page, pictures.
 
 from .page import Section, report_page
 from .passes import (
+    SEED,
     Pass,
     draw_passes,
+    few_changes,
     find_passes,
     passes_page,
     passes_section,
@@ -25,12 +27,14 @@ from .sections import (
 from .tables import Table
 
 __all__ = [
+    "SEED",
     "Pass",
     "Section",
     "Table",
     "codebook_section",
     "draw_passes",
     "evolution_section",
+    "few_changes",
     "find_passes",
     "flops_section",
     "likelihood_section",

@@ -7,6 +7,7 @@ understands; `message` shows it.
 """
 
 import re
+from typing import Any
 
 import torch
 from markupsafe import Markup
@@ -16,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from .bits import likelihood_of_text
 from .page import STYLE_SHEET, render
-from .passes import Pass, find_passes, passes_section
+from .passes import SEED, Pass, find_passes, passes_section
 
-__all__ = ["STYLE_SHEET", "edit", "message", "score", "write"]
+__all__ = ["SEED", "STYLE_SHEET", "edit", "message", "score", "write"]
 
 GAP = re.compile(r"\[([.…]+)\]")
 
@@ -30,47 +31,50 @@ def write(
     prompt: str,
     max_new_tokens: int,
     temperature: float = 1.0,
-    seed: int = 0,
-    **options,
+    seed: int = SEED,
+    **options: Any,
 ) -> str:
-    """A text that begins with the prompt, how it came from noise, and the bits of its tokens.
+    """A text that begins with the prompt, its way from noise, and the bits of its tokens.
 
-    In the prompt `[...]` is a gap of as many tokens as dots. Where it has one the gaps are filled,
-    and nothing follows. The options are those of `generate`.
+    Args:
+        prompt: The beginning. In it `[...]` is a gap of as many tokens as dots. If there are gaps
+            they are filled, and nothing follows.
+        max_new_tokens: At most so many tokens follow a prompt without gaps.
+        options: Other options of `generate`.
+
+    Raises:
+        ValueError: If the model does not take the prompt.
     """
-    ids, missing = [], []
-    for n, piece in enumerate(GAP.split(prompt)):  # every other one is the inside of a gap
-        piece_ids = [0] * len(piece.replace("…", "...")) if n % 2 else _read(tokenizer, piece)[0]
-        ids, missing = ids + piece_ids, missing + [n % 2 == 1] * len(piece_ids)
-
-    given, is_missing = torch.tensor(ids, dtype=torch.long), torch.tensor(missing, dtype=torch.bool)
+    given, is_missing = _read_gaps(tokenizer, prompt)
+    num_tokens = len(given)
     room = model.config.max_position_embeddings
 
-    if any(missing):
-        _check_length(model, len(ids), room)
+    if is_missing.any():
+        _check_length(model, num_tokens, room)
         options["infill_mask"] = is_missing.unsqueeze(0)
     else:
-        _check_length(model, len(ids), room - model.config.patch_size)
-        options["max_new_tokens"] = min(max_new_tokens, room - len(ids))
+        _check_length(model, num_tokens, room - model.config.patch_size)
+        options["max_new_tokens"] = min(max_new_tokens, room - num_tokens)
 
     out = model.generate(
-        given.unsqueeze(0) if ids else None,
+        given.unsqueeze(0) if num_tokens else None,
         temperature=temperature,
         generator=torch.Generator().manual_seed(seed),
         output_states=True,
-        eos_token_id=-1,  # what follows the end of a document is shown, too
+        eos_token_id=-1,  # the text goes on after the end of a document
         **options,
     )
-    is_given = not all(missing)
+    is_given = not bool(is_missing.all())
     runs_back = any(flow["direction"] == "right_to_left" for flow in model.config.flows)
-    is_held = not model.config.conditional and (runs_back or missing != sorted(missing))
+    has_text_after = bool((is_missing[:-1] & ~is_missing[1:]).any())
+    is_approximate = is_given and not model.config.conditional and (runs_back or has_text_after)
     passes = find_passes(model, out.states, given_ids=given, given_mask=~is_missing)
 
     answer = render(
         "demo/write.html.j2",
         text=tokenizer.decode(out.sequences[0]),
         is_given=is_given,
-        is_approximate=is_given and is_held,
+        is_approximate=is_approximate,
         passes=passes_section(passes, tokenizer),
         likelihood=_likelihood(model, tokenizer, out.sequences),
     )
@@ -79,7 +83,11 @@ def write(
 
 @torch.no_grad()
 def score(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The bits of a text, and of each of its tokens."""
+    """The bits of a text, and of each of its tokens.
+
+    Raises:
+        ValueError: If the model does not take the text.
+    """
     return str(_likelihood(model, tokenizer, _read_whole(model, tokenizer, text)[0]))
 
 
@@ -91,12 +99,17 @@ def edit(
     part: str,
     start: int = 0,
     num_flows: int | None = None,
-    seed: int = 0,
+    seed: int = SEED,
 ) -> str:
-    """A text, and what it becomes when the noise of a part of it is drawn anew.
+    """A text before and after the noise of a part of it is drawn again.
 
-    The part is the one that begins at character `start`, if it stands there, or else the first like
-    it. With `num_flows` the state behind the first flows is drawn anew, in place of the noise.
+    Args:
+        part: The part to redraw: the one that begins at character `start`, if it stands there, or
+            the first in the text.
+        num_flows: Redraws the state after these flows in place of the noise.
+
+    Raises:
+        ValueError: If the model does not take the text, or the text has no such part.
     """
     ids, offsets = _read_whole(model, tokenizer, text)
     first = start if text.startswith(part, start) else text.find(part)
@@ -110,9 +123,11 @@ def edit(
     state = model.flow(model.encode(ids, generator), num_flows=num_flows).noise
     state[:, is_redrawn] = torch.randn(state.shape, generator=generator)[:, is_redrawn].to(state)
     edited = model.generate(noise=state, num_flows=num_flows, eos_token_id=-1)
-    before, after, nowhere = ids[0].cpu(), edited[0].cpu(), torch.zeros_like(is_redrawn)
+
+    before, after = ids[0].cpu(), edited[0].cpu()
+    nowhere = torch.zeros_like(is_redrawn)
     passes = [
-        Pass("Before", before, nowhere, nowhere),
+        Pass("Before", before, nowhere, nowhere, is_first=True),
         Pass("After", after, before != after, nowhere),
     ]
 
@@ -127,7 +142,7 @@ def edit(
 
 
 def message(error: Exception) -> str:
-    """An error as a part of the page, for what is wrong with a visitor's input."""
+    """An error in a visitor's input as a part of the page."""
     return str(render("demo/message.html.j2", message=str(error)))
 
 
@@ -137,10 +152,22 @@ def _likelihood(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase, ids: 
     )
 
 
+def _read_gaps(tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[Tensor, Tensor]:
+    """The ids (n,) of a prompt, 0 in its gaps, and a mask (n,) that is True there."""
+    ids: list[int] = []
+    is_missing: list[bool] = []
+
+    for n, piece in enumerate(GAP.split(prompt)):
+        is_gap = n % 2 == 1  # every other piece is the inside of a gap
+        piece_ids = [0] * len(piece.replace("…", "...")) if is_gap else _read(tokenizer, piece)[0]
+        ids += piece_ids
+        is_missing += [is_gap] * len(piece_ids)
+
+    return torch.tensor(ids, dtype=torch.long), torch.tensor(is_missing, dtype=torch.bool)
+
+
 def _read(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """The ids of a text, and the first and last (exclusive) of the characters that each of them
-    stands for.
-    """
+    """The ids of a text, and for each id the span [start, end) of its characters."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded.input_ids, encoded.offset_mapping
 
@@ -162,9 +189,10 @@ def _read(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], lis
 def _read_whole(
     model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase, text: str
 ) -> tuple[Tensor, list[tuple[int, int]]]:
-    """A text that is scored or edited, as ids (1, T), and their offsets."""
+    """The ids (1, T) of a text to score or edit, and the spans of their characters."""
     if not text.strip():
         raise ValueError("There is no text yet.")
+
     ids, offsets = _read(tokenizer, text)
     _check_length(model, len(ids), model.config.max_position_embeddings)
     return torch.tensor([ids], device=model.device), offsets

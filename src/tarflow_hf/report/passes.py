@@ -1,9 +1,13 @@
-"""The multi-pass view (the paper's Figure 6): the text that every flow's state decodes to, from
-noise to final text.
+"""The multi-pass view: the text that every flow's state decodes to, from noise to final text.
 
-states (of `generate(output_states=True)` or `model.flow`)  ->  `find_passes`  ->  `passes_text` or `passes_page`
+    states = model.generate(output_states=True).states  # or those of `model.flow`
+    print(passes_text(find_passes(model, states), tokenizer))  # or `passes_page`, in HTML
 
-`draw_passes` makes the states itself: of a sample, or of a text.
+`draw_passes` makes the states itself, those of a sample or of a text. `few_changes` says so in a
+sentence where the passes hardly differ.
+
+References:
+    "Transformer Autoregressive Flows for Language Modeling", arXiv 2507.00425, Figure 6.
 """
 
 from collections.abc import Sequence
@@ -19,20 +23,37 @@ from transformers import PreTrainedTokenizerBase
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from .page import printable, render
 
+# The seed of pages and scripts that show noise. Decoded noise is letters at random, and with some
+# seeds of the shipped model it spells words that no page should open with.
+SEED = 2
+
+# Up to this share of the tokens is called few.
+FEW = 0.05
+
 
 @dataclass
 class Pass:
-    """What one state of a sequence decodes to: its most likely tokens."""
+    """One state of a sequence as text: its most likely tokens.
+
+    Attributes:
+        name: The heading, such as "Before flow 2".
+        token_ids: Ids (T,).
+        is_changed: True (T,) at tokens that differ from those of the pass before.
+        is_given: True (T,) at tokens of the prompt, which are no state's.
+        is_first: True if there is no pass before.
+    """
 
     name: str
-    token_ids: Tensor  # (T,)
-    is_changed: Tensor  # (T,) where they differ from those of the pass before; nowhere in the first
-    is_given: Tensor  # (T,) where they are no state's, but the prompt's
-    is_first: bool = False  # whether there is no pass before
+    token_ids: Tensor
+    is_changed: Tensor
+    is_given: Tensor
+    is_first: bool = False
 
     def segments(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool, bool]]:
-        """Runs of tokens that are alike in being changed and given: (text, changed, given),
-        printable.
+        """The text in runs of tokens that are equally changed and given.
+
+        Returns:
+            The runs: (text without control characters, is_changed, is_given).
         """
         tokens = zip(
             self.is_changed.tolist(), self.is_given.tolist(), self.token_ids.tolist(), strict=True
@@ -48,12 +69,10 @@ class Pass:
         return segments
 
     def summary(self) -> str:
-        """How much of it changed, if there is a pass before, and how much is given, if anything."""
-        parts = (
-            []
-            if self.is_first
-            else [f"{int(self.is_changed.sum())} of {len(self.token_ids)} tokens changed"]
-        )
+        """The number of tokens that changed, except in the first pass, and of those given, if any."""
+        parts = []
+        if not self.is_first:
+            parts.append(f"{int(self.is_changed.sum())} of {len(self.token_ids)} tokens changed")
         if bool(self.is_given.any()):
             parts.append(f"{int(self.is_given.sum())} given")
 
@@ -71,19 +90,19 @@ def find_passes(
     """The passes of one sequence, from the noise to the text.
 
     Args:
-        model: Whose codebook decodes the states.
+        model: Its codebook decodes the states.
         states: h0 (the latents), ..., hL (the noise), each (B, T, d).
-        row: Which of the B sequences.
-        given_ids: The prompt (n,), n <= T, whose tokens stand for what the states decode to there.
-        given_mask: Of a text with gaps, where in `given_ids` that is so, (n,); by default all of
-            them.
+        row: The index of the sequence.
+        given_ids: The prompt (n,), n <= T. Its tokens are shown in place of the states' own.
+        given_mask: True (n,) at the tokens of `given_ids` that are given, for a text with gaps; by
+            default all are.
 
     Returns:
-        One [`Pass`] for each state, the noise first.
+        One `Pass` for each state, the noise first.
 
     Raises:
-        ValueError: There is no such row, the prompt is longer than the states, or the mask is not
-            of its shape.
+        ValueError: If there is no such row, the prompt is longer than the states, or the mask is
+            not of its shape.
 
     Example:
         >>> from tarflow_hf import TarFlowLMConfig
@@ -143,18 +162,18 @@ def draw_passes(
     tokenizer: PreTrainedTokenizerBase,
     text: str = "",
     prompt: str = "",
-    seed: int = 0,
+    seed: int = SEED,
     **options: Any,
 ) -> list[Pass]:
-    """The passes of a text, from the noise that it goes to; without a text those of a sample.
+    """The passes of a text, beginning with its own noise; without a text those of a sample.
 
     Args:
-        text: Whose latents are drawn by the seed.
-        prompt: What the sample begins with.
-        options: Of `generate`, for a sample.
+        text: The text; the seed draws its latents.
+        prompt: The beginning of the sample.
+        options: Options of `generate`, for a sample.
 
     Raises:
-        ValueError: Both a text and a prompt are given.
+        ValueError: If both a text and a prompt are given.
     """
     if text and prompt:
         raise ValueError(f"text and prompt can't both be given: {text!r}, {prompt!r}.")
@@ -171,10 +190,49 @@ def draw_passes(
     return find_passes(model, states, given_ids=ids[0] if ids is not None and prompt else None)
 
 
+def few_changes(passes: Sequence[Pass]) -> str:
+    """The sentence for passes of which only the last makes the text; empty for others.
+
+    A trained stack may leave nearly all of the work to its first flow. The passes before the last
+    then look alike, as if something were broken.
+
+    Args:
+        passes: From the noise to the text.
+
+    Example:
+        >>> nowhere, everywhere = torch.zeros(40).bool(), torch.ones(40).bool()
+        >>> ids = torch.arange(40)
+        >>> noise = Pass("Noise", ids, nowhere, nowhere, is_first=True)
+        >>> same, text = Pass("Before flow 1", ids, nowhere, nowhere), Pass("Text", ids, everywhere, nowhere)
+        >>> few_changes([noise, same, text]).split(":")[0]
+        'The flows above the first changed no token of this text'
+        >>> few_changes([noise, text])
+        ''
+    """
+    above = passes[1:-1]
+    if not above:
+        return ""
+
+    length = len(passes[-1].token_ids)
+    is_changed = torch.stack([state.is_changed for state in above]).any(0)
+    num_above, num_last = int(is_changed.sum()), int(passes[-1].is_changed.sum())
+    if num_above > FEW * length or num_last <= num_above:
+        return ""
+
+    number, where = "no token", ""
+    if num_above:
+        number, where = f"only {num_above} of {length} tokens", "elsewhere "
+
+    return (
+        f"The flows above the first changed {number} of this text: {where}they move the states too "
+        "little to change the most likely token. The first flow makes the text."
+    )
+
+
 def passes_text(
     passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, color: bool = False
 ) -> str:
-    """For a terminal: what changed in reverse video if `color`, else in brackets."""
+    """The passes for a terminal: changes in reverse video if `color`, otherwise in brackets."""
     before, after = ("\x1b[7m", "\x1b[27m") if color else ("[", "]")
     blocks = []
 
@@ -193,7 +251,13 @@ def passes_section(
     passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, heading: str = "h2"
 ) -> Markup:
     """The passes as a part of an HTML page: a list with one item for each, under a heading."""
-    return render("passes.html.j2", passes=passes, tokenizer=tokenizer, heading=heading)
+    return render(
+        "passes.html.j2",
+        passes=passes,
+        tokenizer=tokenizer,
+        heading=heading,
+        note=few_changes(passes),
+    )
 
 
 def passes_page(
