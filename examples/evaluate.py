@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.data import PackedTokens, held_out_documents
-from tarflow_hf.evaluation import WHAT_IS_SCORED, evaluate_text, evaluation_table, provenance_of
+from tarflow_hf.evaluation import WHAT_IS_SCORED, evaluate_text, provenance_of
+from tarflow_hf.report import evaluation_table
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -31,9 +31,9 @@ from tarflow_hf.evaluation import (
     longest_sequence,
     provenance_of,
     reference_sequences,
-    sample_table,
     sample_to_file,
 )
+from tarflow_hf.report import sample_table
 
 
 def parse_arguments() -> argparse.Namespace:

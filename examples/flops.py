@@ -22,10 +22,8 @@ from tarflow_hf.evaluation import (
     count_by_patch_size,
     count_flops,
     figure_7,
-    flops_table,
-    patch_size_table,
 )
-from tarflow_hf.report import plot_flops, plot_patch_sizes
+from tarflow_hf.report import flops_table, patch_size_table, plot_flops, plot_patch_sizes
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -22,10 +22,9 @@ from tarflow_hf.evaluation import (
     cut_text,
     evolution_of_samples,
     evolution_of_text,
-    evolution_table,
     provenance_of,
 )
-from tarflow_hf.report import plot_evolution
+from tarflow_hf.report import evolution_table, plot_evolution
 
 
 def parse_arguments() -> argparse.Namespace:

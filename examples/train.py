@@ -32,8 +32,9 @@ from tarflow_hf.data import (
     character_tokenizer,
     load_splits,
 )
-from tarflow_hf.evaluation import WHAT_IS_SCORED, likelihoods, report_table
+from tarflow_hf.evaluation import WHAT_IS_SCORED, likelihoods
 from tarflow_hf.hub import check_access, model_card, publish
+from tarflow_hf.report import report_table
 from tarflow_hf.training import (
     TrainingConfig,
     discrete_baseline,

@@ -16,13 +16,10 @@ from .flops import (
     count_by_patch_size,
     count_flops,
     figure_7,
-    flops_table,
     gpt2_sized_config,
     paper_body_flops,
     paper_flow_flops,
     paper_head_flops,
-    patch_size_rows,
-    patch_size_table,
 )
 from .judge import JUDGE, MAUVE_SCALE, Judgement, check_judge, judge_texts, load_judge, mauve_score
 from .latent_evolution import (
@@ -31,7 +28,6 @@ from .latent_evolution import (
     Statistic,
     evolution_of_samples,
     evolution_of_text,
-    evolution_table,
     measure_evolution,
     measure_state,
 )
@@ -48,7 +44,6 @@ from .likelihood import (
     log_mean_exp,
     negative_log_likelihood,
     ratio_of_sums,
-    report_table,
     score,
     score_batch,
 )
@@ -63,12 +58,10 @@ from .samples import (
     evaluate_samples,
     read_samples,
     reference_sequences,
-    sample_rows,
-    sample_table,
     sample_to_file,
     warnings_of,
 )
-from .text import Evaluation, evaluate_text, evaluation_table
+from .text import Evaluation, evaluate_text
 from .token_bits import bits_of_pieces, token_bits, what_bits_mean
 from .token_statistics import (
     TokenStatistics,
@@ -114,12 +107,9 @@ __all__ = [
     "elbo_samples",
     "evaluate_samples",
     "evaluate_text",
-    "evaluation_table",
     "evolution_of_samples",
     "evolution_of_text",
-    "evolution_table",
     "figure_7",
-    "flops_table",
     "gpt2_sized_config",
     "judge_texts",
     "latent_noise",
@@ -138,8 +128,6 @@ __all__ = [
     "paper_body_flops",
     "paper_flow_flops",
     "paper_head_flops",
-    "patch_size_rows",
-    "patch_size_table",
     "prepend_start",
     "provenance_of",
     "ratio_of_sums",
@@ -147,9 +135,6 @@ __all__ = [
     "reconstruction",
     "reference_sequences",
     "repetition",
-    "report_table",
-    "sample_rows",
-    "sample_table",
     "sample_to_file",
     "score",
     "score_batch",

@@ -216,30 +216,3 @@ def evolution_of_samples(
             ).states
 
     return measure_evolution(states())
-
-
-def evolution_table(evolution: Evolution) -> str:
-    """To print, a line for each state.
-
-    Example:
-        >>> states = [torch.tensor([[[3.0, 4.0], [3.0, 4.0]]]), torch.tensor([[[0.0, 1.0], [0.0, -1.0]]])]
-        >>> print(evolution_table(measure_evolution([states])))
-        state                 norm           cosine    participation     centre moves
-        latents      5.000 ± 0.000    1.000 ± 0.000    0.000 ± 0.000
-        flow 1       1.000 ± 0.000   -1.000 ± 0.000    1.000 ± 0.000    5.000 ± 0.000
-    """
-    names = ("norm", "cosine", "participation", "centre moves")
-    lines = ["state    " + "".join(f"{name:>17}" for name in names)]
-
-    for level in range(evolution.num_states):
-        cells = [
-            getattr(evolution, name)[level - (name == "centroid_movement")]
-            for name in MEASURES
-            if level or name != "centroid_movement"
-        ]
-        name = f"flow {level}" if level else "latents"
-        lines.append(
-            f"{name:<9}" + "".join(f"  {f'{cell.mean:.3f} ± {cell.std:.3f}':>15}" for cell in cells)
-        )
-
-    return "\n".join(lines)

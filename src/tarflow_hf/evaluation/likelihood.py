@@ -124,36 +124,6 @@ def likelihoods(
     return rows
 
 
-def report_table(
-    rows: dict[str, Likelihood], characters_per_token: float, tokens_per_word: float | None = None
-) -> str:
-    """A table to print, one row for each likelihood, with the perplexity per token and (if it can
-    be told) per word.
-
-    Example:
-        >>> print(report_table({"exact": Likelihood(nats=69.3, num_tokens=100, standard_error=0.01)}, 1.0, 5.0))
-        100 tokens             nats/token      +-   bits/char  perplexity    per word
-        exact                      0.6930  0.0100      0.9998       2.000        32.0
-    """
-    num_tokens = f"{next(iter(rows.values())).num_tokens:,} tokens"
-    lines = [
-        f"{num_tokens:<23}{'nats/token':>10}  {'+-':>6}  {'bits/char':>10}  {'perplexity':>10}"
-    ]
-
-    for name, row in rows.items():
-        bits = row.bits_per_character(characters_per_token)
-        lines.append(
-            f"{name:<23}{row.nats_per_token:>10.4f}  {row.standard_error:>6.4f}  {bits:>10.4f}  {row.perplexity:>10.3f}"
-        )
-
-    if tokens_per_word is not None:
-        lines[0] += f"  {'per word':>10}"
-        for index, row in enumerate(rows.values(), 1):
-            lines[index] += f"  {row.perplexity_per_word(tokens_per_word):>10.1f}"
-
-    return "\n".join(lines)
-
-
 def likelihood(
     model: PreTrainedModel,
     sequences: Iterable[dict[str, Tensor]],

@@ -364,38 +364,3 @@ def evaluate_samples(
         **statistics,
         warnings=warnings_of(own, of_text, *perplexities, generate_options),
     )
-
-
-def sample_rows(evaluation: SampleEvaluation) -> list[tuple[str, str, str]]:
-    """What is measured, of the samples, of the text; what was not measured, or is of both, is left
-    empty.
-    """
-    e = evaluation
-    rows = [
-        ("entropy, nats", f"{e.entropy:.3f}", f"{e.text_entropy:.3f}"),
-        ("repeated 4-grams", f"{e.repetition_4:.4f}", f"{e.text_repetition_4:.4f}"),
-        ("distinct 1-grams", f"{e.distinct_1:.4f}", f"{e.text_distinct_1:.4f}"),
-        ("distinct 2-grams", f"{e.distinct_2:.4f}", f"{e.text_distinct_2:.4f}"),
-        ("distinct 3-grams", f"{e.distinct_3:.4f}", f"{e.text_distinct_3:.4f}"),
-    ]
-
-    if e.judge is not None:
-        perplexities = f"{e.generative_perplexity:.2f}", f"{e.text_perplexity:.2f}"
-        rows.insert(0, (f"perplexity by {e.judge}", *perplexities))
-        rows.append((f"MAUVE, scale {e.mauve_scale:g}", f"{e.mauve:.4f}", ""))
-
-    return rows
-
-
-def sample_table(evaluation: SampleEvaluation) -> str:
-    """To print: samples beside the text, and the warnings."""
-    rows = [
-        (f"{evaluation.num_samples:,} x {evaluation.length:,} tokens", "samples", "text"),
-        *sample_rows(evaluation),
-    ]
-    width = max(len(name) for name, *_ in rows)
-    lines = [f"{name:<{width}}  {own:>9}  {text:>9}".rstrip() for name, own, text in rows]
-    if evaluation.judge is None:
-        lines.append(NOT_MEASURED)
-
-    return "\n".join(lines + [f"Warning: {warning}" for warning in evaluation.warnings])

@@ -9,7 +9,7 @@ from ..baseline import longest_sequence
 from ..data import PackedTokens
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from .codebook import codebook_state, reconstruction
-from .likelihood import ONE_SAMPLE, Likelihood, cut_text, likelihoods, report_table
+from .likelihood import ONE_SAMPLE, Likelihood, cut_text, likelihoods
 from .provenance import Provenance
 
 
@@ -145,26 +145,3 @@ def evaluate_text(
         fields |= {f"codebook_{name}": value for name, value in state.items()}
 
     return Evaluation(**provenance, **fields), rows
-
-
-def evaluation_table(evaluation: Evaluation, rows: dict[str, Likelihood]) -> str:
-    """What `evaluate_text` returns, to print."""
-    e, lines = (
-        evaluation,
-        [report_table(rows, evaluation.characters_per_token, evaluation.tokens_per_word)],
-    )
-    if e.reconstruction_accuracy is not None:
-        lines.append(
-            f"reconstruction: {e.reconstruction_accuracy:.4%} of the tokens; of {e.num_text_tokens:,} different ones "
-            f"{e.num_used_tokens:,} come back"
-        )
-        lines.append(
-            f"codebook: {e.codebook_entries:,} entries, d = {e.codebook_latent_size}; scales "
-            f"{e.codebook_scale_min:.4g} to {e.codebook_scale_max:.4g}, mean {e.codebook_scale_mean:.4g}"
-        )
-        lines.append(
-            f"nearest entries: {e.codebook_nearest_distance_min:.3g} scales away at least, "
-            f"{e.codebook_nearest_distance_median:.3g} in the median"
-        )
-
-    return "\n".join(lines)

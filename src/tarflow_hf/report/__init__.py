@@ -24,7 +24,15 @@ from .sections import (
     passes_of_texts_section,
     samples_section,
 )
-from .tables import Table
+from .tables import (
+    Table,
+    evaluation_table,
+    evolution_table,
+    flops_table,
+    patch_size_table,
+    report_table,
+    sample_table,
+)
 
 __all__ = [
     "SEED",
@@ -33,10 +41,13 @@ __all__ = [
     "Table",
     "codebook_section",
     "draw_passes",
+    "evaluation_table",
     "evolution_section",
+    "evolution_table",
     "few_changes",
     "find_passes",
     "flops_section",
+    "flops_table",
     "likelihood_section",
     "model_section",
     "new_figure",
@@ -45,10 +56,13 @@ __all__ = [
     "passes_page",
     "passes_section",
     "passes_text",
+    "patch_size_table",
     "plot_evolution",
     "plot_flops",
     "plot_measure",
     "plot_patch_sizes",
     "report_page",
+    "report_table",
+    "sample_table",
     "samples_section",
 ]

@@ -15,14 +15,12 @@ from ..evaluation import (
     Provenance,
     Sample,
     SampleEvaluation,
-    patch_size_rows,
-    sample_rows,
 )
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from .page import Section, render
 from .passes import Pass, passes_section
 from .plots import inline_svg, plot_measure, plot_patch_sizes
-from .tables import Table
+from .tables import Table, patch_size_rows, sample_rows
 
 
 def facts(caption: str, rows: Sequence[Sequence[str]]) -> Table:
