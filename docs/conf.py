@@ -1,14 +1,19 @@
 """The site's configuration. `make docs` builds the pages of this folder into build/docs."""
 
+import json
 import os
 import re
 import sys
 from pathlib import Path
 
+from myst_parser.parsers.sphinx_ import MystParser
+
 os.environ.setdefault("TRITON_INTERPRET", "1")  # or the kernels' modules want a GPU
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 sys.path.insert(0, str(ROOT / "docs"))
+
+import notebook  # noqa: E402
 
 import tarflow_hf  # noqa: E402
 
@@ -122,6 +127,22 @@ def plain_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = text
 
 
+# --------------------------------------------------------------------------------------------------
+# Notebooks
+# --------------------------------------------------------------------------------------------------
+
+
+class NotebookParser(MystParser):
+    """Reads a notebook as a page, with the outputs that are stored in it."""
+
+    supported = ("notebook",)
+
+    def parse(self, inputstring: str, document) -> None:
+        super().parse(notebook.to_markdown(json.loads(inputstring)), document)
+
+
 def setup(app) -> None:
     # Before napoleon, which reads the sections.
     app.connect("autodoc-process-docstring", plain_docstring, priority=100)
+    app.add_source_suffix(".ipynb", "notebook")
+    app.add_source_parser(NotebookParser)

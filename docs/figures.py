@@ -59,7 +59,7 @@ def draw_pipeline(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase):
 
     for label, state, bottom in grids:
         axes = figure.add_axes((left, bottom, width, height))
-        axes.imshow(state[0].T, cmap="RdBu", vmin=-2.5, vmax=2.5, aspect="auto")
+        axes.imshow(state[0].T.numpy(), cmap="RdBu", vmin=-2.5, vmax=2.5, aspect="auto")
         axes.set_axis_off()
         middle = bottom + height / 2
         figure.text(left - 0.015, middle, label, ha="right", va="center", weight="bold")
@@ -141,12 +141,13 @@ def draw_couplings():
 def draw_change(axes, name: str, z: Tensor, u: Tensor, log_det: Tensor) -> None:
     """p(z) and the density of u = f(z), which is p(z) / (du/dz), beside that of N(0, 1)."""
     p = density(z)
-    axes.plot(z, p, color=GREY, linestyle=":", label="p(z)")
-    axes.plot(u, p * torch.exp(-log_det), color=BLUE, label="density of u")
+    density_of_u = p * torch.exp(-log_det)
+    axes.plot(z.numpy(), p.numpy(), color=GREY, linestyle=":", label="p(z)")
+    axes.plot(u.numpy(), density_of_u.numpy(), color=BLUE, label="density of u")
 
     noise = torch.linspace(-3, 3, 100)
     normal = normal_log_prob(noise).exp()
-    axes.plot(noise, normal, color=ORANGE, linestyle="--", label="N(0, 1)")
+    axes.plot(noise.numpy(), normal.numpy(), color=ORANGE, linestyle="--", label="N(0, 1)")
     axes.set(title=name, xlim=(-3.2, 4.2), yticks=[])
     axes.legend(frameon=False, fontsize=8)
 
@@ -161,8 +162,9 @@ def draw_rosenblatt(axes) -> None:
 
     for index, color in enumerate((BLUE, ORANGE, GREEN)):
         of_token = token == index
-        axes.plot(*z[of_token].T, ".", color=color, markersize=3)
-        axes.plot(*(u[of_token] + torch.tensor([7.0, 0.0])).T, ".", color=color, markersize=3)
+        axes.plot(*z[of_token].T.numpy(), ".", color=color, markersize=3)
+        moved = u[of_token] + torch.tensor([7.0, 0.0])
+        axes.plot(*moved.T.numpy(), ".", color=color, markersize=3)
 
     axes.annotate("", (4.3, 0), (3.1, 0), arrowprops={"arrowstyle": "->", "color": GREY})
     axes.set(title="Mix-d", aspect="equal", ylim=(-3.5, 3.2))
@@ -187,7 +189,7 @@ def draw_directions():
         (panels[1], "right to left", reads.T),
         (panels[2], "both, one after the other", reads + reads.T),
     ):
-        axes.imshow(mask + own, cmap="Blues", vmin=0, vmax=1.4)
+        axes.imshow((mask + own).numpy(), cmap="Blues", vmin=0, vmax=1.4)
         axes.set(title=name, xticks=[], yticks=[], xlabel="positions read")
 
     panels[0].set_ylabel("position transformed")
