@@ -20,6 +20,7 @@ check: $(VENV)/.installed
 
 # The documentation site, in build/docs; a warning is an error.
 docs: $(VENV)/.installed
+	rm -rf docs/api
 	$(BIN)/sphinx-build -q -E -W --keep-going docs build/docs
 
 # Builds the wheel, looks what is in it, installs it elsewhere and uses it there.
