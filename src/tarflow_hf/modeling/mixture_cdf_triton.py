@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .coupling_torch import AutoregressiveNetwork
-from .normal_triton import IS_INTERPRETED, exact_exp, lower_quantile, normal_tails
+from .normal_triton import IS_INTERPRETED, exact_exp, lower_quantile, newton_step, normal_tails
 
 MAX_COMPONENTS = 256  # of a mixture: they must fit into one tile
 # Scalars times components (padded to a power of two) of one program. 512 leave a thread 4, and no
@@ -181,8 +181,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         upper = tl.max(tl.where(is_component, candidates, float("-inf")), 1)
         x = tl.sum(tl.exp(log_weight) * tl.where(is_component, candidates, 0.0), 1)
         x = tl.minimum(tl.maximum(x, lower), upper)
-        eps = 1.1920928955078125e-07
-        tolerance = eps * (1.0 + tl.abs(u))
+        tolerance = 1.1920928955078125e-07 * (1.0 + tl.abs(u))
         last_step = upper - lower
         num_left = tl.sum(tl.where(is_done, 0, 1), 0)
 
@@ -191,17 +190,10 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
             x_u, log_det, _sign, _t, _log_tail, _log_slope, _hazard = _transform(
                 x, log_weight, loc, log_scale
             )
-            value = x_u - u
-            lower = tl.where(value <= 0.0, x, lower)
-            upper = tl.where(value >= 0.0, x, upper)
-            spacing = eps * tl.abs(x)
-            is_done = is_done | (tl.abs(value) <= tolerance) | (upper - lower <= spacing)
-            step = -value * exact_exp(-log_det)
-            crossing = tl.where(value > 0.0, -spacing, spacing)
-            newton = x + tl.where(tl.abs(step) < spacing, crossing, step)
-            is_good = (newton >= lower) & (newton <= upper) & (2.0 * tl.abs(step) <= last_step)
-            new_x = tl.where(is_good, newton, lower + 0.5 * (upper - lower))
-            last_step = tl.where(is_good, tl.abs(step), upper - lower)
+            new_x, lower, upper, last_step, is_root = newton_step(
+                x, x_u - u, log_det, lower, upper, last_step, tolerance
+            )
+            is_done = is_done | is_root
             x = tl.where(is_done, x, new_x)
             num_left = tl.sum(tl.where(is_done, 0, 1), 0)
             steps += 1

@@ -19,7 +19,14 @@ from torch.autograd.function import once_differentiable
 from .coupling_torch import rosenblatt_backward
 from .normal import log_reversed_hazard, ndtri_exp
 from .normal import normal_tails as normal_tails_reference
-from .normal_triton import IS_INTERPRETED, log1p, log_half_erfcx, lower_quantile, normal_tails
+from .normal_triton import (
+    IS_INTERPRETED,
+    log1p,
+    log_half_erfcx,
+    lower_quantile,
+    newton_step,
+    normal_tails,
+)
 
 # What a program holds at once: without register spills, and in Triton's interpreter without haste.
 BLOCK_ROWS = 16 if IS_INTERPRETED else 8
@@ -340,8 +347,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
 
             log_mass = tl.log(mass)
             x = tl.minimum(tl.maximum(total / mass, lower), upper)
-            eps = 1.1920928955078125e-07
-            tolerance = eps * (1.0 + tl.abs(u))
+            tolerance = 1.1920928955078125e-07 * (1.0 + tl.abs(u))
             last_step = upper - lower
 
             steps = 0
@@ -372,18 +378,11 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
                 value = tl.where(log_cdf <= log_sf, quantile, -quantile) - u
                 _c, _s, hazard, _h = normal_tails(quantile)
                 log_slope = (slope_peak - log_mass - log_tail) + tl.log(slope_total) - hazard
-                lower = tl.where(value <= 0.0, x, lower)
-                upper = tl.where(value >= 0.0, x, upper)
-                spacing = eps * tl.abs(x)
-                is_done = (tl.abs(value) <= tolerance) | (upper - lower <= spacing)
-                step = -value * tl.exp(-log_slope)
-                crossing = tl.where(value > 0.0, -spacing, spacing)
-                newton = x + tl.where(tl.abs(step) < spacing, crossing, step)
-                is_good = (newton >= lower) & (newton <= upper) & (2.0 * tl.abs(step) <= last_step)
-                new_x = tl.where(is_good, newton, lower + 0.5 * (upper - lower))
-                last_step = tl.where(is_good, tl.abs(step), upper - lower)
-                x = tl.where(is_done, x, new_x)
-                steps = tl.where(is_done, 48, steps + 1)
+                new_x, lower, upper, last_step, is_root = newton_step(
+                    x, value, log_slope, lower, upper, last_step, tolerance
+                )
+                x = tl.where(is_root, x, new_x)
+                steps = tl.where(is_root, 48, steps + 1)
 
             tl.store(z_ptr + row * D + i, x)
 

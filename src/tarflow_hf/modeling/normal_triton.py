@@ -89,8 +89,31 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
 
         return x
 
+    @triton.jit
+    def newton_step(x, value, log_slope, lower, upper, last_step, tolerance):
+        """One round of `find_root` of `normal.py`, whose comments say why each step is as it is.
+
+        Returns the next x, its bracket, the length of the step, and whether x itself is the root:
+        the caller then keeps x.
+        """
+        lower = tl.where(value <= 0.0, x, lower)
+        upper = tl.where(value >= 0.0, x, upper)
+        spacing = 1.1920928955078125e-07 * tl.abs(x)
+        is_root = (tl.abs(value) <= tolerance) | (upper - lower <= spacing)
+
+        step = -value * exact_exp(-log_slope)
+        crossing = tl.where(value > 0.0, -spacing, spacing)
+        newton = x + tl.where(tl.abs(step) < spacing, crossing, step)
+
+        is_good = (newton >= lower) & (newton <= upper) & (2.0 * tl.abs(step) <= last_step)
+        new_x = tl.where(is_good, newton, lower + 0.5 * (upper - lower))
+        last_step = tl.where(is_good, tl.abs(step), upper - lower)
+
+        return new_x, lower, upper, last_step, is_root
+
 except ImportError:
-    triton = exact_exp = log1p = log_half_erfcx = lower_quantile = normal_tails = None
+    triton = exact_exp = log1p = log_half_erfcx = lower_quantile = newton_step = None
+    normal_tails = None
 
 # Without a GPU the kernels run in Triton's interpreter, which TRITON_INTERPRET=1 asks for before
 # they are defined.
