@@ -10,12 +10,14 @@ codebook has separated: of (z - mu_k)^2 / sigma_k^2 their float32 leaves no more
 |mu_k|^2 / sigma_k^2, and their bfloat16 nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .coupling_torch import chunks
 
 Coupling = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor | tuple[Tensor, ...]]
 
@@ -27,10 +29,6 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def _parts(num_positions: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, num_positions, size))
-
-
 class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, coupling, size, dtype, z, hidden, weight, bias, mean, log_scale):
@@ -39,7 +37,7 @@ class _InChunks(torch.autograd.Function):
         weight = weight.to(dtype)
         outputs = []
 
-        for part in _parts(len(z), size):
+        for part in chunks(len(z), size):
             logits = _matmul(hidden[part].to(dtype), weight.T) + bias
             out = coupling(z[part], logits, mean, log_scale)
             outputs.append(out if isinstance(out, tuple) else (out,))
@@ -58,7 +56,7 @@ class _InChunks(torch.autograd.Function):
             for x in (weight, bias, mean, log_scale)
         )
 
-        for part in _parts(len(z), ctx.size):
+        for part in chunks(len(z), ctx.size):
             half_hidden = hidden[part].to(ctx.dtype)
             leaves = [z[part], _matmul(half_hidden, half_weight.T) + bias, mean, log_scale]
             leaves = [x.detach().requires_grad_() for x in leaves]

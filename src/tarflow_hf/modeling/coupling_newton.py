@@ -21,8 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .coupling_torch import _MixtureCDFInverse as MixtureCDFInverse
-from .coupling_torch import _MixtureRosenblattInverse as MixtureRosenblattInverse
+from .coupling_torch import MixtureCDFInverse, MixtureRosenblattInverse, chunks
 from .coupling_torch import mixture_cdf_inverse as mixture_cdf_inverse_reference
 from .coupling_torch import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
 
@@ -162,13 +161,16 @@ def _solve_in_parts(
     """`solve`, of so many rows at once that the memory is bounded, and `otherwise(rows)` where that
     finds nothing.
     """
-    size = max(1, CHUNK_ELEMENTS // (loc.shape[1] * loc.shape[2]))
-    parts = [slice(start, start + size) for start in range(0, len(u), size)] or [slice(0)]
-    found = [
-        solve(*(x if len(x) == 1 else x[rows] for x in (u, logits, loc, log_scale)))
-        for rows in parts
-    ]
-    z, is_found = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+    size = CHUNK_ELEMENTS // loc[0].numel()
+    if len(u) <= size:
+        z, is_found = solve(u, logits, loc, log_scale)
+    else:
+        inputs = (u, logits, loc, log_scale)
+        found = [
+            solve(*(x if len(x) == 1 else x[rows] for x in inputs)) for rows in chunks(len(u), size)
+        ]
+        z, is_found = (torch.cat(x) for x in zip(*found, strict=True))
+
     if not bool(is_found.all()):
         z[~is_found] = otherwise(~is_found)
 

@@ -1,9 +1,16 @@
-"""The couplings in plain PyTorch: they run anywhere, and the kernels are tested against them.
+"""The couplings in plain PyTorch: they run anywhere, at any place in a tail, in bounded memory.
 
-Each coupling is a monotone map ``z -> u`` of one position to standard normal noise, and stands
-beside its inverse. phi, Phi: density and distribution function of N(0, 1). t_k = (z - m_k)
-exp(-s_k) is z as component k sees it. Tensors are float32 or float64 and broadcast already:
-`coupling.py` is the door that checks and casts.
+`coupling_naive.py` says in one equation a line what they compute. Three things differ here:
+
+- Everything is in log space and starts from the smaller tail, so that nothing saturates or cancels.
+- Gradients are derived by hand. Autograd would keep ten tensors of every component; these keep two,
+  or none, and the inverses get theirs from the implicit function theorem.
+- The Rosenblatt transform runs over chunks of positions, so that a vocabulary of components fits.
+
+Each coupling is a monotone map `z -> u` of one position to standard normal noise, and stands next to
+its inverse. Notation: phi and Phi are the density and the distribution function of N(0, 1), and
+t_k = (z - m_k) exp(-s_k) is z as component k sees it. Tensors are float32 or float64 and broadcast
+already: the ops of `coupling.py` check and cast.
 
 References:
     Zhang et al., *Flexible Language Modeling in Continuous Space with Transformer-based
@@ -11,7 +18,7 @@ References:
     derived here.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,9 +35,7 @@ from .normal import (
     normal_tails,
 )
 
-# --------------------------------------------------------------------------------------------------
-# Affine: u = (z - m) exp(-s)
-# --------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------- affine: u = (z - m) exp(-s)
 
 
 def affine(z: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,35 +46,30 @@ def affine_inverse(u: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
     return loc + torch.exp(log_scale) * u
 
 
-# --------------------------------------------------------------------------------------------------
-# One scalar through the distribution function of a mixture: u = Phi^-1(F(z)), F(z) = sum_k pi_k
-# Phi(t_k)
-# --------------------------------------------------------------------------------------------------
+# ---------------------------------------- mixture CDF: u = Phi^-1(F(z)), F(z) = sum_k pi_k Phi(t_k)
 
 
 class _Transformed(NamedTuple):
-    """u(z) with what its derivatives are made of. The tail is the smaller of F and 1 - F; `sign` is
-    -1 for that one.
-    """
+    """u(z), and what its derivatives are made of. The tail is the smaller one of F and 1 - F."""
 
     u: Tensor  # (...)
     log_det: Tensor  # (...)  log du/dz
-    sign: Tensor  # (...)
+    sign: Tensor  # (...)  1 if the tail is F, -1 if it is 1 - F
     log_hazard: Tensor  # (...)  log h(-|u|)
     log_tail_weight: Tensor  # (..., K)  log r_k: the share of component k in the tail
     log_slope: Tensor  # (..., K)  log of the share of component k in the derivative of log(tail)
 
 
 def _transform(z: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> _Transformed:
-    """u = Phi^-1(F(z)) from the smaller tail; nothing saturates and nothing cancels.
+    """u = Phi^-1(F(z)) from the smaller tail, where nothing saturates and nothing cancels.
 
-    In the smaller tail, F = sum_k pi_k Phi(t_k) (mirrored where that is 1 - F), with r_k = pi_k
-    Phi(t_k) / F and the reversed hazard h = phi / Phi:
+    Let that be F = sum_k pi_k Phi(t_k); if it is 1 - F, everything is mirrored. With the share r_k =
+    pi_k Phi(t_k) / F of component k and the reversed hazard h = phi / Phi,
 
-        du/dz = p(z) / phi(u) = sum_k r_k h(t_k) exp(-s_k) / h(u)
+        du/dz = p(z) / phi(u) = sum_k r_k h(t_k) exp(-s_k) / h(u).
 
-    which, unlike log p(z) - log phi(u), is not the difference of two huge numbers. It is at most
-    max_k exp(-s_k), because phi(Phi^-1(q)) is concave in q.
+    Unlike log p(z) - log phi(u) this is not the difference of two huge numbers. It is at most max_k
+    exp(-s_k), because phi(Phi^-1(q)) is concave in q.
     """
     tails = normal_tails((z.unsqueeze(-1) - loc) * torch.exp(-log_scale))
     log_cdf = torch.logsumexp(log_weight + tails.log_cdf, -1)
@@ -78,28 +78,26 @@ def _transform(z: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) ->
     sign = torch.where(is_lower, 1.0, -1.0).to(z.dtype)
     quantile = ndtri_exp(torch.minimum(log_cdf, log_sf))  # <= 0
     log_hazard = log_reversed_hazard(quantile)
-    in_lower = is_lower.unsqueeze(-1)
-    log_tail_weight = torch.log_softmax(
-        log_weight + torch.where(in_lower, tails.log_cdf, tails.log_sf), -1
-    )
-    log_slope = (
-        log_tail_weight
-        + torch.where(in_lower, tails.log_cdf_hazard, tails.log_sf_hazard)
-        - log_scale
-    )
+
+    is_lower = is_lower.unsqueeze(-1)
+    log_tail = torch.where(is_lower, tails.log_cdf, tails.log_sf)
+    log_tail_hazard = torch.where(is_lower, tails.log_cdf_hazard, tails.log_sf_hazard)
+    log_tail_weight = torch.log_softmax(log_weight + log_tail, -1)
+    log_slope = log_tail_weight + log_tail_hazard - log_scale
     log_det = torch.logsumexp(log_slope, -1) - log_hazard
 
     return _Transformed(sign * quantile, log_det, sign, log_hazard, log_tail_weight, log_slope)
 
 
 class _Derivatives(NamedTuple):
-    """Of u(z) and its parameters. With rho_k = pi_k N(z; m_k, s_k) / p(z), which sum to 1, and D =
-    du/dz:
+    """The factors of u's derivatives by z and by the parameters.
 
-        du/dm_k = -rho_k D,   du/ds_k = -rho_k D (z - m_k),   du/dlog pi_k = +-(r_k - pi_k) / h(-|u|)
+    With rho_k = pi_k N(z; m_k, s_k) / p(z), which sum to 1, and D = du/dz:
 
-    the latter before the normalisation of the weights. And log D = log p(z) - log phi(u), so its
-    gradient is that of log p(z) plus u times that of u.
+        du/dm_k = -rho_k D,   du/ds_k = -rho_k D (z - m_k),   du/dlog pi_k = +-(r_k - pi_k) / h(-|u|),
+
+    where the log pi_k need not be normalised. The gradient of log D = log p(z) - log phi(u) is that
+    of log p(z) plus u times that of u.
     """
 
     u: Tensor  # (...)
@@ -115,18 +113,17 @@ def _differentiate(at: _Transformed, log_weight: Tensor) -> _Derivatives:
 
 
 def _invert(u: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
-    """The z with u(z) = u. Each component alone would put it at z_k = m_k + exp(s_k) u: it lies
-    between those.
+    """The z with u(z) = u, between the components' own roots m_k + exp(s_k) u.
 
-    The sign of u says which tail of the mixture is the smaller one at the root: that tail alone is
-    looked at, with everything mirrored to make it the lower one, F. The quantile of F is not needed
-    either: as u does, -sqrt(-2 log F) grows almost linearly with z, and dividing by its slope in u
-    at the root,
+    The sign of u says which tail of the mixture is the smaller one at the root. Only that tail is
+    computed; everything is mirrored to make it the lower one, F. The quantile of F is not computed
+    either: -sqrt(-2 log F), too, grows almost linearly with z. Divided by its slope in u at the root
+    it agrees with u(z) - u to first order, and that is the function whose root is sought:
 
-        residual(z) = (Y - y) Y / h(-|u|),   y = sqrt(-2 log F(z)),   Y = sqrt(-2 log Phi(-|u|)),   h = phi / Phi,
+        residual(z) = (Y - y) Y / h(-|u|),   y = sqrt(-2 log F(z)),   Y = sqrt(-2 log Phi(-|u|)).
 
-    makes it agree with u(z) - u to first order. The tolerance is what rounding log F alone makes of
-    it: below that it would hop over 0 until the bracket closes.
+    The tolerance is the residual's error from rounding log F. With a smaller one the iterates would
+    hop over 0 until the bracket closes.
     """
     candidates = loc + torch.exp(log_scale) * u.unsqueeze(-1)
     lower, upper = candidates.amin(-1), candidates.amax(-1)
@@ -143,17 +140,14 @@ def _invert(u: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> Te
         log_cdf = torch.special.log_ndtr(t)
         log_joint = log_weight + log_cdf
 
-        # Not above -eps: far in the other tail F rounds to 1, where the slope below is of no use
-        # but must be finite.
+        # Far in the other tail F rounds to 1. The slope is of no use there, but must be finite.
         log_tail = torch.logsumexp(log_joint, -1).clamp(max=-eps)
         y = torch.sqrt(-2 * log_tail)
-        slope = (
-            torch.softmax(log_joint, -1) * torch.exp(normal_log_prob(t) - log_cdf - log_scale)
-        ).sum(-1)
-        difference = (
-            2 * (log_tail - target.log_cdf) / (target_y + y)
-        )  # Y - y, without rounding its terms
+        hazard = torch.exp(normal_log_prob(t) - log_cdf - log_scale)
+        slope = (torch.softmax(log_joint, -1) * hazard).sum(-1)
 
+        # Y - y, without rounding its terms.
+        difference = 2 * (log_tail - target.log_cdf) / (target_y + y)
         return difference * signed_factor, torch.log(slope / y) + log_factor
 
     return find_root(
@@ -166,11 +160,11 @@ def _invert(u: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> Te
 
 
 def _divide_by_slope(grad: Tensor, log_det: Tensor) -> Tensor:
-    """grad times dz/du = exp(-log_det), saturating at the cube root of the dtype's range.
+    """grad dz/du = grad exp(-log_det), saturating at the cube root of the dtype's range.
 
-    In a gap between two far components du/dz underflows and the quotient has no floating-point
-    value. The cube root leaves room for the products that follow: by t, by exp(-s), and in the
-    Rosenblatt inverse by the next dz/du.
+    In a gap between two distant components du/dz underflows and the quotient is infinite. The cube
+    root leaves room for the products that follow: by t, by exp(-s), and in the Rosenblatt inverse by
+    the next dz/du.
     """
     limit = torch.finfo(grad.dtype).max ** (1 / 3)
     return (grad * torch.exp(-log_det).clamp(max=limit)).clamp(-limit, limit)
@@ -192,21 +186,22 @@ class _MixtureCDF(torch.autograd.Function):
         at = _Derivatives(*derivatives)
         grad_u = (grad_u + grad_log_det * at.u).unsqueeze(-1)
         weight = grad_log_det.unsqueeze(-1) * at.rho
-        difference, inverse_scale = z.unsqueeze(-1) - loc, torch.exp(-log_scale)
-        pull = (
-            weight * difference * inverse_scale * inverse_scale
-            - at.rho * grad_u * at.log_det.exp().unsqueeze(-1)
-        )
+        difference = z.unsqueeze(-1) - loc
+        inverse_scale = torch.exp(-log_scale)
+        pull_of_u = at.rho * grad_u * at.log_det.exp().unsqueeze(-1)
+        pull = weight * difference * inverse_scale * inverse_scale - pull_of_u
 
         return (
-            -pull.sum(-1),  # nothing changes where z and all locations move together
+            -pull.sum(-1),  # u stays where it is if z and all locations move together
             grad_u * at.by_weight + weight - grad_log_det.unsqueeze(-1) * log_weight.exp(),
             pull,
             pull * difference - weight,
         )
 
 
-class _MixtureCDFInverse(torch.autograd.Function):
+class MixtureCDFInverse(torch.autograd.Function):
+    """The inverse by `find_root`. `coupling_newton.py` solves differently, with these gradients."""
+
     @staticmethod
     def forward(ctx, u, logits, loc, log_scale):
         z = _invert(u, torch.log_softmax(logits, -1), loc, log_scale)
@@ -236,7 +231,7 @@ def mixture_cdf(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> tu
 
 
 def mixture_cdf_inverse(u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
-    return _MixtureCDFInverse.apply(u, logits, loc, log_scale)
+    return MixtureCDFInverse.apply(u, logits, loc, log_scale)
 
 
 def mixture_cdf_log_prob(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
@@ -245,25 +240,23 @@ def mixture_cdf_log_prob(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tens
     return torch.logsumexp(torch.log_softmax(logits, -1) + normal_log_prob(t) - log_scale, -1)
 
 
-# --------------------------------------------------------------------------------------------------
-# D scalars, each through a mixture whose parameters depend on those before it: a small network for
-# each dimension
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------ mixture CDF, autoregressive over the dimensions of a position
 
 
 class AutoregressiveNetwork(NamedTuple):
-    """Weights of the networks that give dimension i its K components, from a hidden state and the
-    dimensions j < i.
+    """Weights of D small networks, one for each dimension of a position.
 
-    E features of each dimension and H hidden units for each; only the blocks j < i exist. The log
-    scales are kept within +-max_log_scale, softly.
+    Network i maps a hidden state and the dimensions j < i to the K components of dimension i. Each
+    dimension has E features and H hidden units. The log scales are kept within +-max_log_scale by a
+    tanh.
 
-    Reference: Lippe & Gavves, *Categorical Normalizing Flows via Continuous Transformations*, ICLR
-    2021, arXiv:2006.09790, whose masked weights these are without the masked blocks.
+    References:
+        Lippe & Gavves, *Categorical Normalizing Flows via Continuous Transformations*, ICLR 2021,
+        arXiv:2006.09790. These are their masked weights without the masked blocks.
     """
 
     features_weight: (
-        Tensor  # (D - 1, E, 3)  of (x, elu(x), elu(-x)), for the last dimension nobody asks
+        Tensor  # (D - 1, E, 3)  of (x, elu(x), elu(-x)); nothing reads the last dimension
     )
     features_bias: Tensor  # (D - 1, E)
     from_features: Tensor  # (H, E D (D - 1) / 2)  to dimension 1 from 0, to 2 from 0 and 1, ...
@@ -277,10 +270,12 @@ class AutoregressiveNetwork(NamedTuple):
         return F.gelu(F.linear(inputs, self.features_weight[i], self.features_bias[i]))
 
     def hidden(self, i: int, from_context: Tensor, features: list[Tensor]) -> Tensor:
-        """The hidden units (..., H) of dimension i, from its part of the context (..., H) and the
-        features before.
+        """The hidden units (..., H) of dimension i, before their activation `F.gelu`.
 
-        Without their activation, which is `F.gelu`.
+        Args:
+            i: The dimension.
+            from_context: What the context adds to them, (..., H).
+            features: The features (..., E) of the dimensions j < i, or more.
         """
         if i == 0:
             return from_context
@@ -291,7 +286,7 @@ class AutoregressiveNetwork(NamedTuple):
         return from_context + F.linear(torch.cat(features[:i], -1), weight)
 
     def output(self, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The parameters, three of (..., K), from what the last layer says (..., 3 K)."""
+        """The logits, locations and log scales, (..., K) each, of the last layer's (..., 3 K)."""
         logits, loc, log_scale = raw.chunk(3, -1)
         return logits, loc, self.max_log_scale * torch.tanh(log_scale / self.max_log_scale)
 
@@ -301,13 +296,9 @@ def autoregressive_mixture_parameters(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits, loc and log_scale, each (..., D, K), for z (..., D) and from_context (..., D, H)."""
     features = [network.features(i, x) for i, x in enumerate(z.unbind(-1)[:-1])]
-    hidden = torch.stack(
-        [network.hidden(i, x, features) for i, x in enumerate(from_context.unbind(-2))], -2
-    )
-    raw = (
-        torch.einsum("...ih,ikh->...ik", F.gelu(hidden), network.output_weight)
-        + network.output_bias
-    )
+    hidden = [network.hidden(i, x, features) for i, x in enumerate(from_context.unbind(-2))]
+    active = F.gelu(torch.stack(hidden, -2))
+    raw = torch.einsum("...ih,ikh->...ik", active, network.output_weight) + network.output_bias
 
     return network.output(raw)
 
@@ -321,61 +312,54 @@ def autoregressive_mixture_cdf_inverse(
     z, features = [], []
     for i, u_i in enumerate(u.unbind(-1)):
         hidden = F.gelu(network.hidden(i, from_context[..., i, :], features))
-        parameters = network.output(
-            F.linear(hidden, network.output_weight[i], network.output_bias[i])
-        )
-        z.append(invert(u_i, *parameters))
+        raw = F.linear(hidden, network.output_weight[i], network.output_bias[i])
+        z.append(invert(u_i, *network.output(raw)))
+
         if i < u.shape[-1] - 1:
             features.append(network.features(i, z[i]))
 
     return torch.stack(z, -1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Rosenblatt transform of a d-dimensional mixture: dimension by dimension the same scalar map, with
-# weights alpha^(1) = pi and alpha^(i+1)_k proportional to alpha^(i)_k N(z_i; mu_ki, sigma_k^2)
-# --------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------- mixture Rosenblatt
+#
+# Dimension by dimension the mixture CDF, with weights alpha^(1) = pi and alpha^(i+1)_k proportional
+# to alpha^(i)_k N(z_i; mu_ki, sigma_k^2).
 
-# d K times the positions handled at once: what bounds the memory of a vocabulary-sized mixture.
-# Half a MiB a tensor in float32, of which a CPU's cache holds the few that an operation works on.
+
+# Numbers d K of the positions handled at once: 512 KiB a tensor in float32. A CPU's cache holds the
+# few of those that an operation works on.
 _CHUNK_ELEMENTS = 2**17
-# d K up to which the derivatives are kept for the backward pass, instead of computed again: of a
-# position 8 KiB in float32, as much as a decoder layer of width 128 keeps.
+# Up to this d K the derivatives are kept for the backward pass instead of computed again. That is 8
+# KiB a position in float32, as much as a decoder layer of width 128 keeps.
 _KEPT_ELEMENTS = 2**10
 
 
-def _chunks(num_positions: int, elements_of_position: int) -> Iterator[slice]:
-    size = max(1, _CHUNK_ELEMENTS // elements_of_position)
-    for start in range(0, num_positions, size):
-        yield slice(start, start + size)
+def chunks(num_rows: int, size: int) -> Iterator[slice]:
+    """Slices of `size` rows, at least of one; the last may be shorter.
+
+    Example:
+        >>> list(chunks(5, 2))
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
+    """
+    size = max(1, size)
+    return (slice(start, start + size) for start in range(0, num_rows, size))
 
 
 def _log_normal(z: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
     """log N(z; m_k, s_k) (..., K) of z (...), in float64 for float32 as well.
 
-    30 scales from every component it is -450, and its rounding alone would cost the ratios of the
+    30 scales from every component it is -450. Rounded to float32 that would cost the ratios of the
     weights 1e-4.
     """
     log_scale = log_scale.double()
-    return (
-        normal_log_prob((z.double().unsqueeze(-1) - loc.double()) * torch.exp(-log_scale))
-        - log_scale
-    )
+    t = (z.double().unsqueeze(-1) - loc.double()) * torch.exp(-log_scale)
+    return normal_log_prob(t) - log_scale
 
 
 def _normalized(log_joint: Tensor, dtype: torch.dtype) -> Tensor:
-    """Log-weights (..., K) that are normalised, of float64 ones that are not."""
+    """Normalised log-weights (..., K) in `dtype` from float64 ones that are not normalised."""
     return torch.log_softmax((log_joint - log_joint.amax(-1, keepdim=True)).to(dtype), -1)
-
-
-class _Rosenblatt(NamedTuple):
-    """The derivatives of all dimensions, of positions (n,), with the weights that log p(z) begins
-    and ends with.
-    """
-
-    dimensions: _Derivatives  # (n, d) and (n, d, K)
-    prior: Tensor  # (n, K)  alpha^(1) = pi
-    posterior: Tensor  # (n, K)  alpha^(d+1)
 
 
 def _log_weights(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
@@ -384,9 +368,23 @@ def _log_weights(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> T
     return _normalized(log_joint.cumsum(1), z.dtype)
 
 
-def _differentiate_rosenblatt(at: _Transformed, log_weights: Tensor) -> _Rosenblatt:
+class _RosenblattDerivatives(NamedTuple):
+    """`_Derivatives` of all dimensions, and the weights before the first and after the last."""
+
+    u: Tensor  # (n, d)
+    log_det: Tensor  # (n, d)
+    rho: Tensor  # (n, d, K)
+    by_weight: Tensor  # (n, d, K)
+    prior: Tensor  # (n, K)  alpha^(1) = pi
+    posterior: Tensor  # (n, K)  alpha^(d+1)
+
+
+def _differentiate_rosenblatt(at: _Transformed, log_weights: Tensor) -> _RosenblattDerivatives:
     dimensions = _differentiate(at, log_weights[:, :-1])
-    return _Rosenblatt(dimensions, log_weights[:, 0].exp(), log_weights[:, -1].exp())
+    prior = log_weights[:, 0].exp()
+    posterior = log_weights[:, -1].exp()
+
+    return _RosenblattDerivatives(*dimensions, prior, posterior)
 
 
 class _RosenblattGradients(NamedTuple):
@@ -401,58 +399,86 @@ def rosenblatt_backward(
     logits: Tensor,
     mean: Tensor,
     log_scale: Tensor,
-    grad_u: Tensor | None = None,
-    grad_log_det: Tensor | None = None,
-    grad_z: Tensor | None = None,
-    kept: list[_Rosenblatt] | None = None,
+    grad_u: Tensor,
+    grad_log_det: Tensor,
+    kept: Sequence[_RosenblattDerivatives] = (),
 ) -> _RosenblattGradients:
-    """Gradients of the transform (given grad_u and grad_log_det) or of its inverse (given grad_z),
-    (n, d) positions.
+    """Gradients of the transform, from its last dimension to the first.
 
-    From the last dimension to the first. The weights of dimension i are log pi_k + sum_{j<i} log
-    N(z_j; mu_kj), so what the later dimensions ask of their weights, summed up in `demand`, falls
-    on log N(z_i; mu_ki); dimension i then adds its own. Of the log-determinant, log p(z) starts the
-    sum with rho_k = alpha^(d+1)_k.
+    The weights of dimension i are log pi_k + sum_{j<i} log N(z_j; mu_kj). Hence the gradients of the
+    later dimensions' weights, summed up in `demand`, fall on log N(z_i; mu_ki); dimension i then
+    adds its own. The sum starts with that of log p(z), a part of the log-determinant: rho_k =
+    alpha^(d+1)_k.
 
-    The inverse z(u, theta) has dz = J^-1 (du - du/dtheta dtheta), J = du/dz lower triangular:
-    grad_u = J^-T grad_z, one row of back substitution a dimension, and the parameters' gradients
-    are those of the transform at -grad_u.
+    Args:
+        z, logits, mean, log_scale: The arguments of the transform, of n positions.
+        grad_u, grad_log_det: Gradients of its results, (n, d) and (n,).
+        kept: The derivatives of each chunk; computed again if empty.
     """
     gradients = _RosenblattGradients(*(torch.zeros_like(x) for x in (z, logits, mean, log_scale)))
-    loc, inverse_scale = mean.T.contiguous(), torch.exp(-log_scale)
+    loc = mean.T.contiguous()
+    inverse_scale = torch.exp(-log_scale)
 
-    for index, rows in enumerate(_chunks(len(z), mean.numel())):
-        if kept is None:
-            log_weights = _log_weights(z[rows], logits[rows], loc, log_scale)
-            at = _transform(z[rows], log_weights[:, :-1], loc, log_scale)
-            dimensions, prior, posterior = _differentiate_rosenblatt(at, log_weights)
+    for index, rows in enumerate(chunks(len(z), _CHUNK_ELEMENTS // mean.numel())):
+        if kept:
+            at = kept[index]
         else:
-            dimensions, prior, posterior = kept[index]
+            log_weights = _log_weights(z[rows], logits[rows], loc, log_scale)
+            transformed = _transform(z[rows], log_weights[:, :-1], loc, log_scale)
+            at = _differentiate_rosenblatt(transformed, log_weights)
 
-        demand = torch.zeros_like(prior)
-        if grad_log_det is not None:
-            demand += grad_log_det[rows].unsqueeze(-1) * posterior
-            gradients.logits[rows] -= grad_log_det[rows].unsqueeze(-1) * prior
+        grad_log_prob = grad_log_det[rows].unsqueeze(-1)
+        demand = grad_log_prob * at.posterior
 
         for i in reversed(range(mean.shape[1])):
-            u, log_det, rho, by_weight = (x[:, i] for x in dimensions)
+            grad_ui = grad_u[rows, i] + grad_log_det[rows] * at.u[:, i]
+            slope = grad_ui * at.log_det[:, i].exp()
             difference = z[rows, i].unsqueeze(-1) - loc[i]
             pull = demand * difference * inverse_scale * inverse_scale
+            pull = pull - at.rho[:, i] * slope.unsqueeze(-1)
 
-            if grad_z is None:
-                grad_ui = grad_u[rows, i] + grad_log_det[rows] * u
-                slope = grad_ui * log_det.exp()
-            else:
-                slope = pull.sum(-1) - grad_z[rows, i]
-                grad_ui = _divide_by_slope(slope, log_det)
-
-            pull = pull - rho * slope.unsqueeze(-1)
-            gradients.z[rows, i] = -(pull.sum(-1) if grad_z is None else grad_ui)
+            gradients.z[rows, i] = -pull.sum(-1)
             gradients.mean[:, i] += pull.sum(0)
             gradients.log_scale.add_((pull * difference - demand).sum(0))
-            demand = demand + grad_ui.unsqueeze(-1) * by_weight
+            demand = demand + grad_ui.unsqueeze(-1) * at.by_weight[:, i]
 
-        gradients.logits[rows] += demand
+        gradients.logits[rows] = demand - grad_log_prob * at.prior
+
+    return gradients
+
+
+def rosenblatt_inverse_backward(
+    z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor, grad_z: Tensor
+) -> _RosenblattGradients:
+    """Gradients of the inverse z(u, theta), given that of its result; `z` in the result is u's.
+
+    dz = J^-1 (du - du/dtheta dtheta) with J = du/dz, which is lower triangular. So grad_u = J^-T
+    grad_z, one row of back substitution a dimension, and the parameters' gradients are those of
+    `rosenblatt_backward` at -grad_u.
+    """
+    gradients = _RosenblattGradients(*(torch.zeros_like(x) for x in (z, logits, mean, log_scale)))
+    loc = mean.T.contiguous()
+    inverse_scale = torch.exp(-log_scale)
+
+    for rows in chunks(len(z), _CHUNK_ELEMENTS // mean.numel()):
+        log_weights = _log_weights(z[rows], logits[rows], loc, log_scale)
+        transformed = _transform(z[rows], log_weights[:, :-1], loc, log_scale)
+        at = _differentiate(transformed, log_weights[:, :-1])
+        demand = torch.zeros_like(log_weights[:, 0])
+
+        for i in reversed(range(mean.shape[1])):
+            difference = z[rows, i].unsqueeze(-1) - loc[i]
+            pull = demand * difference * inverse_scale * inverse_scale
+            slope = pull.sum(-1) - grad_z[rows, i]
+            grad_ui = _divide_by_slope(slope, at.log_det[:, i])  # of -u_i
+            pull = pull - at.rho[:, i] * slope.unsqueeze(-1)
+
+            gradients.z[rows, i] = -grad_ui
+            gradients.mean[:, i] += pull.sum(0)
+            gradients.log_scale.add_((pull * difference - demand).sum(0))
+            demand = demand + grad_ui.unsqueeze(-1) * at.by_weight[:, i]
+
+        gradients.logits[rows] = demand
 
     return gradients
 
@@ -460,19 +486,19 @@ def rosenblatt_backward(
 class _MixtureRosenblatt(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, logits, mean, log_scale):
-        u, log_det = torch.empty_like(z), z.new_empty(len(z))
+        u = torch.empty_like(z)
+        log_det = z.new_empty(len(z))
         loc = mean.T.contiguous()
         keeps = any(ctx.needs_input_grad) and mean.numel() <= _KEPT_ELEMENTS
         kept = []
 
-        for rows in _chunks(len(z), mean.numel()):
+        for rows in chunks(len(z), _CHUNK_ELEMENTS // mean.numel()):
             log_weights = _log_weights(z[rows], logits[rows], loc, log_scale)
             at = _transform(z[rows], log_weights[:, :-1], loc, log_scale)
-            u[rows], log_det[rows] = at.u, at.log_det.sum(-1)
-
+            u[rows] = at.u
+            log_det[rows] = at.log_det.sum(-1)
             if keeps:
-                dimensions, *weights = _differentiate_rosenblatt(at, log_weights)
-                kept += [*dimensions, *weights]
+                kept += _differentiate_rosenblatt(at, log_weights)
 
         ctx.save_for_backward(z, logits, mean, log_scale, *kept)
         return u, log_det
@@ -480,28 +506,25 @@ class _MixtureRosenblatt(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_u, grad_log_det):
-        z, logits, mean, log_scale, *kept = ctx.saved_tensors
-        chunks = [
-            _Rosenblatt(_Derivatives(*x[:4]), *x[4:]) for x in zip(*[iter(kept)] * 6, strict=True)
-        ]
+        inputs = ctx.saved_tensors[:4]
+        kept = ctx.saved_tensors[4:]  # the fields of one chunk after another
+        size = len(_RosenblattDerivatives._fields)
+        kept = [_RosenblattDerivatives(*kept[i : i + size]) for i in range(0, len(kept), size)]
 
-        return tuple(
-            rosenblatt_backward(
-                z, logits, mean, log_scale, grad_u, grad_log_det, kept=chunks or None
-            )
-        )
+        return tuple(rosenblatt_backward(*inputs, grad_u, grad_log_det, kept))
 
 
-class _MixtureRosenblattInverse(torch.autograd.Function):
+class MixtureRosenblattInverse(torch.autograd.Function):
+    """The inverse by `find_root`, one dimension after another."""
+
     @staticmethod
     def forward(ctx, u, logits, mean, log_scale):
         z = torch.empty_like(u)
-        for rows in _chunks(len(u), len(mean)):
+        for rows in chunks(len(u), _CHUNK_ELEMENTS // len(mean)):
             log_joint = logits[rows].double()
             for i in range(mean.shape[1]):
-                z[rows, i] = _invert(
-                    u[rows, i], _normalized(log_joint, u.dtype), mean[:, i], log_scale
-                )
+                log_weight = _normalized(log_joint, u.dtype)
+                z[rows, i] = _invert(u[rows, i], log_weight, mean[:, i], log_scale)
                 log_joint = log_joint + _log_normal(z[rows, i], mean[:, i], log_scale)
 
         ctx.save_for_backward(z, logits, mean, log_scale)
@@ -510,31 +533,28 @@ class _MixtureRosenblattInverse(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_z):
-        return tuple(rosenblatt_backward(*ctx.saved_tensors, grad_z=grad_z))
+        return tuple(rosenblatt_inverse_backward(*ctx.saved_tensors, grad_z))
 
 
 def _log_joint(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """logits_k + log N(z; mu_k, sigma_k^2 I): z (n, d) and logits (n, K) to (n, K)."""
+    inverse_scale = torch.exp(-log_scale)
     joint = logits - log_scale * mean.shape[1] - LOG_SQRT_2PI * mean.shape[1]
     for i in range(mean.shape[1]):
-        joint = (
-            joint - 0.5 * ((z[:, i].unsqueeze(-1) - mean[:, i]) * torch.exp(-log_scale)).square()
-        )
+        joint = joint - 0.5 * ((z[:, i].unsqueeze(-1) - mean[:, i]) * inverse_scale).square()
 
     return joint
 
 
 class _MixtureRosenblattLogProb(torch.autograd.Function):
-    """log p(z) = LSE_k(logits_k + sum_i log N(z_i; mu_ki, sigma_k^2)) - LSE_k(logits_k). No
-    distribution function.
-    """
+    """log p(z) = LSE_k(logits_k + sum_i log N(z_i; mu_ki, sigma_k^2)) - LSE_k(logits_k)."""
 
     @staticmethod
     def forward(ctx, z, logits, mean, log_scale):
         ctx.save_for_backward(z, logits, mean, log_scale)
         log_prob = z.new_empty(len(z))
 
-        for rows in _chunks(len(z), len(mean)):
+        for rows in chunks(len(z), _CHUNK_ELEMENTS // len(mean)):
             joint = _log_joint(z[rows], logits[rows], mean, log_scale)
             log_prob[rows] = torch.logsumexp(joint, -1) - torch.logsumexp(logits[rows], -1)
 
@@ -544,22 +564,23 @@ class _MixtureRosenblattLogProb(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         z, logits, mean, log_scale = ctx.saved_tensors
-        # The decoder's logits are one constant: there, nothing of the size of all positions times K
-        # is made.
-        grad_logits = torch.empty_like(logits) if ctx.needs_input_grad[1] else None
         gradients = _RosenblattGradients(
-            torch.zeros_like(z), grad_logits, torch.zeros_like(mean), torch.zeros_like(log_scale)
+            z=torch.zeros_like(z),
+            # The decoder's logits are a constant: nothing of all positions times K may exist there.
+            logits=torch.empty_like(logits) if ctx.needs_input_grad[1] else None,
+            mean=torch.zeros_like(mean),
+            log_scale=torch.zeros_like(log_scale),
         )
         inverse_scale = torch.exp(-log_scale)
 
-        for rows in _chunks(len(z), len(mean)):
+        for rows in chunks(len(z), _CHUNK_ELEMENTS // len(mean)):
             joint = _log_joint(z[rows], logits[rows], mean, log_scale)
-            weight = grad[rows].unsqueeze(-1) * torch.softmax(joint, -1)
+            grad_log_prob = grad[rows].unsqueeze(-1)
+            weight = grad_log_prob * torch.softmax(joint, -1)
 
-            if grad_logits is not None:
-                grad_logits[rows] = weight - grad[rows].unsqueeze(-1) * torch.softmax(
-                    logits[rows], -1
-                )
+            if gradients.logits is not None:
+                prior = torch.softmax(logits[rows], -1)
+                gradients.logits[rows] = weight - grad_log_prob * prior
 
             for i in range(mean.shape[1]):
                 difference = z[rows, i].unsqueeze(-1) - mean[:, i]
@@ -580,7 +601,7 @@ def mixture_rosenblatt(
 def mixture_rosenblatt_inverse(
     u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor
 ) -> Tensor:
-    return _MixtureRosenblattInverse.apply(u, logits, mean, log_scale)
+    return MixtureRosenblattInverse.apply(u, logits, mean, log_scale)
 
 
 def mixture_rosenblatt_log_prob(

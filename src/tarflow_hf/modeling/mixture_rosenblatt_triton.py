@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .coupling_torch import rosenblatt_backward
+from .coupling_torch import chunks, rosenblatt_inverse_backward
 from .normal import log_reversed_hazard, ndtri_exp
 from .normal import normal_tails as normal_tails_reference
 from .normal_triton import (
@@ -270,14 +270,121 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         new_peak = tl.maximum(peak, tl.max(x, 0))
         return new_peak, total * tl.exp(peak - new_peak) + tl.sum(tl.exp(x - new_peak), 0)
 
+    # The inverse's helpers work on one position. `weight_ptr` and `index_ptr` (K,) list its active
+    # components: their log weights (float64) and which they are.
+
+    @triton.jit
+    def _drop_out_of_reach(weight_ptr, index_ptr, count, reach, lane, BLOCK_K: tl.constexpr):
+        """Drops components more than `reach` below the largest, which gets the log weight 0.
+
+        In place: a component never moves behind the place where it stood, so nothing is overwritten
+        before it has been read. Returns how many are left.
+        """
+        peak = tl.full([], -1e300, tl.float64)
+        for start in range(0, count, BLOCK_K):
+            at = start + lane
+            weight = tl.load(weight_ptr + at, mask=at < count, other=-1e300)
+            peak = tl.maximum(peak, tl.max(weight, 0))
+
+        num_left = 0
+        for start in range(0, count, BLOCK_K):
+            at = start + lane
+            weight = tl.load(weight_ptr + at, mask=at < count, other=float("-inf")) - peak
+            k = tl.load(index_ptr + at, mask=at < count, other=0)
+            stays = weight >= -reach
+            target = num_left + tl.cumsum(stays.to(tl.int32), 0) - 1
+            tl.debug_barrier()
+            tl.store(weight_ptr + target, weight, mask=stays)
+            tl.store(index_ptr + target, k, mask=stays)
+            num_left += tl.sum(stays.to(tl.int32), 0)
+
+        tl.debug_barrier()
+        return num_left
+
+    @triton.jit
+    def _bracket(
+        u, weight_ptr, index_ptr, count, mean_ptr, inverse_scale_ptr, lane, BLOCK_K: tl.constexpr
+    ):
+        """The least, the largest and the average of the components' own roots, and the log of the
+        weights' sum.
+        """
+        lower = tl.full([], float("inf"), tl.float32)
+        upper = tl.full([], float("-inf"), tl.float32)
+        total = tl.full([], 0.0, tl.float32)
+        mass = tl.full([], 0.0, tl.float32)
+
+        for start in range(0, count, BLOCK_K):
+            at = start + lane
+            is_active = at < count
+            k = tl.load(index_ptr + at, mask=is_active, other=0)
+            weight = tl.load(weight_ptr + at, mask=is_active, other=float("-inf"))
+            share = tl.exp(weight.to(tl.float32))
+            scale = 1.0 / tl.load(inverse_scale_ptr + k).to(tl.float32)
+            candidate = tl.load(mean_ptr + k) + scale * u
+            lower = tl.minimum(lower, tl.min(tl.where(is_active, candidate, float("inf")), 0))
+            upper = tl.maximum(upper, tl.max(tl.where(is_active, candidate, float("-inf")), 0))
+            total += tl.sum(share * tl.where(is_active, candidate, 0.0), 0)
+            mass += tl.sum(share, 0)
+
+        return lower, upper, total / mass, tl.log(mass)
+
+    @triton.jit
+    def _transform(
+        x, weight_ptr, index_ptr, count, log_mass, mean_ptr, log_scale_ptr, inverse_scale_ptr,
+        lane, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """u(x) = Phi^-1(F(x)) and log du/dx, from the smaller of F and 1 - F."""
+        cdf_peak = tl.full([], -1e30, tl.float32)
+        cdf_total = tl.full([], 0.0, tl.float32)
+        sf_peak, sf_total = cdf_peak, cdf_total
+        slope_peak, slope_total = cdf_peak, cdf_total
+
+        for start in range(0, count, BLOCK_K):
+            at = start + lane
+            is_active = at < count
+            k = tl.load(index_ptr + at, mask=is_active, other=0)
+            weight = tl.load(weight_ptr + at, mask=is_active, other=float("-inf")).to(tl.float32)
+            inverse_scale = tl.load(inverse_scale_ptr + k).to(tl.float32)
+            t = (x - tl.load(mean_ptr + k)) * inverse_scale
+            log_cdf, log_sf, _cdf_hazard, _sf_hazard = normal_tails(t)
+            cdf_peak, cdf_total = _log_add(cdf_peak, cdf_total, weight + log_cdf)
+            sf_peak, sf_total = _log_add(sf_peak, sf_total, weight + log_sf)
+            density = weight - 0.5 * t * t - 0.9189385332046727 - tl.load(log_scale_ptr + k)
+            slope_peak, slope_total = _log_add(slope_peak, slope_total, density)
+
+        log_cdf = cdf_peak + tl.log(cdf_total) - log_mass
+        log_sf = sf_peak + tl.log(sf_total) - log_mass
+        log_tail = tl.minimum(log_cdf, log_sf)
+        quantile = lower_quantile(log_tail)
+        _c, _s, hazard, _h = normal_tails(quantile)
+        log_slope = (slope_peak - log_mass - log_tail) + tl.log(slope_total) - hazard
+
+        return tl.where(log_cdf <= log_sf, quantile, -quantile), log_slope
+
+    @triton.jit
+    def _condition(
+        x, weight_ptr, index_ptr, count, mean_ptr, log_scale_ptr, inverse_scale_ptr,
+        lane, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """Adds log N(x; mu_k, sigma_k^2) + log(2 pi) / 2 to the log weights."""
+        for start in range(0, count, BLOCK_K):
+            at = start + lane
+            is_active = at < count
+            k = tl.load(index_ptr + at, mask=is_active, other=0)
+            mean = tl.load(mean_ptr + k).to(tl.float64)
+            t = (x.to(tl.float64) - mean) * tl.load(inverse_scale_ptr + k)
+            weight = tl.load(weight_ptr + at, mask=is_active, other=0.0)
+            log_scale = tl.load(log_scale_ptr + k).to(tl.float64)
+            tl.store(weight_ptr + at, weight - (0.5 * t * t + log_scale), mask=is_active)
+
+        tl.debug_barrier()
+
     @triton.jit(do_not_specialize=SIZES)
     def _inverse_kernel(
         u_ptr, logits_ptr, mean_ptr, log_scale_ptr, inverse_scale_ptr, reach_ptr, weight_ptr, index_ptr, z_ptr,
         num_components, row_stride, component_stride, D: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        # One position a program. `weight` and `index` (n, K) are the list of its active components,
-        # and of their log weights relative to the largest; it shrinks in place from dimension to
-        # dimension.
+        # One position a program. `weight` and `index` (n, K) are the scratch of the helpers above.
         row = tl.program_id(0).to(tl.int64)
         weight_ptr += row * num_components
         index_ptr += row * num_components
@@ -288,115 +395,48 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
 
         for start in range(0, num_components, BLOCK_K):
             k = start + lane
-            logits = tl.load(
-                logits_ptr + k.to(tl.int64) * component_stride, mask=k < count, other=0.0
-            )
+            offsets = k.to(tl.int64) * component_stride
+            logits = tl.load(logits_ptr + offsets, mask=k < count, other=0.0)
             tl.store(weight_ptr + k, logits.to(tl.float64), mask=k < count)
             tl.store(index_ptr + k, k, mask=k < count)
 
         tl.debug_barrier()
         for i in range(D):
-            # Drop what is out of reach of the largest, and let that have the weight 0. A component
-            # never moves behind the place where it stood, so that nothing is overwritten before it
-            # has been read.
-            peak = tl.full([], -1e300, tl.float64)
+            means = mean_ptr + i * num_components
+            count = _drop_out_of_reach(weight_ptr, index_ptr, count, reach, lane, BLOCK_K)
 
-            for start in range(0, count, BLOCK_K):
-                at = start + lane
-                peak = tl.maximum(
-                    peak, tl.max(tl.load(weight_ptr + at, mask=at < count, other=-1e300), 0)
-                )
-
-            num_left = 0
-            for start in range(0, count, BLOCK_K):
-                at = start + lane
-                weight = tl.load(weight_ptr + at, mask=at < count, other=float("-inf")) - peak
-                k = tl.load(index_ptr + at, mask=at < count, other=0)
-                stays = weight >= -reach
-                target = num_left + tl.cumsum(stays.to(tl.int32), 0) - 1
-                tl.debug_barrier()
-                tl.store(weight_ptr + target, weight, mask=stays)
-                tl.store(index_ptr + target, k, mask=stays)
-                num_left += tl.sum(stays.to(tl.int32), 0)
-
-            count = num_left
-            tl.debug_barrier()
-
-            # Solve F(z_i) = Phi(u_i): `find_root` of `normal.py`, whose comments say why each step
-            # is as it is.
             u = tl.load(u_ptr + row * D + i)
-            lower, upper = (
-                tl.full([], float("inf"), tl.float32),
-                tl.full([], float("-inf"), tl.float32),
+            lower, upper, average, log_mass = _bracket(
+                u, weight_ptr, index_ptr, count, means, inverse_scale_ptr, lane, BLOCK_K
             )
-            total, mass = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
-
-            for start in range(0, count, BLOCK_K):
-                at = start + lane
-                is_active = at < count
-                k = tl.load(index_ptr + at, mask=is_active, other=0)
-                share = tl.exp(
-                    tl.load(weight_ptr + at, mask=is_active, other=float("-inf")).to(tl.float32)
-                )
-                scale = 1.0 / tl.load(inverse_scale_ptr + k).to(tl.float32)
-                candidate = tl.load(mean_ptr + i * num_components + k) + scale * u
-                lower = tl.minimum(lower, tl.min(tl.where(is_active, candidate, float("inf")), 0))
-                upper = tl.maximum(upper, tl.max(tl.where(is_active, candidate, float("-inf")), 0))
-                total += tl.sum(share * tl.where(is_active, candidate, 0.0), 0)
-                mass += tl.sum(share, 0)
-
-            log_mass = tl.log(mass)
-            x = tl.minimum(tl.maximum(total / mass, lower), upper)
+            x = tl.minimum(tl.maximum(average, lower), upper)
             tolerance = 1.1920928955078125e-07 * (1.0 + tl.abs(u))
             last_step = upper - lower
 
             steps = 0
             while steps < 48:
-                cdf_peak, cdf_total = tl.full([], -1e30, tl.float32), tl.full([], 0.0, tl.float32)
-                sf_peak, sf_total = cdf_peak, cdf_total
-                slope_peak, slope_total = cdf_peak, cdf_total
-
-                for start in range(0, count, BLOCK_K):
-                    at = start + lane
-                    is_active = at < count
-                    k = tl.load(index_ptr + at, mask=is_active, other=0)
-                    share = tl.load(weight_ptr + at, mask=is_active, other=float("-inf")).to(
-                        tl.float32
-                    )
-                    inverse_scale = tl.load(inverse_scale_ptr + k).to(tl.float32)
-                    t = (x - tl.load(mean_ptr + i * num_components + k)) * inverse_scale
-                    log_cdf, log_sf, _cdf_hazard, _sf_hazard = normal_tails(t)
-                    cdf_peak, cdf_total = _log_add(cdf_peak, cdf_total, share + log_cdf)
-                    sf_peak, sf_total = _log_add(sf_peak, sf_total, share + log_sf)
-                    density = share - 0.5 * t * t - 0.9189385332046727 - tl.load(log_scale_ptr + k)
-                    slope_peak, slope_total = _log_add(slope_peak, slope_total, density)
-
-                log_cdf = cdf_peak + tl.log(cdf_total) - log_mass
-                log_sf = sf_peak + tl.log(sf_total) - log_mass
-                log_tail = tl.minimum(log_cdf, log_sf)
-                quantile = lower_quantile(log_tail)
-                value = tl.where(log_cdf <= log_sf, quantile, -quantile) - u
-                _c, _s, hazard, _h = normal_tails(quantile)
-                log_slope = (slope_peak - log_mass - log_tail) + tl.log(slope_total) - hazard
+                x_u, log_slope = _transform(
+                    x, weight_ptr, index_ptr, count, log_mass, means, log_scale_ptr, inverse_scale_ptr,
+                    lane, BLOCK_K,
+                )  # fmt: skip
                 new_x, lower, upper, last_step, is_root = newton_step(
-                    x, value, log_slope, lower, upper, last_step, tolerance
+                    x, x_u - u, log_slope, lower, upper, last_step, tolerance
                 )
                 x = tl.where(is_root, x, new_x)
                 steps = tl.where(is_root, 48, steps + 1)
 
             tl.store(z_ptr + row * D + i, x)
-
-            for start in range(0, count, BLOCK_K):
-                at = start + lane
-                is_active = at < count
-                k = tl.load(index_ptr + at, mask=is_active, other=0)
-                mean = tl.load(mean_ptr + i * num_components + k).to(tl.float64)
-                t = (x.to(tl.float64) - mean) * tl.load(inverse_scale_ptr + k)
-                weight = tl.load(weight_ptr + at, mask=is_active, other=0.0)
-                log_scale = tl.load(log_scale_ptr + k).to(tl.float64)
-                tl.store(weight_ptr + at, weight - (0.5 * t * t + log_scale), mask=is_active)
-
-            tl.debug_barrier()
+            _condition(
+                x,
+                weight_ptr,
+                index_ptr,
+                count,
+                means,
+                log_scale_ptr,
+                inverse_scale_ptr,
+                lane,
+                BLOCK_K,
+            )
 
 except ImportError:
     triton = None
@@ -477,8 +517,7 @@ def _backward(
     size = max(1, MAX_PARTIAL_SUMS // (num_components * latent_size)) * BLOCK_ROWS
     component_blocks = triton.cdiv(num_components, BLOCK_COMPONENTS)
 
-    for start in range(0, len(z), size):
-        part = slice(start, start + size)
+    for part in chunks(len(z), size):
         num_rows = len(z[part])
         row_blocks = triton.cdiv(num_rows, BLOCK_ROWS)
         shares = [
@@ -596,8 +635,8 @@ class _MixtureRosenblattInverse(torch.autograd.Function):
     def backward(ctx, grad_z):
         # Row by row of the triangular Jacobian, each of which needs all components: left to the
         # reference.
-        gradients = rosenblatt_backward(*(x.float() for x in ctx.saved_tensors), grad_z=grad_z)
-        return tuple(gradients)
+        inputs = (x.float() for x in ctx.saved_tensors)
+        return tuple(rosenblatt_inverse_backward(*inputs, grad_z))
 
 
 @torch.compiler.disable  # a graph break: nothing inside a kernel is left to a compiler
