@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+from docutils.nodes import SkipNode
+from docutils.utils.math import latex2mathml
 from myst_parser.parsers.sphinx_ import MystParser
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # or the kernels' modules want a GPU
@@ -40,6 +42,9 @@ html_title = "tarflow_hf"
 html_theme_options = {"navigation_with_keys": True}
 html_show_copyright = False
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
 
 # --------------------------------------------------------------------------------------------------
 # The API, out of the docstrings
@@ -141,8 +146,22 @@ class NotebookParser(MystParser):
         super().parse(notebook.to_markdown(json.loads(inputstring)), document)
 
 
+# --------------------------------------------------------------------------------------------------
+# Formulas
+# --------------------------------------------------------------------------------------------------
+
+
+def visit_math(translator, node) -> None:
+    """Writes a formula as MathML, which needs neither a script nor a network."""
+    is_block = node.tagname == "math_block"
+    formula = latex2mathml.tex2mathml(node.astext(), as_block=is_block)
+    translator.body.append(f'<div class="math">{formula}</div>' if is_block else formula)
+    raise SkipNode
+
+
 def setup(app) -> None:
     # Before napoleon, which reads the sections.
     app.connect("autodoc-process-docstring", plain_docstring, priority=100)
     app.add_source_suffix(".ipynb", "notebook")
     app.add_source_parser(NotebookParser)
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))

@@ -60,7 +60,6 @@ def model_card(
     *,
     repo_id: str = "USER/NAME",
     description: str = "",
-    is_trained: bool = True,
     license: str = "apache-2.0",
     language: str = "en",
 ) -> ModelCard:
@@ -75,13 +74,11 @@ def model_card(
             the importance-weighted bound, `num_tokens` what was scored.
         repo_id: Where it will be, for the code that shows how to use it.
         description: A sentence on what this model is.
-        is_trained: False for a recipe that was not run to its end: the card says so, and takes no
-            evaluation.
         license: Of the weights, by the Hub's identifiers.
 
     Raises:
-        ValueError: The evaluation has no command or date, no known figure, or one that is not
-            finite; or it is one of a model that is not trained.
+        ValueError: If the evaluation has no command or date, no known figure, or one that is not
+            finite.
 
     Example:
         >>> config = TarFlowLMConfig(vocab_size=27, latent_size=2, hidden_size=8, num_attention_heads=1, flows=[
@@ -100,11 +97,6 @@ def model_card(
             training.pop(option, None)  # which stands for nothing then
 
     name = repo_id.split("/")[-1]
-    if evaluation is not None and not is_trained:
-        raise ValueError(
-            "evaluation must be None for a model that is not trained: there is nothing to evaluate."
-        )
-
     results = None if evaluation is None else _eval_results(evaluation)
     dataset = training.get("dataset")
     card_data = ModelCardData(
@@ -124,7 +116,6 @@ def model_card(
         name=name,
         repo_id=repo_id,
         description=description or "A language model of flows.",
-        is_trained=is_trained,
         couplings={name: head.title or name for name, head in COUPLING_HEADS.items()},
         num_parameters=_num_parameters(config),
         num_new_tokens=min(64, config.max_position_embeddings)
@@ -202,14 +193,14 @@ def _prompts(config: TarFlowLMConfig) -> str:
     """How well `generate` continues prompts and fills gaps."""
     if config.conditional:
         return (
-            "It was made to be told some of the tokens: `generate` continues a prompt, and fills gaps\n"
-            "(`infill_mask`), by the distribution that it was trained for."
+            "It was made to be told some of the tokens: `generate` continues prompts and fills gaps (`infill_mask`)\n"
+            "by the distribution that it was trained for."
         )
 
     if any(flow["direction"] == "right_to_left" for flow in config.flows):
         return (
-            "`generate` continues a prompt, and fills gaps (`infill_mask`), by an approximation: what is known\n"
-            "is held fixed in the first flow only, because a flow here runs right to left."
+            "`generate` continues prompts and fills gaps (`infill_mask`) by an approximation: a flow here runs right\n"
+            "to left, so what is known is held fixed in the first flow only."
         )
 
     return (
