@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import Table, copy_bandwidth, seconds
+from measure import Results, copy_bandwidth, seconds
 from torch import Tensor
 
 from tarflow_hf.modeling import coupling
@@ -275,7 +275,7 @@ def main():
     parser.add_argument("--output", type=Path, help="file to append the rows to, as JSON lines")
     arguments = parser.parse_args()
     device, is_full = arguments.device, arguments.full or arguments.device != "cpu"
-    table = Table(device, arguments.output)
+    table = Results(device, arguments.output)
     ceiling = copy_bandwidth(device)
     print(f"Copy bandwidth: {ceiling / 1e9:,.1f} GB/s")
     table.title(

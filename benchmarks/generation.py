@@ -27,7 +27,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from measure import Table, median_times
+from measure import Results, median_times
 from torch import Tensor
 from transformers import AutoModel, DynamicCache, set_seed
 
@@ -212,7 +212,7 @@ def train(
 # ------------------------------------------------------------------------------------ how it is run
 
 
-def whole_stacks(arguments: argparse.Namespace, table: Table) -> None:
+def whole_stacks(arguments: argparse.Namespace, table: Results) -> None:
     """Every mode of `generate` at every size, and the library's own model beside them."""
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
     if arguments.checkpoint:
@@ -275,7 +275,7 @@ def whole_stacks(arguments: argparse.Namespace, table: Table) -> None:
                 table.row(mode=name, patch=patch_size, batch=batch, tokens=length, **values)
 
 
-def patches(arguments: argparse.Namespace, table: Table) -> None:
+def patches(arguments: argparse.Namespace, table: Results) -> None:
     """Each patch size with and without a decoder over the tokens of a patch: likelihood, and speed
     beside patch 1.
     """
@@ -331,7 +331,7 @@ def patches(arguments: argparse.Namespace, table: Table) -> None:
             )
 
 
-def trained_flows(model: TarFlowLMModel, arguments: argparse.Namespace, table: Table) -> None:
+def trained_flows(model: TarFlowLMModel, arguments: argparse.Namespace, table: Results) -> None:
     """Each flow of a trained stack, from the noise side: the parallel inverse against the
     sequential one.
     """
@@ -390,7 +390,7 @@ def trained_flows(model: TarFlowLMModel, arguments: argparse.Namespace, table: T
 def main():
     arguments = parse_arguments()
     set_seed(0)
-    table = Table(arguments.device, arguments.output)
+    table = Results(arguments.device, arguments.output)
     with torch.no_grad():
         whole_stacks(arguments, table)
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from tarflow_hf.report import Table
+
 
 def seconds(run: Callable[[], object], device: str) -> float:
     """Wall-clock time of one run, on a GPU until it has finished."""
@@ -86,8 +88,11 @@ def facts(device: str) -> dict[str, str | int]:
     }
 
 
-class Table:
-    """Prints rows and appends them to a file, each with the device, the date and the versions."""
+class Results:
+    """Prints rows as they are measured and appends them to a file.
+
+    In the file each row has the device, the date and the versions, too.
+    """
 
     def __init__(self, device: str, output: Path | None):
         self.output = output
@@ -95,26 +100,27 @@ class Table:
         print(", ".join(f"{name} {value}" for name, value in self.facts.items()))
 
     def title(self, **widths: int) -> None:
-        self.widths = widths
-        print("\n" + "  ".join(f"{name:>{width}}" for name, width in widths.items()))
+        """Begins a table with these columns."""
+        self.head, self.widths = list(widths), list(widths.values())
+        print("\n" + Table(self.head, []).to_text(self.widths))
 
     def row(self, **values) -> None:
-        """One row: the columns of the title are printed, all of it is kept. None is what was not
-        measured.
-        """
-        cells = []
-        for name, width in self.widths.items():
-            value = values[name]
-            value = (
-                "-"
-                if value is None
-                else f"{value:,.2f}"
-                if isinstance(value, float)
-                else str(value)
-            )
-            cells.append(f"{value:>{width}}")
+        """Prints the columns of the title, and keeps all values. None is what was not measured."""
+        cells = [as_text(values[name]) for name in self.head]
+        print(Table(self.head, [cells]).to_text(self.widths).split("\n")[1], flush=True)
 
-        print("  ".join(cells), flush=True)
         if self.output is not None:
             with self.output.open("a") as file:
                 file.write(json.dumps({**self.facts, **values}) + "\n")
+
+
+def as_text(value: object) -> str:
+    """A value as it is printed.
+
+    Example:
+        >>> as_text(1234.5), as_text(8), as_text(None)
+        ('1,234.50', '8', '-')
+    """
+    if value is None:
+        return "-"
+    return f"{value:,.2f}" if isinstance(value, float) else str(value)

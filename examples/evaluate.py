@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.data import PackedTokens, held_out_documents
 from tarflow_hf.evaluation import WHAT_IS_SCORED, evaluate_text, provenance_of
-from tarflow_hf.report import evaluation_table
+from tarflow_hf.report import evaluation_text
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,7 +65,7 @@ def main():
         seed=arguments.seed,
         progress=True,
     )
-    print(evaluation_table(evaluation, rows))
+    print(evaluation_text(evaluation, rows))
     print(WHAT_IS_SCORED)
     if arguments.output is not None:
         arguments.output.write_text(evaluation.to_json())

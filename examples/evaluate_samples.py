@@ -33,7 +33,7 @@ from tarflow_hf.evaluation import (
     reference_sequences,
     sample_to_file,
 )
-from tarflow_hf.report import sample_table
+from tarflow_hf.report import sample_text
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -112,7 +112,7 @@ def main():
         batch_size=arguments.judge_batch_size,
         progress=True,
     )
-    print(sample_table(evaluation))
+    print(sample_text(evaluation))
     if arguments.output is not None:
         arguments.output.write_text(evaluation.to_json())
 

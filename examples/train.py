@@ -34,7 +34,7 @@ from tarflow_hf.data import (
 )
 from tarflow_hf.evaluation import WHAT_IS_SCORED, likelihoods
 from tarflow_hf.hub import check_access, model_card, publish
-from tarflow_hf.report import report_table
+from tarflow_hf.report import likelihood_table
 from tarflow_hf.training import (
     TrainingConfig,
     discrete_baseline,
@@ -252,7 +252,7 @@ def report(model, tokenizer, test_data, run: RunConfig) -> None:
         model, test_data, run.test_samples, max_sequences=run.test_sequences, progress=True
     )
     print(f"\nA sample:\n{tokenizer.decode(tokens[0], skip_special_tokens=True)}\n")
-    table = report_table(rows, test_data.characters_per_token, test_data.tokens_per_word)
+    table = likelihood_table(rows, test_data.characters_per_token, test_data.tokens_per_word)
     print(f"Test text:\n{table}\n{WHAT_IS_SCORED}")
 
 

@@ -12,21 +12,23 @@ from pathlib import Path
 
 from cases import GROUPS
 
+from tarflow_hf.report import Table
+
 MARK = "<!-- The tables below are made by benchmarks/study/report.py. -->"
-COLUMNS = {
-    "model": "---",
-    "parameters": "--:",
-    "FLOPs, discrete = 1": "--:",
-    "seeds": "--:",
-    "bits/char, ELBO": "--:",
-    "bits/char, 16 samples": "--:",
-    "to the discrete": "--:",
-    "ELBO after each flow": "---",
-}
+COLUMNS = [
+    "model",
+    "parameters",
+    "FLOPs, discrete = 1",
+    "seeds",
+    "bits/char, ELBO",
+    "bits/char, 16 samples",
+    "to the discrete",
+    "ELBO after each flow",
+]
 
 
 def tables(rows: list[dict]) -> str:
-    """Markdown: for each group with rows a table, in which a line is a case."""
+    """The tables as Markdown: one for each group with rows, in which a line is a case."""
     by_case = {}
     for row in rows:
         by_case.setdefault(row["case"], []).append(row)
@@ -35,25 +37,23 @@ def tables(rows: list[dict]) -> str:
     parts = []
 
     for group, cases in GROUPS.items():
-        lines = [line(case, by_case[case], discrete) for case in cases if case in by_case]
-        if lines:
-            header = [f"| {' | '.join(COLUMNS)} |", f"|{'|'.join(COLUMNS.values())}|"]
-            parts.append("\n".join([f"### {group.capitalize()}\n", *header, *lines]))
+        cells = [cells_of(case, by_case[case], discrete) for case in cases if case in by_case]
+        if cells:
+            table = Table(COLUMNS, cells, right=range(1, len(COLUMNS) - 1))
+            parts.append(f"### {group.capitalize()}\n\n{table.to_markdown()}")
 
     return "\n\n".join(parts)
 
 
 def by_steps(rows: list[dict]) -> dict[int, list[dict]]:
-    """Runs of one length, the shortest first: what was trained longer is compared with nothing
-    else.
-    """
+    """The rows by the length of their runs, the shortest first: only equal lengths compare."""
     return {
         steps: [row for row in rows if row["num_steps"] == steps]
         for steps in sorted({row["num_steps"] for row in rows})
     }
 
 
-def line(case: str, rows: list[dict], discrete: list[dict] | None) -> str:
+def cells_of(case: str, rows: list[dict], discrete: list[dict] | None) -> tuple:
     """The row of a case: means over its seeds, and with several seeds their standard deviation.
 
     The gap to the discrete model is of the importance-weighted bound, at the seeds that both have.
@@ -82,8 +82,7 @@ def line(case: str, rows: list[dict], discrete: list[dict] | None) -> str:
         after = zip(*(row["bits_after_flows"] for row in rows), strict=True)
         cuts = ", ".join(f"{statistics.mean(values):.3f}" for values in after)
 
-    cells = case, f"{rows[0]['parameters']:,}", flops, len(rows), elbo, bound, gap, cuts
-    return f"| {' | '.join(map(str, cells))} |"
+    return case, f"{rows[0]['parameters']:,}", flops, len(rows), elbo, bound, gap, cuts
 
 
 def spread(values: list[float]) -> str:
@@ -98,8 +97,9 @@ def spread(values: list[float]) -> str:
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    """Left: every run's bound, a line for each case. Right: the training curves of the models at
-    their first seed.
+    """Draws every run's bound, a line for each case, beside the training curves.
+
+    The curves are those of the models at their first seed.
     """
     import matplotlib
 

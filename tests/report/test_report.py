@@ -202,15 +202,15 @@ def test_a_report_and_its_commands_agree(run, folder):
     assert set(re.search(r"scales (\S+) to (\S+), mean (\S+)", printed).groups()) <= cells
 
     printed = run("evaluate_samples.py", *found["evaluate_samples.py"])
-    for line in printed.splitlines()[1:6]:
+    for line in printed.splitlines()[1:8]:
         assert set(re.split(r"\s{2,}", line)[1:]) <= cells
 
-    assert "entropy" in printed.splitlines()[1] and "were not measured" in printed.splitlines()[6]
+    assert "entropy" in printed.splitlines()[1] and "were not measured" in printed.splitlines()[8]
     assert "not measured" in cells
     warnings = [
         text for _, attributes, text in page.of("p") if attributes.get("class") == "warning"
     ]
-    assert printed.splitlines()[7:] == warnings
+    assert printed.splitlines()[9:] == warnings
     samples = (folder / "report-samples.jsonl").read_text()
     shown = [text for _, attributes, text in page.of("p") if attributes.get("class") == "sample"]
     assert len(shown) == 2 and all(f'"text": "{text}"' in samples for text in shown)

@@ -105,8 +105,9 @@ def ratio_of_sums(values: Tensor, weights: Tensor) -> tuple[float, float]:
 def likelihoods(
     model: PreTrainedModel, sequences: Iterable[dict[str, Tensor]], num_samples: int, **options
 ) -> dict[str, Likelihood]:
-    """What a table of `report_table` says of a model: of a TarFlowLM the ELBO and the bound with
-    `num_samples` samples.
+    """The likelihoods that are reported for a model, by name.
+
+    A TarFlowLM has the ELBO and the bound with `num_samples` samples, a discrete model the exact one.
 
     Both come from the same samples. Options as for `likelihood`.
     """

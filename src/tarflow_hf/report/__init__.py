@@ -26,12 +26,13 @@ from .sections import (
 )
 from .tables import (
     Table,
-    evaluation_table,
+    evaluation_text,
     evolution_table,
     flops_table,
+    likelihood_table,
     patch_size_table,
-    report_table,
     sample_table,
+    sample_text,
 )
 
 __all__ = [
@@ -41,7 +42,7 @@ __all__ = [
     "Table",
     "codebook_section",
     "draw_passes",
-    "evaluation_table",
+    "evaluation_text",
     "evolution_section",
     "evolution_table",
     "few_changes",
@@ -49,6 +50,7 @@ __all__ = [
     "flops_section",
     "flops_table",
     "likelihood_section",
+    "likelihood_table",
     "model_section",
     "new_figure",
     "origin_section",
@@ -62,7 +64,7 @@ __all__ = [
     "plot_measure",
     "plot_patch_sizes",
     "report_page",
-    "report_table",
     "sample_table",
+    "sample_text",
     "samples_section",
 ]

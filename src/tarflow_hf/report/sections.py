@@ -1,6 +1,7 @@
 """The sections of a report: plain results in, a `Section` out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,7 +21,14 @@ from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from .page import Section, render
 from .passes import Pass, passes_section
 from .plots import inline_svg, plot_measure, plot_patch_sizes
-from .tables import Table, patch_size_rows, sample_rows
+from .tables import (
+    Table,
+    measure_table,
+    measures_table,
+    patch_size_table,
+    sample_table,
+    stack_table,
+)
 
 
 def facts(caption: str, rows: Sequence[Sequence[str]]) -> Table:
@@ -48,7 +56,7 @@ def model_section(model: PreTrainedModel, provenance: Provenance) -> Section:
             ("patch size, tokens", str(config.patch_size)),
             ("may be told tokens (conditional)", "yes" if config.conditional else "no"),
         ]
-        flows = flows_table(config.flows)
+        flows = stack_table(config.flows)
     else:
         rows.append(("layers", str(config.num_hidden_layers)))
 
@@ -57,53 +65,15 @@ def model_section(model: PreTrainedModel, provenance: Provenance) -> Section:
     return Section("model", "The model", body)
 
 
-def flows_table(flows: Sequence[dict]) -> Table:
-    """The flows of a configuration, a row for each."""
-    rows = [
-        (
-            number,
-            flow["coupling"].replace("_", " "),
-            flow["direction"].replace("_", " "),
-            flow["num_hidden_layers"],
-            f"{flow['num_components']:,}" if "num_components" in flow else "none",
-        )
-        for number, flow in enumerate(flows, 1)
-    ]
-    head = ["flow", "coupling", "direction", "layers", "components"]
-    caption = "The flows, from the data side to the noise side"
-
-    return Table(head, rows, caption, right=(3, 4))
-
-
 def likelihood_section(
     evaluation: Evaluation, rows: dict[str, Likelihood], command: str
 ) -> Section:
     """The result of `evaluate_text`: the bounds, or the exact figure."""
-    e, columns = evaluation, list(rows.values())
-    measures = [
-        ("nats per token", [f"{row.nats_per_token:.4f}" for row in columns]),
-        ("its standard error", [f"{row.standard_error:.4f}" for row in columns]),
-        (
-            "bits per character",
-            [f"{row.bits_per_character(e.characters_per_token):.4f}" for row in columns],
-        ),
-        ("perplexity of a token", [f"{row.perplexity:.3f}" for row in columns]),
-    ]
-
-    if e.tokens_per_word is not None:
-        measures.append(
-            (
-                "perplexity of a word",
-                [f"{row.perplexity_per_word(e.tokens_per_word):.1f}" for row in columns],
-            )
-        )
-
-    caption = f"Likelihood of {e.num_tokens:,} tokens in {e.num_sequences:,} sequences of {e.data}"
     body = render(
         "sections/likelihood.html.j2",
-        is_upper_bound=e.is_upper_bound,
+        is_upper_bound=evaluation.is_upper_bound,
         what_is_scored=WHAT_IS_SCORED,
-        table=Table(["measure", *rows], [(name, *cells) for name, cells in measures], caption),
+        table=measures_table(evaluation, rows),
         command=command,
     )
     return Section("likelihood", "Likelihood of held-out text", body)
@@ -143,20 +113,11 @@ def samples_section(
     evaluation: SampleEvaluation, samples: Sequence[Sample], command: str
 ) -> Section:
     """The result of `evaluate_samples`: the metrics, their warnings, and some of the samples."""
-    e = evaluation
-    rows = [(name, own, text or "of both") for name, own, text in sample_rows(e)]
-
-    if e.judge is None:
-        rows += [
-            (name, "not measured", "not measured") for name in ("generative perplexity", "MAUVE")
-        ]
-
-    caption = f"{e.num_samples:,} samples of {e.length:,} tokens, and as many sequences of {e.data}"
     body = render(
         "sections/samples.html.j2",
-        table=Table(["measure", "samples", "text"], rows, caption),
-        not_measured=NOT_MEASURED if e.judge is None else "",
-        warnings=e.warnings,
+        table=sample_table(evaluation),
+        not_measured=NOT_MEASURED if evaluation.judge is None else "",
+        warnings=evaluation.warnings,
         command=command,
         samples=samples,
     )
@@ -195,50 +156,34 @@ def evolution_section(
     return Section("evolution", "From flow to flow", body)
 
 
-def evolution_panel(name: str, evolutions: dict[str, Evolution], directions: Sequence[str]) -> dict:
+def evolution_panel(
+    name: str, evolutions: dict[str, Evolution], directions: Sequence[str]
+) -> dict[str, Any]:
     """One of the `MEASURES`: its `picture` and its `table`."""
-    title = MEASURES[name][0].upper() + MEASURES[name][1:]
-    measured = {label: getattr(evolution, name) for label, evolution in evolutions.items()}
-    states = next(iter(evolutions.values())).num_states
-    levels = range(states - len(next(iter(measured.values()))), states)
-    names = ["latents" if level == 0 else f"flow {level}" for level in levels]
-    rows = [
-        (
-            state,
-            *(
-                f"{statistics[index].mean:.3f} ± {statistics[index].std:.3f}"
-                for statistics in measured.values()
-            ),
-        )
-        for index, state in enumerate(names)
-    ]
+    table = measure_table(name, evolutions)
     description = "; ".join(
-        f"{label}: " + ", ".join(f"{state} {cells[column]}" for state, *cells in rows)
-        for column, label in enumerate(measured)
+        f"{label}: " + ", ".join(f"{row[0]} {row[column]}" for row in table.rows)
+        for column, label in enumerate(evolutions, 1)
     )
     figure = plot_measure(name, evolutions, directions)
-    svg = inline_svg(figure, f"evolution-{name.replace('_', '-')}", title, description)
+    svg = inline_svg(figure, f"evolution-{name.replace('_', '-')}", table.caption, description)
 
-    return {"picture": svg, "table": Table(["state", *measured], rows, title)}
+    return {"picture": svg, "table": table}
 
 
 def flops_section(counts: dict[int, FlopCount], patch_size: int, command: str) -> Section:
     """The result of `count_by_patch_size`, with the model's own patch size."""
-    rows = [
-        (f"{size} (this model)" if int(size) == patch_size else size, *cells)
-        for size, *cells in patch_size_rows(counts)
-    ]
-    head = ["patch size", "FLOPs per token", "ratio, true count", "ratio, the paper's"]
+    table = patch_size_table(counts, own=patch_size)
     description = "; ".join(
         f"patch size {size}: {ratio}, by the paper's count {paper}"
-        for size, _, ratio, paper in rows
+        for size, _, ratio, paper in table.rows
     )
     title = "FLOPs against the patch size"
     body = render(
         "sections/flops.html.j2",
         count=counts[patch_size],
         picture=inline_svg(plot_patch_sizes(counts), "flops-by-patch-size", title, description),
-        table=Table(head, rows, "FLOPs against those of the discrete transformer"),
+        table=table,
         command=command,
     )
     return Section("flops", "FLOPs and patch size", body)

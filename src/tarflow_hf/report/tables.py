@@ -53,7 +53,7 @@ class Table:
         </div>
     """
 
-    head: Sequence[str]
+    head: Sequence[Any]
     rows: Sequence[Sequence[Any]]
     caption: str = ""
     right: Sequence[int] | None = None
@@ -103,63 +103,93 @@ class Table:
     __str__ = to_text
 
 
-def report_table(
+# --------------------------------------------------------------------------------------------------
+# Likelihood
+# --------------------------------------------------------------------------------------------------
+
+
+def likelihood_table(
     rows: dict[str, Likelihood], characters_per_token: float, tokens_per_word: float | None = None
-) -> str:
-    """A table to print, one row for each likelihood, with the perplexity per token and (if it can
-    be told) per word.
+) -> Table:
+    """A row for each likelihood, with the perplexity of a token and, if it is known, of a word.
 
     Example:
-        >>> print(report_table({"exact": Likelihood(nats=69.3, num_tokens=100, standard_error=0.01)}, 1.0, 5.0))
-        100 tokens             nats/token      +-   bits/char  perplexity    per word
-        exact                      0.6930  0.0100      0.9998       2.000        32.0
+        >>> exact = Likelihood(nats=69.3, num_tokens=100, standard_error=0.01)
+        >>> print(likelihood_table({"exact": exact}, 1.0, 5.0))
+        100 tokens  nats/token      +-  bits/char  perplexity  per word
+        exact           0.6930  0.0100     0.9998       2.000      32.0
     """
-    num_tokens = f"{next(iter(rows.values())).num_tokens:,} tokens"
-    lines = [
-        f"{num_tokens:<23}{'nats/token':>10}  {'+-':>6}  {'bits/char':>10}  {'perplexity':>10}"
+    num_tokens = next(iter(rows.values())).num_tokens
+    head = [f"{num_tokens:,} tokens", "nats/token", "+-", "bits/char", "perplexity", "per word"]
+    cells = [
+        (name, *likelihood_cells(row, characters_per_token, tokens_per_word))
+        for name, row in rows.items()
     ]
 
-    for name, row in rows.items():
-        bits = row.bits_per_character(characters_per_token)
-        lines.append(
-            f"{name:<23}{row.nats_per_token:>10.4f}  {row.standard_error:>6.4f}  {bits:>10.4f}  {row.perplexity:>10.3f}"
-        )
+    return Table(head[: len(cells[0])], cells)
 
+
+def measures_table(evaluation: Evaluation, rows: dict[str, Likelihood]) -> Table:
+    """A column for each likelihood of `evaluate_text`: narrow enough for a page on a phone."""
+    e = evaluation
+    names = [
+        "nats per token",
+        "its standard error",
+        "bits per character",
+        "perplexity of a token",
+        "perplexity of a word",
+    ]
+    columns = [
+        likelihood_cells(row, e.characters_per_token, e.tokens_per_word) for row in rows.values()
+    ]
+    caption = f"Likelihood of {e.num_tokens:,} tokens in {e.num_sequences:,} sequences of {e.data}"
+
+    # Without words in the text the last name has no cells.
+    return Table(["measure", *rows], list(zip(names, *columns, strict=False)), caption)
+
+
+def likelihood_cells(
+    row: Likelihood, characters_per_token: float, tokens_per_word: float | None
+) -> list[str]:
+    """Nats per token, their error, bits per character, perplexity of a token, and of a word."""
+    cells = [
+        f"{row.nats_per_token:.4f}",
+        f"{row.standard_error:.4f}",
+        f"{row.bits_per_character(characters_per_token):.4f}",
+        f"{row.perplexity:.3f}",
+    ]
     if tokens_per_word is not None:
-        lines[0] += f"  {'per word':>10}"
-        for index, row in enumerate(rows.values(), 1):
-            lines[index] += f"  {row.perplexity_per_word(tokens_per_word):>10.1f}"
+        cells.append(f"{row.perplexity_per_word(tokens_per_word):.1f}")
 
-    return "\n".join(lines)
+    return cells
 
 
-def evaluation_table(evaluation: Evaluation, rows: dict[str, Likelihood]) -> str:
-    """What `evaluate_text` returns, to print."""
-    e, lines = (
-        evaluation,
-        [report_table(rows, evaluation.characters_per_token, evaluation.tokens_per_word)],
-    )
+def evaluation_text(evaluation: Evaluation, rows: dict[str, Likelihood]) -> str:
+    """The results of `evaluate_text` to print: the likelihoods, and for a TarFlowLM its codebook."""
+    e = evaluation
+    lines = [str(likelihood_table(rows, e.characters_per_token, e.tokens_per_word))]
+
     if e.reconstruction_accuracy is not None:
-        lines.append(
-            f"reconstruction: {e.reconstruction_accuracy:.4%} of the tokens; of {e.num_text_tokens:,} different ones "
-            f"{e.num_used_tokens:,} come back"
-        )
-        lines.append(
-            f"codebook: {e.codebook_entries:,} entries, d = {e.codebook_latent_size}; scales "
-            f"{e.codebook_scale_min:.4g} to {e.codebook_scale_max:.4g}, mean {e.codebook_scale_mean:.4g}"
-        )
-        lines.append(
+        lines += [
+            f"reconstruction: {e.reconstruction_accuracy:.4%} of the tokens; "
+            f"{e.num_used_tokens:,} different ones come back, the text has {e.num_text_tokens:,}",
+            f"codebook: {e.codebook_entries:,} entries, d = {e.codebook_latent_size}; "
+            f"scales {e.codebook_scale_min:.4g} to {e.codebook_scale_max:.4g}, "
+            f"mean {e.codebook_scale_mean:.4g}",
             f"nearest entries: {e.codebook_nearest_distance_min:.3g} scales away at least, "
-            f"{e.codebook_nearest_distance_median:.3g} in the median"
-        )
+            f"{e.codebook_nearest_distance_median:.3g} in the median",
+        ]
 
     return "\n".join(lines)
 
 
-def sample_rows(evaluation: SampleEvaluation) -> list[tuple[str, str, str]]:
-    """What is measured, of the samples, of the text; what was not measured, or is of both, is left
-    empty.
-    """
+# --------------------------------------------------------------------------------------------------
+# Samples
+# --------------------------------------------------------------------------------------------------
+
+
+def sample_table(evaluation: SampleEvaluation) -> Table:
+    """The measures of the samples beside those of the text."""
     e = evaluation
     rows = [
         ("entropy, nats", f"{e.entropy:.3f}", f"{e.text_entropy:.3f}"),
@@ -169,101 +199,126 @@ def sample_rows(evaluation: SampleEvaluation) -> list[tuple[str, str, str]]:
         ("distinct 3-grams", f"{e.distinct_3:.4f}", f"{e.text_distinct_3:.4f}"),
     ]
 
-    if e.judge is not None:
+    if e.judge is None:
+        rows.append(("generative perplexity", "not measured", "not measured"))
+        rows.append(("MAUVE", "not measured", "not measured"))
+    else:
         perplexities = f"{e.generative_perplexity:.2f}", f"{e.text_perplexity:.2f}"
         rows.insert(0, (f"perplexity by {e.judge}", *perplexities))
-        rows.append((f"MAUVE, scale {e.mauve_scale:g}", f"{e.mauve:.4f}", ""))
+        rows.append((f"MAUVE, scale {e.mauve_scale:g}", f"{e.mauve:.4f}", "of both"))
 
-    return rows
+    head = [f"{e.num_samples:,} x {e.length:,} tokens", "samples", "text"]
+    caption = f"{e.num_samples:,} samples of {e.length:,} tokens, and as many sequences of {e.data}"
+    return Table(head, rows, caption)
 
 
-def sample_table(evaluation: SampleEvaluation) -> str:
-    """To print: samples beside the text, and the warnings."""
-    rows = [
-        (f"{evaluation.num_samples:,} x {evaluation.length:,} tokens", "samples", "text"),
-        *sample_rows(evaluation),
-    ]
-    width = max(len(name) for name, *_ in rows)
-    lines = [f"{name:<{width}}  {own:>9}  {text:>9}".rstrip() for name, own, text in rows]
+def sample_text(evaluation: SampleEvaluation) -> str:
+    """The results of `evaluate_samples` to print: the table, and the warnings."""
+    lines = [str(sample_table(evaluation))]
     if evaluation.judge is None:
         lines.append(NOT_MEASURED)
 
     return "\n".join(lines + [f"Warning: {warning}" for warning in evaluation.warnings])
 
 
-def evolution_table(evolution: Evolution) -> str:
-    """To print, a line for each state.
+# --------------------------------------------------------------------------------------------------
+# The model
+# --------------------------------------------------------------------------------------------------
+
+
+def stack_table(flows: Sequence[dict[str, Any]]) -> Table:
+    """The flows of a configuration, a row for each."""
+    rows = [
+        (
+            number,
+            flow["coupling"].replace("_", " "),
+            flow["direction"].replace("_", " "),
+            flow["num_hidden_layers"],
+            f"{flow['num_components']:,}" if "num_components" in flow else "none",
+        )
+        for number, flow in enumerate(flows, 1)
+    ]
+    head = ["flow", "coupling", "direction", "layers", "components"]
+    return Table(head, rows, "The flows, from the data side to the noise side", right=(3, 4))
+
+
+def evolution_table(evolution: Evolution) -> Table:
+    """All measures of one evolution, a row for each state.
 
     Example:
         >>> import torch
         >>> from tarflow_hf.evaluation import measure_evolution
-        >>> states = [torch.tensor([[[3.0, 4.0], [3.0, 4.0]]]), torch.tensor([[[0.0, 1.0], [0.0, -1.0]]])]
-        >>> print(evolution_table(measure_evolution([states])))
-        state                 norm           cosine    participation     centre moves
-        latents      5.000 ± 0.000    1.000 ± 0.000    0.000 ± 0.000
-        flow 1       1.000 ± 0.000   -1.000 ± 0.000    1.000 ± 0.000    5.000 ± 0.000
+        >>> latents, noise = [[3.0, 4.0], [3.0, 4.0]], [[0.0, 1.0], [0.0, -1.0]]
+        >>> evolution = measure_evolution([[torch.tensor([latents]), torch.tensor([noise])]])
+        >>> print(evolution_table(evolution))
+        state             norm          cosine  participation   centre moves
+        latents  5.000 ± 0.000   1.000 ± 0.000  0.000 ± 0.000
+        flow 1   1.000 ± 0.000  -1.000 ± 0.000  1.000 ± 0.000  5.000 ± 0.000
     """
-    names = ("norm", "cosine", "participation", "centre moves")
-    lines = ["state    " + "".join(f"{name:>17}" for name in names)]
-
-    for level in range(evolution.num_states):
-        cells = [
-            getattr(evolution, name)[level - (name == "centroid_movement")]
-            for name in MEASURES
-            if level or name != "centroid_movement"
-        ]
-        name = f"flow {level}" if level else "latents"
-        lines.append(
-            f"{name:<9}" + "".join(f"  {f'{cell.mean:.3f} ± {cell.std:.3f}':>15}" for cell in cells)
-        )
-
-    return "\n".join(lines)
+    columns = [statistics_of(evolution, name) for name in MEASURES]
+    head = ["state", "norm", "cosine", "participation", "centre moves"]
+    rows = [(state, *(column.get(state, "") for column in columns)) for state in columns[0]]
+    return Table(head, rows)
 
 
-def flops_table(counts: dict[str, dict[int, FlopCount]]) -> str:
-    """The ratios of `figure_7` to print: true, and in brackets the paper's.
+def measure_table(name: str, evolutions: dict[str, Evolution]) -> Table:
+    """One of the `MEASURES` of several evolutions, a row for each state."""
+    columns = [statistics_of(evolution, name) for evolution in evolutions.values()]
+    rows = [(state, *(column[state] for column in columns)) for state in columns[0]]
+    title = MEASURES[name]
+    return Table(["state", *evolutions], rows, title[0].upper() + title[1:])
+
+
+def statistics_of(evolution: Evolution, name: str) -> dict[str, str]:
+    """Mean and standard deviation of a measure, by the names of the states that have it."""
+    statistics = getattr(evolution, name)
+    states = ["latents", *(f"flow {number}" for number in range(1, evolution.num_states))]
+    first = len(states) - len(statistics)  # nothing has moved at the latents
+    cells = [f"{statistic.mean:.3f} ± {statistic.std:.3f}" for statistic in statistics]
+    return dict(zip(states[first:], cells, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------
+# FLOPs
+# --------------------------------------------------------------------------------------------------
+
+
+def flops_table(counts: dict[str, dict[int, FlopCount]]) -> Table:
+    """The ratios of `figure_7`: the true ones, and in brackets the paper's.
 
     Example:
         >>> count = FlopCount(num_tokens=4, flow=20, discrete=80, paper_flow=10, paper_discrete=50)
         >>> print(flops_table({"small": {1: count, 2: count}}))
-        patch size           1              2
-        small      0.250 (0.200)  0.250 (0.200)
+        patch size              1              2
+        small       0.250 (0.200)  0.250 (0.200)
     """
-    patch_sizes = next(iter(counts.values()))
-    lines = ["patch size" + "".join(f"{patch_size:>12}   " for patch_size in patch_sizes).rstrip()]
-
-    for size, row in counts.items():
-        cells = (f"{count.ratio:.3f} ({count.paper_ratio:.3f})" for count in row.values())
-        lines.append(f"{size:<9}" + "".join(f"  {cell}" for cell in cells))
-
-    return "\n".join(lines)
+    rows = [
+        (size, *(f"{count.ratio:.3f} ({count.paper_ratio:.3f})" for count in row.values()))
+        for size, row in counts.items()
+    ]
+    return Table(["patch size", *next(iter(counts.values()))], rows)
 
 
-def patch_size_rows(counts: dict[int, FlopCount]) -> list[tuple[str, str, str, str]]:
-    """Of `count_by_patch_size`: patch size, FLOPs a token, their ratio to the discrete transformer,
-    by the paper.
+def patch_size_table(counts: dict[int, FlopCount], own: int | None = None) -> Table:
+    """The counts of `count_by_patch_size`: FLOPs, and their ratio to the discrete transformer.
+
+    Args:
+        own: The patch size that is marked as the model's.
+
+    Example:
+        >>> count = FlopCount(num_tokens=4, flow=20, discrete=80, paper_flow=10, paper_discrete=50)
+        >>> print(patch_size_table({2: count}))
+        patch size  FLOPs per token  ratio, true count  ratio, the paper's
+        2                         5              0.250               0.200
     """
-    return [
+    rows = [
         (
-            str(patch_size),
+            f"{patch_size} (this model)" if patch_size == own else patch_size,
             f"{count.flow_per_token:.4g}",
             f"{count.ratio:.3f}",
             f"{count.paper_ratio:.3f}",
         )
         for patch_size, count in counts.items()
     ]
-
-
-def patch_size_table(counts: dict[int, FlopCount]) -> str:
-    """The counts of `count_by_patch_size` to print.
-
-    Example:
-        >>> count = FlopCount(num_tokens=4, flow=20, discrete=80, paper_flow=10, paper_discrete=50)
-        >>> print(patch_size_table({2: count}))
-        patch size  FLOPs/token   ratio  by the paper
-        2                     5   0.250         0.200
-    """
-    rows = [("patch size", "FLOPs/token", "ratio", "by the paper"), *patch_size_rows(counts)]
-    return "\n".join(
-        f"{size:<10}  {flops:>11}  {ratio:>6}  {paper:>12}" for size, flops, ratio, paper in rows
-    )
+    head = ["patch size", "FLOPs per token", "ratio, true count", "ratio, the paper's"]
+    return Table(head, rows, "FLOPs against those of the discrete transformer")
