@@ -41,8 +41,9 @@ def median_times(
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes per second of a copy within the device's memory, reads and writes counted: the ceiling
-    of what streams.
+    """Bytes per second of a copy within the device's memory, reads and writes counted.
+
+    This is the ceiling for an operation that streams its data.
     """
     source = torch.zeros(2**28 if device != "cpu" else 2**25, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -52,11 +53,10 @@ def copy_bandwidth(device: str) -> float:
 
 
 def output_of_own_process(script: str, *arguments: str) -> dict:
-    """The JSON that this script prints in the last line, in a process that runs nothing else: whose
-    memory is its own.
+    """The JSON in the last line that a script prints, run in a process with its own memory.
 
     Raises:
-        RuntimeError: It fails; with what it wrote.
+        RuntimeError: If it fails; the message has the end of its errors.
     """
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
     if done.returncode:
@@ -65,8 +65,9 @@ def output_of_own_process(script: str, *arguments: str) -> dict:
 
 
 def peak_resident_memory() -> int:
-    """The largest resident size of this process in bytes, on Linux. (`getrusage` begins with its
-    parent's.)
+    """The largest resident size of this process in bytes, on Linux.
+
+    (`getrusage` begins with its parent's.)
     """
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])

@@ -1,5 +1,4 @@
-"""A page to try a checkpoint in: write with it, score a text of your own, edit one in the space of
-the flows.
+"""Serve a page to try a checkpoint: write, score a text, edit one in the space of the flows.
 
     pip install -e ".[app]"
     python examples/app.py runs/demo/model         # a folder, or a repository of the Hub; no GPU needed
@@ -22,7 +21,7 @@ from tarflow_hf.report import demo
 THEME = gr.themes.Default(
     primary_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace"]
 ).set(
-    body_text_color_subdued="*neutral_600",  # what the theme has is too pale to read
+    body_text_color_subdued="*neutral_600",  # the theme's own is too pale to read
     body_text_color_subdued_dark="*neutral_300",
     block_label_text_color="*neutral_700",
     block_title_text_color="*neutral_700",
@@ -82,7 +81,10 @@ def write_tab(model, tokenizer) -> None:
             options |= {"top_p": top_p, "mixture_temperature": mixture_temperature}
         return demo.write(model, tokenizer, prompt, length, seed=seed or 0, **options)
 
-    hint = "May be empty. Or a text with gaps to fill, a dot for each token: the function [........] a list"
+    hint = (
+        "May be empty. Or a text with gaps to fill, a dot for each token: "
+        "the function [........] a list"
+    )
     prompt = text_box("Beginning", info=hint)
 
     with gr.Row():
@@ -115,7 +117,7 @@ def edit_tab(model, tokenizer) -> None:
     text = text_box("Your text", info="Select the part to redraw.")
     part, start = gr.Textbox(label="Part to redraw"), gr.State(0)
 
-    # Each selection counts, in order, though they come faster than they are handled.
+    # "multiple": selections come faster than they are handled, and the last one counts.
     hidden = {"show_progress": "hidden", "api_visibility": "private"}
     text.select(selected, None, [part, start], trigger_mode="multiple", **hidden)
 

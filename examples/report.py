@@ -1,13 +1,12 @@
-"""A checkpoint as one HTML page: tables, pictures, samples, and beside each the command that
-reproduces it.
+"""Write one HTML page about a checkpoint, with the command that reproduces each part of it.
 
     python examples/report.py runs/demo/model --data my.txt --output report.html
     python examples/report.py runs/demo/model --data python-docs --judge path/of/a/causal/model
     python examples/report.py runs/ar/model --data my.txt          # a discrete baseline: without what flows have
 
-The page needs nothing else: no network, no script. The defaults are modest, for a demo in a minute
-on a laptop; for figures to publish give more sequences, and thousands of samples with a judge.
-Needs `matplotlib`, and with a judge `mauve-text`.
+The page has tables, pictures and samples, and needs no network and no script. The defaults are
+modest, for a demo in a minute on a laptop. For figures to publish, give more sequences and
+thousands of samples with a judge. Needs `matplotlib`, and with a judge `mauve-text`.
 """
 
 import argparse
@@ -130,8 +129,9 @@ def main():
     # 3. The page.
     bound = "at most " if evaluation.is_upper_bound else ""
     summary = (
-        f"{bound}{evaluation.bits_per_character:.4f} bits per character on {evaluation.num_tokens:,} tokens of "
-        f"{evaluation.data}, by a model of {evaluation.num_parameters:,} parameters."
+        f"{bound}{evaluation.bits_per_character:.4f} bits per character on "
+        f"{evaluation.num_tokens:,} tokens of {evaluation.data}, by a model of "
+        f"{evaluation.num_parameters:,} parameters."
     )
     page = report_page(
         f"Report on {arguments.checkpoint}", summary[0].upper() + summary[1:], sections
@@ -145,10 +145,10 @@ def command_line(script: str, *words: str, **options) -> str:
     for name, value in options.items():
         if value is True:
             words += (f"--{name}",)
-        elif value is not None:  # what begins with a hyphen would be read as an option
-            words += (
-                (f"--{name}={value}",) if str(value).startswith("-") else (f"--{name}", str(value))
-            )
+        elif str(value).startswith("-"):  # by itself it would be read as an option
+            words += (f"--{name}={value}",)
+        elif value is not None:
+            words += (f"--{name}", str(value))
 
     return shlex.join(["python", f"examples/{script}", *words])
 
@@ -164,22 +164,14 @@ def score(arguments, model, text, origin):
         model, text, origin, num_samples=arguments.bound_samples, progress=True, **sizes
     )
     samples = {"num_samples": arguments.bound_samples} if evaluation.is_upper_bound else {}
+    options = {"data": arguments.data, **samples, **sizes, "device": arguments.device}
+    command = command_line("evaluate.py", arguments.checkpoint, **options)
 
-    return (
-        evaluation,
-        rows,
-        command_line(
-            "evaluate.py",
-            arguments.checkpoint,
-            data=arguments.data,
-            **samples,
-            **sizes,
-            device=arguments.device,
-        ),
-    )
+    return evaluation, rows, command
 
 
 def describe_samples(arguments, model, tokenizer, text, judges, origin):
+    """The section on samples, which are drawn here."""
     sizes = {"num_samples": arguments.num_samples, "length": text.sequence_length}
     sizes |= {"batch_size": arguments.batch_size, "seed": arguments.seed}
 
@@ -205,42 +197,33 @@ def describe_samples(arguments, model, tokenizer, text, judges, origin):
 
 
 def show_passes(arguments, model, tokenizer, text):
-    """Shows the passes of samples, and of the beginning of the text."""
+    """The section on the passes of samples, and of the beginning of the text."""
     size = min(128, text.sequence_length)
     size -= size % model.config.patch_size
     views = []
 
-    for seed in range(arguments.seed, arguments.seed + arguments.show_passes):
-        options = {"max_new_tokens": size, "seed": seed}
-        command = command_line(
-            "show_passes.py", arguments.checkpoint, **options, device=arguments.device
-        )
+    def add(title: str, **options) -> None:
+        passes = draw_passes(model, tokenizer, **options)
+        options["device"] = arguments.device
         views.append(
-            (f"Sample with seed {seed}", draw_passes(model, tokenizer, **options), command)
+            (title, passes, command_line("show_passes.py", arguments.checkpoint, **options))
         )
+
+    for seed in range(arguments.seed, arguments.seed + arguments.show_passes):
+        add(f"Sample with seed {seed}", max_new_tokens=size, seed=seed)
 
     given = tokenizer.decode(text[0]["input_ids"][:size], clean_up_tokenization_spaces=False)
     if len(tokenizer(given).input_ids) % model.config.patch_size == 0:
-        options = {"text": given, "seed": arguments.seed}
-        command = command_line(
-            "show_passes.py", arguments.checkpoint, **options, device=arguments.device
-        )
-        views.append(
-            (
-                "The beginning of the text, from its own noise",
-                draw_passes(model, tokenizer, **options),
-                command,
-            )
-        )
+        title = "The beginning of the text, from its own noise"
+        add(title, text=given, seed=arguments.seed)
 
     return passes_of_texts_section(views, tokenizer)
 
 
 def show_evolution(arguments, model, text):
-    length, options = (
-        text.sequence_length,
-        {"batch_size": arguments.batch_size, "seed": arguments.seed},
-    )
+    """The section on the states from flow to flow."""
+    length = text.sequence_length
+    options = {"batch_size": arguments.batch_size, "seed": arguments.seed}
     sequences = cut_text(text.tokens[: len(text) * length], length)
     evolutions = {
         "text": evolution_of_text(

@@ -1,11 +1,10 @@
-"""The text that every flow's state decodes to, from noise to final text, with what each flow
-changes marked.
+"""Print the text that every flow's state decodes to, from noise to final text, with changes marked.
 
     python examples/show_passes.py runs/demo/model
     python examples/show_passes.py runs/demo/model --prompt "the function returns" --html passes.html
     python examples/show_passes.py runs/demo/model --text "a text of your own, and the noise it goes to"
 
-In a terminal changes are in reverse video; where the output goes elsewhere, in brackets.
+In a terminal changes are in reverse video, elsewhere in brackets.
 """
 
 import argparse

@@ -64,10 +64,15 @@ def test_the_wheel_holds_all_of_the_code_and_nothing_else(wheel):
     )
 
 
+# With torch and transformers only: a Space of the demo page has no more.
 USE = """
 import importlib.metadata
+import sys
+for name in ("accelerate", "datasets", "matplotlib", "peft", "triton"):
+    sys.modules[name] = None
 import torch
 import tarflow_hf
+from tarflow_hf.report import demo
 from transformers import AutoConfig, AutoModelForCausalLM
 
 flow = {"coupling": "mixture_rosenblatt", "direction": "left_to_right", "num_hidden_layers": 1}
@@ -75,6 +80,7 @@ config = AutoConfig.for_model("tarflowlm", vocab_size=27, latent_size=2, hidden_
 model = AutoModelForCausalLM.from_config(config).eval()
 model.save_pretrained("model")
 noise = torch.randn(1, 6, 2)
+assert "a &lt; b" in demo.message(ValueError("a < b")) and demo.STYLE_SHEET.is_file()
 assert torch.equal(AutoModelForCausalLM.from_pretrained("model").generate(noise=noise), model.generate(noise=noise))
 print(tarflow_hf.__file__, importlib.metadata.version("tarflow_hf"))
 """  # noqa: E501

@@ -1,5 +1,6 @@
-"""Everything that draws: the report on a checkpoint, the passes from noise to text, the bits of
-tokens, the answers of the demo page, pictures.
+"""Pages, tables and pictures of results.
+
+The report on a checkpoint, the passes from noise to text, the bits of tokens, the demo page.
 """
 
 from .page import Section, report_page

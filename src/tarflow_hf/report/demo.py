@@ -1,9 +1,8 @@
-"""The answers of the demo page (`examples/app.py`): from a model and a visitor's input to a part of
-an HTML page with `STYLE_SHEET`.
+"""The answers of the demo page (`examples/app.py`).
 
-`write`, `score` and `edit` only read the model, which is in evaluation mode, and the same seed gives
-the same answer. If the model does not take the text, they raise a `ValueError` that a visitor
-understands; `message` shows it.
+`write`, `score` and `edit` take a model in evaluation mode and a visitor's input, and return a part
+of an HTML page with `STYLE_SHEET`. The same seed gives the same answer. If the model does not take
+the text, they raise a `ValueError` that a visitor understands; `message` shows it.
 """
 
 import re
@@ -39,7 +38,7 @@ def write(
     Args:
         prompt: The beginning. In it `[...]` is a gap of as many tokens as dots. If there are gaps
             they are filled, and nothing follows.
-        max_new_tokens: At most so many tokens follow a prompt without gaps.
+        max_new_tokens: The largest number of tokens after a prompt without gaps.
         options: Other options of `generate`.
 
     Raises:
@@ -206,5 +205,6 @@ def _check_length(model: TarFlowLMModel, length: int, room: int) -> None:
         )
     if length % patch_size:
         raise ValueError(
-            f"This model takes {patch_size} tokens at a time: {length} is {length % patch_size} too many."
+            f"This model takes {patch_size} tokens at a time: {length} is {length % patch_size} "
+            "too many."
         )

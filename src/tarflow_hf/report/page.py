@@ -1,5 +1,6 @@
-"""Self-contained HTML pages from templates: nothing is loaded, no script runs, light or dark as the
-reader has it.
+"""Self-contained HTML pages from templates.
+
+They load nothing and run no script, and are light or dark as the reader prefers.
 
 Each section of a report is made from plain results (an `Evaluation`, a `SampleEvaluation`, passes,
 evolutions, FLOPs) and shows the same digits as the command that it quotes:
@@ -9,9 +10,9 @@ evolutions, FLOPs) and shows the same digits as the command that it quotes:
 
 `examples/report.py` measures what the sections need and knows the commands.
 
-The templates are in `templates/`, with one style sheet. Every value is escaped where a template
-inserts it, unless it is `Markup`, which only `render` makes, and `plots.inline_svg` of matplotlib's
-output.
+The templates are in `templates/`, with one style sheet. A template escapes every value that it
+inserts, unless the value is `Markup`. Only `render` makes `Markup`, and `plots.inline_svg` of what
+matplotlib has written.
 """
 
 import re
@@ -32,13 +33,13 @@ STYLE_SHEET = Path(__file__).parent / "templates" / "style.css"
 class Section:
     """A part of the page under a heading of its own."""
 
-    name: str  # its id: unique in a page, letters and hyphens
+    name: str  # the id: unique in a page, letters and hyphens
     title: str
-    body: Markup  # headings from h3 on
+    body: Markup  # with headings from h3 on
 
 
 def printable(text: str) -> str:
-    """A text without the characters that a terminal obeys, HTML lacks, or that reorder text.
+    """Replaces control characters and those that reorder text.
 
     Example:
         >>> printable("a\\x1b[31m b")
@@ -48,7 +49,7 @@ def printable(text: str) -> str:
 
 
 def split_options(command: str) -> list[str]:
-    """A command line in pieces, every second one the name of an option.
+    """Splits a command line at its options' names: every second piece is one.
 
     Example:
         >>> split_options("python a.py --size 3 --seed 1")
@@ -68,7 +69,7 @@ ENVIRONMENT.filters.update(printable=printable, split_options=split_options)
 
 
 def render(template: str, **values: object) -> Markup:
-    """A template of `templates/` with its values, which are escaped unless they are `Markup`.
+    """Renders a template of `templates/`. Values are escaped unless they are `Markup`.
 
     Raises:
         UndefinedError: If the template reads a value that is not given.

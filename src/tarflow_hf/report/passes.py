@@ -69,7 +69,7 @@ class Pass:
         return segments
 
     def summary(self) -> str:
-        """The number of tokens that changed, except in the first pass, and of those given, if any."""
+        """The numbers of changed tokens, except in the first pass, and of given ones, if any."""
         parts = []
         if not self.is_first:
             parts.append(f"{int(self.is_changed.sum())} of {len(self.token_ids)} tokens changed")
@@ -108,7 +108,8 @@ def find_passes(
         >>> from tarflow_hf import TarFlowLMConfig
         >>> from tarflow_hf.data import character_tokenizer
         >>> flow = {"coupling": "affine", "direction": "left_to_right", "num_hidden_layers": 1}
-        >>> config = TarFlowLMConfig(27, 2, hidden_size=16, num_attention_heads=2, flows=[flow, flow])
+        >>> flows = [flow, flow]
+        >>> config = TarFlowLMConfig(27, 2, hidden_size=16, num_attention_heads=2, flows=flows)
         >>> model = TarFlowLMModel(config)
         >>> states = [model.codebook().mean[torch.tensor([[1, 2, number]])] for number in (7, 6, 6)]
         >>> passes = find_passes(model, states)
@@ -134,7 +135,8 @@ def find_passes(
     if given_mask is not None:
         if given_ids is None or given_mask.shape != given_ids.shape:
             raise ValueError(
-                f"given_mask must have the shape ({num_given},) of given_ids, not {tuple(given_mask.shape)}."
+                f"given_mask must have the shape ({num_given},) of given_ids, "
+                f"not {tuple(given_mask.shape)}."
             )
         is_given[:num_given] = given_mask.cpu() != 0
 
@@ -191,10 +193,10 @@ def draw_passes(
 
 
 def few_changes(passes: Sequence[Pass]) -> str:
-    """The sentence for passes of which only the last makes the text; empty for others.
+    """Says in a sentence that only the last pass makes the text; empty if others do, too.
 
-    A trained stack may leave nearly all of the work to its first flow. The passes before the last
-    then look alike, as if something were broken.
+    A trained stack may leave nearly all of the work to its first flow. Its passes before the last
+    look alike, as if something were broken.
 
     Args:
         passes: From the noise to the text.
@@ -203,7 +205,8 @@ def few_changes(passes: Sequence[Pass]) -> str:
         >>> nowhere, everywhere = torch.zeros(40).bool(), torch.ones(40).bool()
         >>> ids = torch.arange(40)
         >>> noise = Pass("Noise", ids, nowhere, nowhere, is_first=True)
-        >>> same, text = Pass("Before flow 1", ids, nowhere, nowhere), Pass("Text", ids, everywhere, nowhere)
+        >>> same = Pass("Before flow 1", ids, nowhere, nowhere)
+        >>> text = Pass("Text", ids, everywhere, nowhere)
         >>> few_changes([noise, same, text]).split(":")[0]
         'The flows above the first changed no token of this text'
         >>> few_changes([noise, text])

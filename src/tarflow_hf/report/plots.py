@@ -1,5 +1,6 @@
-"""Pictures of plain results. Each function returns a matplotlib figure:
-`figure.savefig("name.svg")`, or .png, .pdf.
+"""Pictures of plain results.
+
+Each function returns a matplotlib figure: `figure.savefig("name.svg")`, or .png, .pdf.
 """
 
 import io
@@ -18,14 +19,8 @@ if TYPE_CHECKING:
 
     from ..evaluation import FlopCount
 
-COLORS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-)  # told apart by all eyes (Okabe and Ito)
+# Okabe and Ito's, which colour-blind readers can tell apart, too.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -33,23 +28,27 @@ def new_figure(width: float, height: float) -> "Figure":
     """An empty figure, in inches, that belongs to no window.
 
     Raises:
-        ImportError: There is no matplotlib.
+        ImportError: If there is no matplotlib.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Pictures need matplotlib: `pip install matplotlib`.") from error
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def plot_flops(counts: "dict[str, dict[int, FlopCount]]") -> "Figure":
-    """The paper's Figure 7: FLOPs of a TarFlowLM over those of the discrete transformer, against
-    the patch size.
+    """The paper's Figure 7: FLOPs over those of the discrete transformer, by patch size.
 
-    Left by the paper's count, right by the true one; of `flops.figure_7`.
+    The left half is by the paper's count, the right half by the true one.
+
+    Args:
+        counts: The result of `figure_7`.
     """
     figure = new_figure(9, 4)
     left, right = figure.subplots(1, 2, sharey=True)
+
     for axes, name, title in (
         (left, "paper_ratio", "by the paper's count"),
         (right, "ratio", "by the true count"),
@@ -72,19 +71,21 @@ def plot_flops(counts: "dict[str, dict[int, FlopCount]]") -> "Figure":
 
     left.set_ylabel("FLOPs, TarFlowLM / discrete")
     left.legend(frameon=False)
+
     return figure
 
 
 def plot_evolution(evolutions: dict[str, Evolution], directions: Sequence[str] = ()) -> "Figure":
-    """The four measures of every flow's states, mean and standard deviation over the sequences.
+    """The four measures of every flow's states: mean and standard deviation over the sequences.
 
     Args:
-        evolutions: By what they are of, such as "text" and "samples".
-        directions: Of each flow, to mark them.
+        evolutions: The evolutions by their labels, such as "text" and "samples".
+        directions: The direction of each flow, shown as an arrow.
     """
     figure = new_figure(10, 6)
     for axes, name in zip(figure.subplots(2, 2).flat, MEASURES, strict=True):
         draw_measure(axes, name, evolutions, directions)
+
     figure.axes[0].legend(frameon=False)
     return figure
 
@@ -92,7 +93,7 @@ def plot_evolution(evolutions: dict[str, Evolution], directions: Sequence[str] =
 def plot_measure(
     name: str, evolutions: dict[str, Evolution], directions: Sequence[str] = ()
 ) -> "Figure":
-    """One of the `MEASURES` alone, else as `plot_evolution`."""
+    """One of the `MEASURES`, drawn as `plot_evolution` draws it."""
     figure = new_figure(4.8, 3.2)
     axes = figure.subplots()
     draw_measure(axes, name, evolutions, directions)
@@ -103,12 +104,12 @@ def plot_measure(
 def draw_measure(
     axes: "Axes", name: str, evolutions: dict[str, Evolution], directions: Sequence[str]
 ) -> None:
+    """Draws one of the `MEASURES` with its axes."""
     for index, (label, evolution) in enumerate(evolutions.items()):
         statistics = getattr(evolution, name)
         first = evolution.num_states - len(statistics)  # nothing has moved at the latents
-        x = [
-            level + 0.08 * index for level in range(first, evolution.num_states)
-        ]  # side by side where they agree
+        # Shifted, so that evolutions that agree stand side by side.
+        x = [level + 0.08 * index for level in range(first, evolution.num_states)]
         mean = [statistic.mean for statistic in statistics]
         std = [statistic.std for statistic in statistics]
         color, marker = COLORS[index % 6], MARKERS[index % 6]
@@ -125,8 +126,10 @@ def draw_measure(
 
 
 def plot_patch_sizes(counts: "dict[int, FlopCount]") -> "Figure":
-    """FLOPs over those of the discrete transformer against the patch size, by both counts; of
-    `count_by_patch_size`.
+    """FLOPs over those of the discrete transformer, by patch size and by both counts.
+
+    Args:
+        counts: The result of `count_by_patch_size`.
     """
     figure = new_figure(4.8, 3.2)
     axes = figure.subplots()
@@ -153,7 +156,7 @@ def plot_patch_sizes(counts: "dict[int, FlopCount]") -> "Figure":
 
 
 def set_ratio_ticks(axes: "Axes") -> None:
-    """Round numbers on a logarithmic axis of ratios."""
+    """Puts round numbers on a logarithmic axis of ratios."""
     axes.minorticks_off()
     low, high = axes.get_ylim()
     ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low <= tick <= high]

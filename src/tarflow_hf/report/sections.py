@@ -80,8 +80,11 @@ def likelihood_section(
 
 
 def codebook_section(evaluation: Evaluation, command: str) -> Section:
-    """The tokens that come back from the latents, and the entries of the codebook; by
-    `evaluate_text`.
+    """The tokens that come back from the latents, and the entries of the codebook.
+
+    Args:
+        evaluation: By `evaluate_text`, for a TarFlowLM.
+        command: The command that prints the same.
     """
     e = evaluation
     error = "unknown" if e.num_sequences == 1 else f"{e.reconstruction_standard_error:.4%}"

@@ -21,12 +21,12 @@ from .page import render
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column names the rows. Cells are anything that `str` takes.
+    """A table whose first column names the rows.
 
     Attributes:
         head: The names of the columns.
-        rows: As long as `head`, or shorter: the last cells of a row may be missing.
-        caption: For HTML, where each table needs one.
+        rows: The cells, which `str` turns into text. The last cells of a row may be missing.
+        caption: The title in HTML.
         right: The columns that are aligned to the right; by default all but the first.
 
     Example:
@@ -68,7 +68,7 @@ class Table:
         return [line + [""] * (len(self.head) - len(line)) for line in lines]
 
     def to_text(self, widths: Sequence[int] = ()) -> str:
-        """For a terminal or a log: columns as wide as their longest cell, two spaces between them.
+        """The table as lines of equal columns, with two spaces between them.
 
         Args:
             widths: The least width of each column, for rows that are printed one by one.
@@ -87,7 +87,7 @@ class Table:
         return "\n".join(map(padded, lines))
 
     def to_markdown(self) -> str:
-        """For a page of Markdown, without the caption."""
+        """The table for a page of Markdown, without the caption."""
         head, *rows = [[cell.replace("|", "\\|") for cell in line] for line in self.lines()]
         rule = "|".join("--:" if self.is_right(column) else "---" for column in range(len(head)))
         lines = ["| " + " | ".join(line) + " |" for line in (head, *rows)]
@@ -95,7 +95,7 @@ class Table:
         return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
 
     def to_html(self) -> Markup:
-        """For a page of the report: the table scrolls by itself where it is too wide."""
+        """The table for an HTML page. It scrolls by itself where it is too wide."""
         head, *rows = self.lines()
         right = [column for column in range(len(head)) if self.is_right(column)]
         return render("table.html.j2", caption=self.caption, head=head, rows=rows, right=right)
@@ -165,7 +165,7 @@ def likelihood_cells(
 
 
 def evaluation_text(evaluation: Evaluation, rows: dict[str, Likelihood]) -> str:
-    """The results of `evaluate_text` to print: the likelihoods, and for a TarFlowLM its codebook."""
+    """The results of `evaluate_text` to print: likelihoods, and the codebook of a TarFlowLM."""
     e = evaluation
     lines = [str(likelihood_table(rows, e.characters_per_token, e.tokens_per_word))]
 
