@@ -274,7 +274,7 @@ def statistics_of(evolution: Evolution, name: str) -> dict[str, str]:
     statistics = getattr(evolution, name)
     states = ["latents", *(f"flow {number}" for number in range(1, evolution.num_states))]
     first = len(states) - len(statistics)  # nothing has moved at the latents
-    cells = [f"{statistic.mean:.3f} ± {statistic.std:.3f}" for statistic in statistics]
+    cells = [f"{statistic.mean:z.3f} ± {statistic.std:.3f}" for statistic in statistics]
     return dict(zip(states[first:], cells, strict=True))
 
 
