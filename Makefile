@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLDEST ?= .venv-oldest
 
-.PHONY: train test docs check wheel-check gpu-check clean
+.PHONY: train test test-oldest docs check wheel-check gpu-check clean
 
 # Trains the demo: at most five minutes on two CPU cores. More options: see examples/train.py.
 train: $(VENV)/.installed
@@ -11,6 +12,11 @@ train: $(VENV)/.installed
 # Checks, then runs all tests, in as many processes as there are cores.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8
+
+# The model's tests with the oldest transformers that pyproject.toml allows.
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest --numprocesses auto --maxprocesses 8 \
+		tests/modeling tests/test_fixtures.py
 
 # Style and types; .pre-commit-config.yaml has the same for each commit.
 check: $(VENV)/.installed
@@ -40,5 +46,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
+# Those versions, but for transformers and what goes with it, without the extras that these tests can do without.
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	sed -E '/^(huggingface_hub|tokenizers)==/d; s/^transformers==.*/transformers==5.17.0/' constraints.txt \
+		> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[triton]" \
+		mpmath pytest pytest-xdist scipy
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist runs docs/api src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist runs docs/api src/*.egg-info

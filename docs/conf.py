@@ -54,6 +54,7 @@ default_role = "py:obj"  # a name in single backticks is code, and a link where 
 autosummary_generate = True
 autosummary_ignore_module_all = True
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # those of torch and transformers are written otherwise
 autodoc_typehints = "none"  # the signature has them
 autodoc_default_options = {"members": True, "ignore-module-all": True, "show-inheritance": True}
 napoleon_numpy_docstring = False
