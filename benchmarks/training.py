@@ -34,6 +34,7 @@ from tarflow_hf.training import (
     TrainingConfig,
     compute_loss,
     discrete_baseline,
+    draw_step,
     make_optimizer,
     make_stages,
 )
@@ -104,9 +105,9 @@ class Step:
 
         start = time.perf_counter()
         with self.autocast:
-            loss = compute_loss(
-                self.call, input_ids, self.noise.at(self.num_steps, 0), self.num_flows
-            )
+            generators = self.noise.at(self.num_steps, 0)
+            draws = draw_step(self.model, input_ids.shape, generators)
+            loss = compute_loss(self.call, input_ids, draws, self.num_flows)
 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)

@@ -26,6 +26,8 @@ from tarflow_hf.evaluation import (
     JUDGE,
     MAUVE_SCALE,
     NUM_SAMPLES,
+    Judge,
+    Sampling,
     evaluate_samples,
     load_judge,
     longest_sequence,
@@ -81,7 +83,15 @@ def main():
     arguments = parse_arguments()
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    judges = (None, None) if arguments.no_judge else load_judge(arguments.judge, arguments.device)
+    judge = None
+    if not arguments.no_judge:
+        judge = Judge(
+            *load_judge(arguments.judge, arguments.device),
+            batch_size=arguments.judge_batch_size,
+            mauve_scale=arguments.mauve_scale,
+            progress=True,
+        )
+
     length = arguments.length or longest_sequence(model)
     documents = held_out_documents(arguments.data)
     text = PackedTokens(documents, tokenizer, length)
@@ -90,28 +100,19 @@ def main():
     # 2. Samples.
     names = ("temperature", "mixture_temperature", "top_k", "top_p")
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    sizes = {
-        "num_samples": arguments.num_samples,
-        "length": length,
-        "batch_size": arguments.batch_size,
-    }
-    samples = sample_to_file(
-        model, tokenizer, arguments.samples, seed=arguments.seed, progress=True, **sizes, **options
-    )
-
-    # 3. What they are like.
-    evaluation = evaluate_samples(
-        samples,
-        text,
-        tokenizer,
-        *judges,
-        provenance_of(model, arguments.checkpoint, arguments.data, documents),
+    sampling = Sampling(
+        num_samples=arguments.num_samples,
+        length=length,
         seed=arguments.seed,
         generate_options=options,
-        mauve_scale=arguments.mauve_scale,
-        batch_size=arguments.judge_batch_size,
+        batch_size=arguments.batch_size,
         progress=True,
     )
+    samples = sample_to_file(model, tokenizer, arguments.samples, sampling)
+
+    # 3. Their evaluation.
+    origin = provenance_of(model, arguments.checkpoint, arguments.data, documents)
+    evaluation = evaluate_samples(samples, text, tokenizer, judge, origin, sampling)
     print(sample_text(evaluation))
     if arguments.output is not None:
         arguments.output.write_text(evaluation.to_json())

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tarflow_hf import TarFlowLMModel
+from tarflow_hf.baseline import is_discrete
 from tarflow_hf.data import PackedTokens, held_out_documents
 from tarflow_hf.evaluation import (
     cut_text,
@@ -52,7 +52,7 @@ def main():
     arguments = parse_arguments()
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    if not isinstance(model, TarFlowLMModel):
+    if is_discrete(model):
         raise ValueError(f"{arguments.checkpoint} has no flows: it is a {type(model).__name__}.")
 
     length = arguments.length or model.config.max_position_embeddings

@@ -17,9 +17,11 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tarflow_hf import TarFlowLMModel
+from tarflow_hf.baseline import flows_of
 from tarflow_hf.data import PackedTokens, held_out_documents
 from tarflow_hf.evaluation import (
+    Judge,
+    Sampling,
     count_by_patch_size,
     cut_text,
     evaluate_samples,
@@ -98,7 +100,10 @@ def main():
 
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    judges = load_judge(arguments.judge, arguments.device) if arguments.judge else (None, None)
+    judge = None
+    if arguments.judge:
+        judge = Judge(*load_judge(arguments.judge, arguments.device), progress=True)
+
     length = arguments.length or longest_sequence(model)
     documents = held_out_documents(arguments.data)
     text = PackedTokens(documents, tokenizer, length)
@@ -108,11 +113,11 @@ def main():
     # 2. The sections, each with what it needs.
     evaluation, rows, command = score(arguments, model, text, origin)
     sections = [model_section(model, evaluation), likelihood_section(evaluation, rows, command)]
-    if isinstance(model, TarFlowLMModel):
+    if flows_of(model):
         sections.append(codebook_section(evaluation, command))
 
-    sections.append(describe_samples(arguments, model, tokenizer, text, judges, origin))
-    if isinstance(model, TarFlowLMModel):
+    sections.append(describe_samples(arguments, model, tokenizer, text, judge, origin))
+    if flows_of(model):
         sections.append(show_passes(arguments, model, tokenizer, text))
         sections.append(show_evolution(arguments, model, text))
         counts = count_by_patch_size(model.config)
@@ -170,23 +175,19 @@ def score(arguments, model, text, origin):
     return evaluation, rows, command
 
 
-def describe_samples(arguments, model, tokenizer, text, judges, origin):
-    """The section on samples, which are drawn here."""
+def describe_samples(arguments, model, tokenizer, text, judge, origin):
     sizes = {"num_samples": arguments.num_samples, "length": text.sequence_length}
     sizes |= {"batch_size": arguments.batch_size, "seed": arguments.seed}
+    sampling = Sampling(**sizes, progress=True)
 
     with TemporaryDirectory() as folder:
-        samples = sample_to_file(
-            model, tokenizer, Path(folder, "samples.jsonl"), progress=True, **sizes
-        )
+        samples = sample_to_file(model, tokenizer, Path(folder, "samples.jsonl"), sampling)
 
-    evaluation = evaluate_samples(
-        samples, text, tokenizer, *judges, origin, seed=arguments.seed, progress=True
-    )
-    judge = {"judge": arguments.judge} if arguments.judge else {"no_judge": True}
+    evaluation = evaluate_samples(samples, text, tokenizer, judge, origin, sampling)
+    judged = {"judge": arguments.judge} if arguments.judge else {"no_judge": True}
     options = {
         "data": arguments.data,
-        **judge,
+        **judged,
         **sizes,
         "samples": "report-samples.jsonl",
         "device": arguments.device,

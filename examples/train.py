@@ -32,7 +32,7 @@ from tarflow_hf.data import (
     character_tokenizer,
     load_splits,
 )
-from tarflow_hf.evaluation import WHAT_IS_SCORED, likelihoods
+from tarflow_hf.evaluation import WHAT_IS_SCORED, score
 from tarflow_hf.hub import check_access, model_card, publish
 from tarflow_hf.report import likelihood_table
 from tarflow_hf.training import (
@@ -248,11 +248,10 @@ def report(model, tokenizer, test_data, run: RunConfig) -> None:
     else:
         tokens = model.generate()
 
-    rows = likelihoods(
-        model, test_data, run.test_samples, max_sequences=run.test_sequences, progress=True
-    )
+    options = {"num_samples": run.test_samples, "max_sequences": run.test_sequences}
+    scores = score(model, test_data, **options, progress=True)
     print(f"\nA sample:\n{tokenizer.decode(tokens[0], skip_special_tokens=True)}\n")
-    table = likelihood_table(rows, test_data.characters_per_token, test_data.tokens_per_word)
+    table = likelihood_table(scores.rows(), test_data.characters_per_token, test_data.tokens_per_word)
     print(f"Test text:\n{table}\n{WHAT_IS_SCORED}")
 
 

@@ -32,6 +32,7 @@ from report import tables
 from transformers import PreTrainedModel, set_seed
 
 from tarflow_hf import TarFlowLMModel
+from tarflow_hf.baseline import flows_of
 from tarflow_hf.cost import training_flops
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, character_tokenizer, load_splits
 from tarflow_hf.evaluation import likelihood
@@ -181,7 +182,7 @@ def score(model: PreTrainedModel, test: PackedTokens, arguments: argparse.Namesp
         "standard_error": whole.standard_error * bits(whole) / whole.nats_per_token,
     }
 
-    if isinstance(model, TarFlowLMModel):
+    if flows_of(model):
         cuts = range(1, len(model.config.flows))
         scores["bits_after_flows"] = [
             bits(likelihood(model, test, num_flows=cut, **options)) for cut in cuts

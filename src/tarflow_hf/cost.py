@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .modeling.modeling_tarflowlm import TarFlowLMModel
+from .baseline import flows_of
 
 # Dense FLOPs a second in bf16 or fp16 with float32 sums, by the makers' data sheets; the first name
 # that fits counts.
@@ -41,13 +41,14 @@ def forward_flops(model: PreTrainedModel, num_tokens: int) -> list[int]:
         >>> forward_flops(model, 5) == [2 * 5 * weights + 4 * 8 * 5**2]
         True
     """
-    if not isinstance(model, TarFlowLMModel):
+    flows = flows_of(model)
+    if not flows:
         return [2 * num_tokens * _weights(model) + _attention(model.config, num_tokens)]
 
     patch_size, positions = model.config.patch_size, num_tokens // model.config.patch_size
     flops = []
 
-    for layer in model.flow.layers:
+    for layer in flows:
         total = 2 * positions * _weights(layer) + _attention(layer.decoder.config, positions)
         if layer.embedding is not None:
             top_k = layer.posterior_top_k or model.config.vocab_size
@@ -75,18 +76,14 @@ def training_flops(model: PreTrainedModel, num_tokens: int, num_flows: int | Non
 
     Recomputed activations do not count: this is what the model needs, not what the machine does.
     """
-    if not isinstance(model, TarFlowLMModel):
-        return 3 * sum(forward_flops(model, num_tokens))
+    total = 0
+    parts = flows_of(model)[:num_flows] or [model]
 
-    layers = model.flow.layers[:num_flows]
-    passes = [
-        3 if any(parameter.requires_grad for parameter in layer.parameters()) else 1
-        for layer in layers
-    ]
+    for part, flops in zip(parts, forward_flops(model, num_tokens), strict=False):
+        is_trained = any(parameter.requires_grad for parameter in part.parameters())
+        total += (3 if is_trained else 1) * flops
 
-    return sum(
-        n * flops for n, flops in zip(passes, forward_flops(model, num_tokens), strict=False)
-    )
+    return total
 
 
 def _weights(module: nn.Module) -> int:

@@ -11,9 +11,9 @@ from helpers.enumeration import enumerate_likelihoods
 from helpers.evaluation import TEXT
 from helpers.models import STACKS, make
 from helpers.training import config
-from tarflow_hf import TarFlowLMModel, evaluation
+from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import PackedTokens, character_tokenizer
-from tarflow_hf.evaluation import cut_text, likelihood, likelihoods
+from tarflow_hf.evaluation import cut_text, likelihood, log_mean_exp, score
 from tarflow_hf.training import discrete_baseline
 
 
@@ -21,26 +21,27 @@ from tarflow_hf.training import discrete_baseline
 def test_neither_batches_nor_what_follows_change_a_score(flow, sequences, kind):
     model = flow if kind == "flow" else discrete_baseline(flow.config)
     samples = 3 if kind == "flow" else 1
-    expected, num_tokens = evaluation.score(model, sequences, batch_size=16, num_samples=samples)
-    assert expected.shape == (samples, len(sequences)) and num_tokens.sum() == len(TEXT)
+    whole = score(model, sequences, batch_size=16, num_samples=samples)
+    expected = whole.nats
+    assert expected.shape == (samples, len(sequences)) and whole.num_tokens.sum() == len(TEXT)
 
     for options in ({"batch_size": 1}, {"batch_size": 5, "max_sequences": 7}):
-        scores, _ = evaluation.score(model, sequences, num_samples=samples, **options)
+        scores = score(model, sequences, num_samples=samples, **options).nats
         torch.testing.assert_close(scores, expected[:, : scores.shape[1]], rtol=1e-5, atol=1e-4)
 
     if kind == "flow":
         assert (expected[0] != expected[1]).all()
-        other, _ = evaluation.score(model, sequences, num_samples=samples, seed=1)
+        other = score(model, sequences, num_samples=samples, seed=1).nats
         assert (other != expected).all()
     else:  # nothing is drawn, so the order is free
-        scores, _ = evaluation.score(model, sequences[::-1])
+        scores = score(model, sequences[::-1]).nats
         torch.testing.assert_close(scores.flip(1), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_both_bounds_come_from_the_same_samples(flow, sequences):
-    nats, num_tokens = evaluation.score(flow, sequences, num_samples=4)
-    rows = likelihoods(flow, sequences, 4)
-    elbo, bound = rows.values()
+    scores = score(flow, sequences, num_samples=4)
+    nats, num_tokens = scores.nats, scores.num_tokens
+    elbo, bound = scores.rows().values()
     assert (
         elbo.nats == pytest.approx(nats.mean(0).sum().item())
         and elbo.num_tokens == num_tokens.sum()
@@ -52,9 +53,8 @@ def test_both_bounds_come_from_the_same_samples(flow, sequences):
         nats.mean(0) / num_tokens
     )  # of equally long sequences it is the standard error of a mean, but for n - 1
     full = num_tokens == 18
-    alone = likelihoods(flow, [s for s in sequences if len(s["input_ids"]) == 18], 4)[
-        "bound, 1 sample"
-    ]
+    equally_long = [s for s in sequences if len(s["input_ids"]) == 18]
+    alone = score(flow, equally_long, num_samples=4).one_sample
     n = int(full.sum())
     assert alone.standard_error == pytest.approx(
         rate[full].std().item() / math.sqrt(n) * math.sqrt((n - 1) / n)
@@ -67,8 +67,8 @@ def test_the_bound_reaches_the_enumerated_likelihood():
 
     for x in ((0, 0), (2, 1)):
         sequence = [{"input_ids": torch.tensor(x)}]
-        samples = evaluation.score(model, sequence * 300, batch_size=300, num_samples=40)[0].neg()
-        one, many = samples[0], evaluation.log_mean_exp(samples)
+        samples = -score(model, sequence * 300, batch_size=300, num_samples=40).nats
+        one, many = samples[0], log_mean_exp(samples)
         assert one.mean().item() == pytest.approx(
             elbo[x], abs=5 * one.std().item() / math.sqrt(300)
         )

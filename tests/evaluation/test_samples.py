@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from helpers.models import STACKS, make
 from tarflow_hf.data import PackedTokens, character_tokenizer
 from tarflow_hf.evaluation import (
     SampleEvaluation,
+    Sampling,
     TokenStatistics,
     judge_texts,
     load_judge,
@@ -41,49 +43,46 @@ def test_a_stopped_run_goes_on(flow, tmp_path, kind):
     if kind == "discrete":
         model = discrete_baseline(flow.config)
 
-    options = {"length": 8, "temperature": 0.9, "seed": 3}
-    expected = sample_to_file(model, tokenizer, tmp_path / "whole", 10, batch_size=4, **options)
+    sampling = Sampling(
+        num_samples=10, length=8, seed=3, generate_options={"temperature": 0.9}, batch_size=4
+    )
+    expected = sample_to_file(model, tokenizer, tmp_path / "whole", sampling)
     assert len(expected) == 10 and {len(sample.input_ids) for sample in expected} == {8}
     assert max(token for sample in expected for token in sample.input_ids) < 27
     model.generation_config.eos_token_id = expected[0].input_ids[0]  # ends nothing
-    assert (
-        sample_to_file(model, tokenizer, tmp_path / "ending", 10, batch_size=4, **options)
-        == expected
-    )
+    assert sample_to_file(model, tokenizer, tmp_path / "ending", sampling) == expected
     assert expected[0].text == tokenizer.decode(expected[0].input_ids)
     assert len({sample.text for sample in expected}) == 10
 
     path = tmp_path / "stopped"
-    first = sample_to_file(model, tokenizer, path, 5, batch_size=4, **options)
+    first = sample_to_file(model, tokenizer, path, replace(sampling, num_samples=5))
     path.write_text(path.read_text() + '{"input_ids": [1, 2')
-    again = sample_to_file(
-        model, tokenizer, path, 10, batch_size=4 if kind == "discrete" else 3, **options
-    )
+    batch_size = 4 if kind == "discrete" else 3
+    again = sample_to_file(model, tokenizer, path, replace(sampling, batch_size=batch_size))
     assert first == expected[:5] and again == expected
     assert read_samples(path)[:10] == expected and list(tmp_path.glob(".*")) == []
     content = path.read_text()
-    assert (
-        sample_to_file(model, tokenizer, path, 10, batch_size=4, **options) == expected
-    )  # nothing is drawn
+    assert sample_to_file(model, tokenizer, path, sampling) == expected  # nothing is drawn
     assert path.read_text() == content
 
     with pytest.raises(
         ValueError,
         match=r"drawn otherwise: options was \{'temperature': 0.9\} and is \{'temperature",
     ):
-        sample_to_file(model, tokenizer, path, 12, batch_size=4, **{**options, "temperature": 0.5})
+        colder = replace(sampling, num_samples=12, generate_options={"temperature": 0.5})
+        sample_to_file(model, tokenizer, path, colder)
 
     with pytest.raises(ValueError, match="drawn otherwise: seed was 3 and is 0"):
-        sample_to_file(model, tokenizer, path, 12, batch_size=4, **{**options, "seed": 0})
+        sample_to_file(model, tokenizer, path, replace(sampling, num_samples=12, seed=0))
 
     with pytest.raises(ValueError, match="num_samples must be at least 1"):
-        sample_to_file(model, tokenizer, path, 0)
+        Sampling(num_samples=0)
 
 
 def test_another_file_is_left_alone(flow, tmp_path):
     (tmp_path / "text.txt").write_text("something else\n")
     with pytest.raises(ValueError, match=r"text.txt is no file of samples"):
-        sample_to_file(flow, character_tokenizer(), tmp_path / "text.txt", 2)
+        sample_to_file(flow, character_tokenizer(), tmp_path / "text.txt", Sampling(num_samples=2))
     assert (tmp_path / "text.txt").read_text() == "something else\n"
 
 

@@ -10,7 +10,7 @@ import torch
 from helpers import ROOT
 from helpers.evaluation import TEXT
 from tarflow_hf.data import PackedTokens, character_tokenizer
-from tarflow_hf.evaluation import Evaluation, cut_text, evaluate_text, likelihoods, weights_checksum
+from tarflow_hf.evaluation import Evaluation, cut_text, evaluate_text, score, weights_checksum
 from tarflow_hf.training import discrete_baseline, save_model
 
 
@@ -37,7 +37,7 @@ def test_the_script_and_its_json(flow, tmp_path, monkeypatch, capsys, kind):
     found = Evaluation.from_json((tmp_path / "evaluation.json").read_text())
 
     text = PackedTokens([TEXT], tokenizer, 1)
-    rows = likelihoods(model, cut_text(text.tokens, 18), 2)
+    rows = score(model, cut_text(text.tokens, 18), num_samples=2).rows()
     best = list(rows.values())[-1]
     assert found.nats_per_token == pytest.approx(best.nats_per_token) and found.num_tokens == len(
         text.tokens

@@ -25,6 +25,7 @@ from tarflow_hf.training import (
     TrainingConfig,
     compute_loss,
     discrete_baseline,
+    draw_step,
     make_optimizer,
 )
 
@@ -90,7 +91,8 @@ def sharded_losses(baseline: bool, rank: int = 0, world_size: int = 1) -> list[f
     results = []
 
     for step in range(4):
-        loss = compute_loss(model, input_ids[rank * rows :][:rows], noise.at(step, 0))
+        own = input_ids[rank * rows :][:rows]
+        loss = compute_loss(model, own, draw_step(model, own.shape, noise.at(step, 0)))
         loss.backward()
         last = list(model.parameters())[-1].grad
         if step == 3 and rank == 0:

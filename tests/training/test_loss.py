@@ -6,7 +6,7 @@ from transformers import set_seed
 
 from helpers.training import config
 from tarflow_hf import TarFlowLMModel
-from tarflow_hf.training import RowNoise, compute_loss, draw_observed_mask
+from tarflow_hf.training import RowNoise, compute_loss, draw_observed_mask, draw_step
 
 
 def test_loss_is_nats_per_token():
@@ -14,23 +14,26 @@ def test_loss_is_nats_per_token():
     model = TarFlowLMModel(config())
     input_ids = torch.randint(27, (4, 16))
     generator = torch.Generator().manual_seed(1)
-    loss = compute_loss(model, input_ids, generator)
+    loss = compute_loss(model, input_ids, draw_step(model, (4, 16), generator))
     elbo = model(input_ids, generator=generator.manual_seed(1)).elbo
     torch.testing.assert_close(loss, -elbo.sum() / 64)
-    assert not torch.equal(loss, compute_loss(model, input_ids, generator))
+    others = draw_step(model, (4, 16), generator)
+    assert not torch.equal(loss, compute_loss(model, input_ids, others))
 
 
 def test_loss_of_a_conditional_model_is_nats_per_missing_token():
     """The step's generator draws the observed tokens anew, before the latents."""
     model = TarFlowLMModel(config(conditional=True, patch_size=2))
     input_ids = torch.randint(27, (8, 16))
-    loss = compute_loss(model, input_ids, torch.Generator().manual_seed(3))
+    draws = draw_step(model, (8, 16), torch.Generator().manual_seed(3))
+    loss = compute_loss(model, input_ids, draws)
     generator = torch.Generator().manual_seed(3)
     mask = draw_observed_mask((8, 16), 2, generator)
     assert 0 < mask.sum() < 8 * 16
     expected = -model(input_ids, observed_mask=mask, generator=generator).elbo.sum() / (~mask).sum()
     torch.testing.assert_close(loss, expected)
-    assert not torch.equal(loss, compute_loss(model, input_ids, torch.Generator().manual_seed(4)))
+    others = draw_step(model, (8, 16), torch.Generator().manual_seed(4))
+    assert not torch.equal(loss, compute_loss(model, input_ids, others))
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -40,7 +43,7 @@ def test_a_sequence_draws_noise_of_its_own():
     model = TarFlowLMModel(config())
     input_ids = torch.randint(27, (4, 16))
     whole = RowNoise(1, 4, 0, torch.device("cpu"))
-    loss = compute_loss(model, input_ids, whole.at(7, 0))
+    loss = compute_loss(model, input_ids, draw_step(model, (4, 16), whole.at(7, 0)))
     noise = torch.stack([torch.randn(16, 2, generator=generator) for generator in whole.at(7, 0)])
     expected = model(input_ids, latents=model.encode(input_ids, noise=noise), labels=input_ids).loss
     torch.testing.assert_close(loss, expected)
@@ -49,14 +52,15 @@ def test_a_sequence_draws_noise_of_its_own():
     other_process = RowNoise(1, 2, 2, torch.device("cpu"))
     for second in (lambda: parts.at(7, 2), lambda: other_process.at(7, 0)):
         halves = (
-            compute_loss(model, input_ids[:2], parts.at(7, 0)),
-            compute_loss(model, input_ids[2:], second()),
+            compute_loss(model, input_ids[:2], draw_step(model, (2, 16), parts.at(7, 0))),
+            compute_loss(model, input_ids[2:], draw_step(model, (2, 16), second())),
         )
         torch.testing.assert_close(sum(halves) / 2, loss)
         mask = draw_observed_mask((4, 16), 2, whole.at(7, 0))
         assert torch.equal(mask[2:], draw_observed_mask((2, 16), 2, second()))
 
-    assert not torch.equal(loss, compute_loss(model, input_ids, whole.at(8, 0)))
+    others = draw_step(model, (4, 16), whole.at(8, 0))
+    assert not torch.equal(loss, compute_loss(model, input_ids, others))
 
 
 @pytest.mark.parametrize("patch_size", [1, 4])

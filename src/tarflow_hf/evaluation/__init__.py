@@ -1,6 +1,7 @@
 """Evaluation: likelihood of text, samples, single tokens, the states of the flows, and FLOPs."""
 
-from ..baseline import longest_sequence, prepend_start
+from ..baseline import longest_sequence, negative_log_likelihood
+from ..noise import latent_noise
 from .codebook import (
     CodebookState,
     Reconstruction,
@@ -17,11 +18,19 @@ from .flops import (
     count_flops,
     figure_7,
     gpt2_sized_config,
-    paper_body_flops,
     paper_flow_flops,
     paper_head_flops,
 )
-from .judge import JUDGE, MAUVE_SCALE, Judgement, check_judge, judge_texts, load_judge, mauve_score
+from .judge import (
+    JUDGE,
+    MAUVE_SCALE,
+    Judge,
+    Judgement,
+    check_judge,
+    judge_texts,
+    load_judge,
+    mauve_score,
+)
 from .latent_evolution import (
     MEASURES,
     Evolution,
@@ -35,26 +44,24 @@ from .likelihood import (
     ONE_SAMPLE,
     WHAT_IS_SCORED,
     Likelihood,
+    Scores,
+    Scoring,
     batches_of_equal_length,
     cut_text,
     elbo_samples,
-    latent_noise,
     likelihood,
-    likelihoods,
     log_mean_exp,
-    negative_log_likelihood,
     ratio_of_sums,
     score,
     score_batch,
 )
-from .provenance import Provenance, provenance_of, weights_checksum, without_nan
+from .provenance import Provenance, provenance_of, weights_checksum
 from .samples import (
     NOT_MEASURED,
     NUM_SAMPLES,
-    READABLE,
     Sample,
     SampleEvaluation,
-    draw,
+    Sampling,
     evaluate_samples,
     read_samples,
     reference_sequences,
@@ -81,18 +88,21 @@ __all__ = [
     "NUM_SAMPLES",
     "ONE_SAMPLE",
     "PATCH_SIZES",
-    "READABLE",
     "WHAT_IS_SCORED",
     "CodebookState",
     "Evaluation",
     "Evolution",
     "FlopCount",
+    "Judge",
     "Judgement",
     "Likelihood",
     "Provenance",
     "Reconstruction",
     "Sample",
     "SampleEvaluation",
+    "Sampling",
+    "Scores",
+    "Scoring",
     "Statistic",
     "TokenStatistics",
     "batches_of_equal_length",
@@ -103,7 +113,6 @@ __all__ = [
     "count_flops",
     "cut_text",
     "distinct_n",
-    "draw",
     "elbo_samples",
     "evaluate_samples",
     "evaluate_text",
@@ -114,7 +123,6 @@ __all__ = [
     "judge_texts",
     "latent_noise",
     "likelihood",
-    "likelihoods",
     "load_judge",
     "log_mean_exp",
     "longest_sequence",
@@ -125,10 +133,8 @@ __all__ = [
     "nearest_distances",
     "negative_log_likelihood",
     "ngrams",
-    "paper_body_flops",
     "paper_flow_flops",
     "paper_head_flops",
-    "prepend_start",
     "provenance_of",
     "ratio_of_sums",
     "read_samples",
@@ -144,5 +150,4 @@ __all__ = [
     "warnings_of",
     "weights_checksum",
     "what_bits_mean",
-    "without_nan",
 ]

@@ -10,22 +10,30 @@ from torch import Tensor
 
 from ..modeling.codebook import Gaussians
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
-from .likelihood import latent_noise, ratio_of_sums
+from ..noise import latent_noise
+from .likelihood import ratio_of_sums
 
-MAX_SCORES = 2**24  # of tokens by entries of the codebook, at once
+MAX_SCORES = 2**24  # tokens by entries of the codebook that are scored at once
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well the latents of a text give it back: the most likely token under p(x | z), z ~ q(z |
-    x).
+    """The most likely tokens under p(x | z), z ~ q(z | x), compared with the text x.
+
+    Attributes:
+        accuracy: The share of the tokens that come back.
+        standard_error: Of the accuracy, over the sequences.
+        num_tokens: The number of tokens in the text.
+        num_text_tokens: The number of different tokens in the text.
+        num_used_tokens: The number of different tokens that came back. It is smaller if entries of
+            the codebook have fallen together.
     """
 
-    accuracy: float  # share of the tokens that come back
-    standard_error: float  # over sequences
+    accuracy: float
+    standard_error: float
     num_tokens: int
-    num_text_tokens: int  # different tokens in the text
-    num_used_tokens: int  # different tokens that came back: fewer where entries of the codebook have fallen together
+    num_text_tokens: int
+    num_used_tokens: int
 
 
 @torch.no_grad()
@@ -35,24 +43,29 @@ def reconstruction(
     max_sequences: int | None = None,
     seed: int = 0,
 ) -> Reconstruction:
-    """Encodes, decodes, and counts what comes back. With the same seed, by the latents that
-    `likelihood` scores.
+    """Encodes and decodes a text, and counts the tokens that come back.
+
+    With the seed of `likelihood` it decodes the latents that are scored there.
 
     Raises:
-        ValueError: There is no sequence.
+        ValueError: If there is no sequence.
     """
-    codebook, correct, num_tokens = model.codebook(), [], []
-    in_text, used = (
-        torch.zeros(len(codebook.mean), dtype=torch.bool, device=model.device) for _ in range(2)
-    )
+    codebook = model.codebook()
+    correct, num_tokens = [], []
+    in_text = torch.zeros(len(codebook.mean), dtype=torch.bool, device=model.device)
+    used = torch.zeros_like(in_text)
 
     for index, sequence in enumerate(islice(sequences, max_sequences)):
         ids = sequence["input_ids"].to(model.device)
         noise = latent_noise(model, len(ids), [(seed, index)])[0, 0]
+        latents = codebook.sample(ids, noise=noise)
+
         count = int(sequence.get("num_tokens", len(ids)))
-        ids, latents = ids[:count], codebook.sample(ids, noise=noise)[:count]
+        ids, latents = ids[:count], latents[:count]
         decoded = most_likely_tokens(codebook, latents)
-        in_text[ids], used[decoded] = True, True
+
+        in_text[ids] = True
+        used[decoded] = True
         correct.append((decoded == ids).sum())
         num_tokens.append(count)
 
@@ -66,27 +79,27 @@ def reconstruction(
 
 
 def most_likely_tokens(codebook: Gaussians, latents: Tensor) -> Tensor:
-    """argmax_k p(x = k | z): latents (n, d) to ids (n,), a part of them at a time."""
+    """argmax_k p(x = k | z), latents (n, d) to ids (n,)."""
     rows = max(1, MAX_SCORES // len(codebook.mean))
     return torch.cat([codebook.log_prob_all(part).argmax(-1) for part in latents.split(rows)])
 
 
 @dataclass(frozen=True)
 class CodebookState:
-    """Where the entries N(mean_k, scale_k^2 I) of a codebook are, and how far apart."""
+    """The entries N(mean_k, scale_k^2 I) of a codebook: their size, and their `nearest_distances`."""
 
     num_entries: int
     latent_size: int
     scale_min: float
     scale_mean: float
     scale_max: float
-    nearest_distance_min: float  # see `nearest_distances`
+    nearest_distance_min: float
     nearest_distance_median: float
 
 
 @torch.no_grad()
 def codebook_state(codebook: Gaussians) -> CodebookState:
-    """What a codebook looks like; of a single entry the distances are NaN."""
+    """Measures a codebook. The distances of a single entry are NaN."""
     scale, distance = codebook.log_scale.exp(), nearest_distances(codebook)
     return CodebookState(
         num_entries=len(scale),
@@ -100,10 +113,12 @@ def codebook_state(codebook: Gaussians) -> CodebookState:
 
 
 def nearest_distances(codebook: Gaussians) -> Tensor:
-    """min_{j != k} |mean_j - mean_k| / ((scale_j + scale_k) / 2), (K,): how many scales away the
-    nearest entry is.
+    """The distance of each entry's nearest neighbour, in scales, (K,).
 
-    At 2 r, two equally scaled entries are taken for each other with probability Phi(-r).
+        min_{j != k} |mean_j - mean_k| / ((scale_j + scale_k) / 2)
+
+    At a distance of 2 r, two entries of equal scale are taken for each other with probability
+    Phi(-r).
 
     Example:
         >>> nearest_distances(Gaussians(torch.tensor([[0.0], [3.0], [10.0]]), torch.tensor([1.0, 2.0, 2.0]).log()))
@@ -113,7 +128,9 @@ def nearest_distances(codebook: Gaussians) -> Tensor:
     if len(mean) == 1:
         return mean.new_full((1,), math.nan)
 
-    index, nearest = torch.arange(len(mean), device=mean.device), []
+    index = torch.arange(len(mean), device=mean.device)
+    nearest = []
+
     for part in index.split(max(1, MAX_SCORES // len(mean))):
         # By differences, not by products: entries may be much closer to each other than to the
         # origin.

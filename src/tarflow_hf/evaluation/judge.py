@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,14 @@ MAUVE_SCALE = 5.0
 def load_judge(
     name: str | os.PathLike = JUDGE, device: torch.device | str = "cpu", **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model with its tokenizer, a folder or a repository of the Hub; options of
-    `from_pretrained`.
+    """Loads a causal language model with its tokenizer.
+
+    Args:
+        name: A folder, or a repository of the Hub.
+        options: Of `from_pretrained`.
 
     Raises:
-        ValueError: It gives no logits of tokens, or the tokenizer is not the model's.
+        ValueError: If it gives no logits of tokens, or if the tokenizer is not the model's.
     """
     tokenizer = AutoTokenizer.from_pretrained(name)
     judge = AutoModelForCausalLM.from_pretrained(name, **options).to(device).eval()
@@ -39,30 +43,63 @@ def load_judge(
 
 
 def check_judge(judge: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError where a model can't judge, or reads another tokenizer's tokens."""
+    """Checks that a model can judge, and that it reads the tokenizer's tokens.
+
+    Raises:
+        ValueError: If not.
+    """
     if judge.get_output_embeddings() is None or judge.base_model is judge:
         raise ValueError(
-            f"A judge needs logits for the next token, which {type(judge).__name__} has not: take a causal language "
-            "model such as gpt2-large."
+            f"A judge needs logits for the next token, which {type(judge).__name__} has not: take "
+            "a causal language model such as gpt2-large."
         )
 
     size, num_tokens = judge.get_input_embeddings().num_embeddings, len(tokenizer)
     if num_tokens > size:
         raise ValueError(
-            f"The tokenizer has {num_tokens} tokens, the judge embeddings for {size}: it is another model's tokenizer."
+            f"The tokenizer has {num_tokens} tokens, the judge embeddings for {size}: it is another "
+            "model's tokenizer."
+        )
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A causal language model that reads samples, and how it does.
+
+    Attributes:
+        model, tokenizer: By `load_judge`.
+        batch_size: Texts at once.
+        mauve_scale: Of `mauve_score`.
+        progress: Shows a bar.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int = 8
+    mauve_scale: float = MAUVE_SCALE
+    progress: bool = False
+
+    def read(self, texts: Sequence[str]) -> "Judgement":
+        return judge_texts(
+            texts, self.model, self.tokenizer, self.batch_size, progress=self.progress
         )
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge says of n texts. A text's first token is not scored, as nothing stands before
-    it.
+    """A judge's view of n texts. A text's first token is not scored: nothing stands before it.
+
+    Attributes:
+        nats: The nats (n,) of each text.
+        num_tokens: The number (n,) of its tokens that are scored.
+        features: The judge's last hidden state at a text's last token, (n, width), for MAUVE.
+        num_truncated: The number of texts that were longer than the judge could read.
     """
 
-    nats: Tensor  # (n,) of each text
-    num_tokens: Tensor  # (n,) that are scored
-    features: Tensor  # (n, width): the judge's last hidden state at a text's last token, for MAUVE
-    num_truncated: int  # texts that were longer than the judge could read
+    nats: Tensor
+    num_tokens: Tensor
+    features: Tensor
+    num_truncated: int
 
     @property
     def nats_per_token(self) -> float:
@@ -88,14 +125,46 @@ def judge_texts(
     max_length: int = 1024,
     progress: bool = False,
 ) -> Judgement:
-    """Reads texts with a judge, whose own tokenizer cuts them into tokens. Of longer ones the first
-    `max_length` (or as many as the judge can read) count.
+    """Reads texts with a judge, whose own tokenizer cuts them into tokens.
+
+    Args:
+        max_length: The number of tokens at which longer texts are cut; at most as many as the judge
+            can read.
 
     Raises:
-        ValueError: There is no text, one has fewer than two of the judge's tokens, the model can't
-            judge, or its answer is not finite.
+        ValueError: If there is no text, if one has fewer than two of the judge's tokens, if the
+            model can't judge, or if its answer is not finite.
     """
     check_judge(judge, tokenizer)
+    encoded, num_truncated = _encode(texts, judge, tokenizer, max_length)
+    nats, features = [], []
+
+    with _last_states(judge) as states:
+        starts = range(0, len(encoded), batch_size)
+        for start in tqdm(starts, desc="judging", unit="batch", disable=not progress, leave=False):
+            ids = encoded[start : start + batch_size]
+            lengths = torch.tensor([len(row) for row in ids], device=judge.device)
+            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(judge.device)  # (B, T)
+            nats.append(_nats_of_rows(judge, ids, lengths))
+            features.append(states.pop()[torch.arange(len(ids)), lengths - 1].float().cpu())
+
+    nats = torch.cat(nats)
+    if not bool(nats.isfinite().all()):
+        raise ValueError(
+            f"The judge's nats are not finite for {int((~nats.isfinite()).sum())} texts."
+        )
+
+    num_tokens = torch.tensor([len(row) - 1 for row in encoded])
+    return Judgement(nats, num_tokens, torch.cat(features), num_truncated)
+
+
+def _encode(
+    texts: Sequence[str],
+    judge: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> tuple[list[Tensor], int]:
+    """The ids of each text, cut to what the judge reads, and how many were cut."""
     if not texts:
         raise ValueError("There is no text to judge.")
 
@@ -115,41 +184,29 @@ def judge_texts(
             )
 
     num_truncated = sum(len(ids) > longest for ids in encoded)
-    encoded = [torch.tensor(ids[:longest]) for ids in encoded]
+    return [torch.tensor(ids[:longest]) for ids in encoded], num_truncated
 
+
+@contextmanager
+def _last_states(judge: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collects the judge's last hidden states (B, T, width) of each forward pass."""
     states: list[Tensor] = []
     hook = judge.base_model.register_forward_hook(
-        lambda *arguments: states.append(arguments[-1][0])
+        lambda module, arguments, output: states.append(output[0])
     )
-    nats, features = [], []
-
     try:
-        starts = range(0, len(encoded), batch_size)
-        for start in tqdm(starts, desc="judging", unit="batch", disable=not progress, leave=False):
-            ids = encoded[start : start + batch_size]
-            lengths = torch.tensor([len(row) for row in ids], device=judge.device)
-            ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(judge.device)  # (B, T)
-            mask = torch.arange(ids.shape[1], device=judge.device) < lengths[:, None]
-            logits = (
-                judge(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-                .logits[:, :-1]
-                .float()
-            )
-            loss = F.cross_entropy(
-                logits.transpose(1, 2), ids[:, 1:], reduction="none"
-            )  # (B, T - 1)
-            nats.append(loss.masked_fill(~mask[:, 1:], 0).cpu().double().sum(-1))
-            features.append(states.pop()[torch.arange(len(ids)), lengths - 1].float().cpu())
+        yield states
     finally:
         hook.remove()
 
-    nats, num_tokens = torch.cat(nats), torch.tensor([len(row) - 1 for row in encoded])
-    if not bool(nats.isfinite().all()):
-        raise ValueError(
-            f"The judge's nats are not finite for {int((~nats.isfinite()).sum())} texts."
-        )
 
-    return Judgement(nats, num_tokens, torch.cat(features), num_truncated)
+def _nats_of_rows(judge: PreTrainedModel, ids: Tensor, lengths: Tensor) -> Tensor:
+    """The nats (B,) of ids (B, T) behind the first one, where each row has its length (B,)."""
+    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    output = judge(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+    logits = output.logits[:, :-1].float()
+    loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # (B, T - 1)
+    return loss.masked_fill(~mask[:, 1:], 0).cpu().double().sum(-1)
 
 
 def mauve_score(
@@ -158,20 +215,27 @@ def mauve_score(
     scale: float = MAUVE_SCALE,
     num_buckets: int | None = None,
 ) -> float:
-    """MAUVE (Pillutla et al., 2021) of features (n, width) and (m, width), between 0 and 1 (alike),
-    by `mauve-text`.
+    """MAUVE of features (n, width) and (m, width), between 0 and 1 (alike), by `mauve-text`.
 
-    It depends on n and m, the judge, the scale and the number of buckets (a tenth of the smaller by
-    default): compare only what agrees in all of them.
+    It depends on n, m, the judge, the scale and the number of buckets. Compare only figures that
+    agree in all of them.
+
+    Args:
+        num_buckets: By default a tenth of the smaller of n and m.
 
     Raises:
-        ImportError: There is no `mauve-text`.
-        ValueError: Features are of different widths, not finite, or fewer than 2.
+        ImportError: If there is no `mauve-text`.
+        ValueError: If features are of different widths, not finite, or fewer than 2.
+
+    References:
+        Pillutla et al., *MAUVE: Measuring the Gap Between Neural Text and Human Text*, 2021,
+        arXiv:2102.01454.
     """
     for name, features in (("text_features", text_features), ("sample_features", sample_features)):
         if features.ndim != 2 or len(features) < 2 or not bool(features.isfinite().all()):
             raise ValueError(
-                f"{name} must be (n, width) with n of at least 2, finite, not {tuple(features.shape)}."
+                f"{name} must be (n, width) with n of at least 2, finite, "
+                f"not {tuple(features.shape)}."
             )
 
     if text_features.shape[1] != sample_features.shape[1]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
-from .likelihood import batches_of_equal_length, latent_noise
+from ..noise import latent_noise
+from .likelihood import batches_of_equal_length
 
 MEASURES = {
     "norm": "mean norm of the states",

@@ -1,30 +1,38 @@
-"""Bounds on the likelihood of text under a TarFlowLM; the exact one under a discrete model."""
+"""The likelihood of text: bounds under a TarFlowLM, exact under a discrete model.
+
+score(model, sequences, num_samples=16)  ->  `Scores`  ->  `Likelihood`
+"""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..baseline import prepend_start
+from ..baseline import is_discrete, negative_log_likelihood
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
+from ..noise import latent_noise
 
 ONE_SAMPLE = "bound, 1 sample"
 WHAT_IS_SCORED = (
     "Every token counts, the first of a sequence too. Nothing reaches over the cut between two sequences: a sequence's "
-    "first tokens are scored without the text before them, so longer sequences score better. No window slides."
+    "first tokens are scored without the text before them, so longer sequences score better. Sequences do not overlap."
 )
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Nats of some text under a model: an upper bound for a TarFlowLM, exact for a discrete model.
+    """The nats of a text: an upper bound under a TarFlowLM, exact under a discrete model.
+
+    Attributes:
+        nats: In all.
+        num_tokens: In all.
+        standard_error: Of `nats_per_token`, over the sequences; it holds for text like this one.
 
     Example:
         >>> likelihood = Likelihood(nats=69.3, num_tokens=100, standard_error=0.01)
@@ -32,13 +40,13 @@ class Likelihood:
         (1.0, 2.0)
     """
 
-    nats: float  # in all
+    nats: float
     num_tokens: int
-    standard_error: float  # of nats_per_token: over sequences, which holds for text like this one
+    standard_error: float
 
     @classmethod
     def of_sequences(cls, nats: Tensor, num_tokens: Tensor) -> "Likelihood":
-        """Of n sequences: their nats (n,) and numbers of tokens (n,)."""
+        """From the nats (n,) and the numbers of tokens (n,) of n sequences."""
         rate, standard_error = ratio_of_sums(nats, num_tokens)
         return cls(rate * int(num_tokens.sum()), int(num_tokens.sum()), standard_error)
 
@@ -65,29 +73,6 @@ def _exp(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf  # where math.exp raises
 
 
-def negative_log_likelihood(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    num_samples: int = 1,
-    generator: torch.Generator | None = None,
-    num_flows: int | None = None,
-) -> Tensor:
-    """Nats of each sequence, (B,), of ids (B, T): all T tokens count, the first one too.
-
-    Of a TarFlowLM, or of its stack cut after `num_flows`, minus its bound with `num_samples`
-    samples of the latents (1: the ELBO). A discrete model reads its beginning-of-sequence token
-    first, and is exact.
-    """
-    if isinstance(model, TarFlowLMModel):
-        return -model.importance_weighted_bound(
-            input_ids, num_samples=num_samples, generator=generator, num_flows=num_flows
-        )
-
-    inputs = prepend_start(model, input_ids)
-    logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]  # (B, T, V)
-    return F.cross_entropy(logits.float().transpose(1, 2), input_ids, reduction="none").sum(-1)
-
-
 def ratio_of_sums(values: Tensor, weights: Tensor) -> tuple[float, float]:
     """sum of values (n,) / sum of weights (n,), and its standard error: NaN of a single one.
 
@@ -102,153 +87,166 @@ def ratio_of_sums(values: Tensor, weights: Tensor) -> tuple[float, float]:
     return ratio.item(), deviation.item() if len(values) > 1 else math.nan
 
 
-def likelihoods(
-    model: PreTrainedModel, sequences: Iterable[dict[str, Tensor]], num_samples: int, **options
-) -> dict[str, Likelihood]:
-    """The likelihoods that are reported for a model, by name.
+# --------------------------------------------------------------------------------------------------
+# Scoring
+# --------------------------------------------------------------------------------------------------
 
-    A TarFlowLM has the ELBO and the bound with `num_samples` samples, a discrete model the exact one.
 
-    Both come from the same samples. Options as for `likelihood`.
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """The options of `score`.
+
+    Attributes:
+        num_samples: Samples S of the importance-weighted bound. A discrete model is exact: it takes
+            none.
+        num_flows: Scores the stack cut after its first flows, a model of its own. By default all.
+        seed: The latents of a sequence follow from it and from the sequence's number. Neither the
+            size of the batches nor the sequences behind it change them.
+        max_sequences: Scores the first ones only. By default all.
+        batch_size: Sequences at once. Those of equal length that follow each other share a batch.
+        progress: Shows a bar.
+
+    Raises:
+        ValueError: If `num_samples` is not positive.
     """
-    if not isinstance(model, TarFlowLMModel):
-        return {"exact": likelihood(model, sequences, **options)}
 
-    nats, num_tokens = score(model, sequences, num_samples=num_samples, **options)
-    rows = {ONE_SAMPLE: Likelihood.of_sequences(nats.mean(0), num_tokens)}
+    num_samples: int = 1
+    num_flows: int | None = None
+    seed: int = 0
+    max_sequences: int | None = None
+    batch_size: int = 16
+    progress: bool = False
 
-    if num_samples > 1:
-        rows[f"bound, {num_samples} samples"] = Likelihood.of_sequences(
-            -log_mean_exp(-nats), num_tokens
-        )
+    def __post_init__(self):
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, not {self.num_samples}.")
 
-    return rows
+
+@dataclass(frozen=True)
+class Scores:
+    """The nats of n sequences, by each of S samples of their latents.
+
+    Attributes:
+        nats: (S, n), minus the ELBO of one sample; the exact nats (1, n) of a discrete model.
+        num_tokens: (n,)
+        is_exact: True of a discrete model.
+    """
+
+    nats: Tensor
+    num_tokens: Tensor
+    is_exact: bool
+
+    @property
+    def best(self) -> Likelihood:
+        """The importance-weighted bound with all samples; exact of a discrete model."""
+        return Likelihood.of_sequences(-log_mean_exp(-self.nats), self.num_tokens)
+
+    @property
+    def one_sample(self) -> Likelihood:
+        """Minus the ELBO, the mean over the samples; exact of a discrete model."""
+        return Likelihood.of_sequences(self.nats.mean(0), self.num_tokens)
+
+    def rows(self) -> dict[str, Likelihood]:
+        """The rows of a table of this model, the best one last."""
+        if self.is_exact:
+            return {"exact": self.best}
+
+        rows = {ONE_SAMPLE: self.one_sample}
+        if len(self.nats) > 1:
+            rows[f"bound, {len(self.nats)} samples"] = self.best
+
+        return rows
 
 
 def likelihood(
-    model: PreTrainedModel,
-    sequences: Iterable[dict[str, Tensor]],
-    batch_size: int = 16,
-    num_samples: int = 1,
-    max_sequences: int | None = None,
-    seed: int = 0,
-    progress: bool = False,
-    num_flows: int | None = None,
+    model: PreTrainedModel, sequences: Iterable[dict[str, Tensor]], **options: Any
 ) -> Likelihood:
-    """Likelihood of text that is cut into sequences, each scored on its own from its first token
-    on.
-
-    Nothing reaches over a cut, so the first tokens of a sequence are scored with little context.
-    Sequences of equal length that follow each other share a batch. A sequence's latents follow from
-    the seed and from which one it is: neither the size of the batches nor the sequences behind it
-    change them.
-
-    Args:
-        model: A TarFlowLM or a discrete causal model with a `bos_token_id`. Left in evaluation
-            mode.
-        sequences: Each `{"input_ids": (T,)}`, as of `PackedTokens` or `cut_text`.
-        num_samples: Samples S of the importance-weighted bound.
-        max_sequences: Score the first ones only.
-        num_flows: Score the stack cut after its first flows, a model of its own.
-
-    Raises:
-        ValueError: There is no sequence, or a bound is not finite.
-    """
-    nats, num_tokens = score(
-        model, sequences, batch_size, num_samples, max_sequences, seed, progress, num_flows
-    )
-    return Likelihood.of_sequences(-log_mean_exp(-nats), num_tokens)
+    """The likelihood of text that is cut into sequences: `score(...).best`."""
+    return score(model, sequences, **options).best
 
 
 @torch.no_grad()
-def score(
-    model: PreTrainedModel,
-    sequences: Iterable[dict[str, Tensor]],
-    batch_size: int = 16,
-    num_samples: int = 1,
-    max_sequences: int | None = None,
-    seed: int = 0,
-    progress: bool = False,
-    num_flows: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Nats (S, n) of n sequences by each of S samples of their latents, and their numbers of tokens
-    (n,); see `likelihood`. Of a discrete model S is 1.
-    """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, not {num_samples}.")
+def score(model: PreTrainedModel, sequences: Iterable[dict[str, Tensor]], **options: Any) -> Scores:
+    """Scores text that is cut into sequences, each on its own from its first token on.
 
+    Nothing reaches over a cut, so the first tokens of a sequence are scored with little context.
+
+    Args:
+        model: A TarFlowLM, or a discrete causal model with a `bos_token_id`. It is left in
+            evaluation mode.
+        sequences: Each `{"input_ids": (T,)}`, as those of `PackedTokens` or `cut_text`.
+        options: The fields of `Scoring`.
+
+    Raises:
+        ValueError: If there is no sequence, or if a bound is not finite.
+    """
+    scoring = Scoring(**options)
     model.eval()
     nats, num_tokens = [], []
 
-    batches = batches_of_equal_length(islice(sequences, max_sequences), batch_size)
-    for batch in tqdm(batches, desc="scoring", unit="batch", disable=not progress, leave=False):
+    batches = batches_of_equal_length(islice(sequences, scoring.max_sequences), scoring.batch_size)
+    hidden = not scoring.progress
+    for batch in tqdm(batches, desc="scoring", unit="batch", disable=hidden, leave=False):
         ids = torch.stack([sequence["input_ids"] for sequence in batch]).to(model.device)
-        nats.append(
-            score_batch(model, ids, len(num_tokens), num_samples, seed, num_flows).cpu().double()
-        )
+        nats.append(score_batch(model, ids, len(num_tokens), scoring).cpu().double())
         num_tokens.extend(int(sequence.get("num_tokens", ids.shape[1])) for sequence in batch)
 
     if not nats:
         raise ValueError("There is no sequence to score.")
 
-    nats = torch.cat(nats, 1)
-    if not bool(nats.isfinite().all()):
-        index = int((~nats.isfinite()).any(0).int().argmax())
+    scores = Scores(torch.cat(nats, 1), torch.tensor(num_tokens), is_discrete(model))
+    _check_finite(scores.nats)
+    return scores
+
+
+def _check_finite(nats: Tensor) -> None:
+    is_finite = nats.isfinite().all(0)
+    if not bool(is_finite.all()):
+        index = int((~is_finite).int().argmax())
         raise ValueError(
             f"The likelihood of sequence {index} is {nats[:, index].tolist()}: are the weights finite?"
         )
 
-    return nats, torch.tensor(num_tokens)
-
 
 def score_batch(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    first: int,
-    num_samples: int = 1,
-    seed: int = 0,
-    num_flows: int | None = None,
+    model: PreTrainedModel, input_ids: Tensor, first: int, scoring: Scoring | None = None
 ) -> Tensor:
-    """What `score` says of its sequences `first`, `first` + 1, ..., whose ids are (B, T): (S, B)."""
-    if not isinstance(model, TarFlowLMModel):
-        return negative_log_likelihood(model, input_ids).unsqueeze(0)
-    seeds = [(seed, first + row) for row in range(len(input_ids))]
-    noise = latent_noise(model, input_ids.shape[1], seeds, num_samples)
-    return -elbo_samples(model, input_ids, noise, num_flows=num_flows)
+    """The nats (S, B) of ids (B, T), the sequences `first`, `first` + 1, ... of `score`.
 
-
-def latent_noise(
-    model: TarFlowLMModel, length: int, seeds: Sequence[Sequence[int]], num_samples: int = 1
-) -> Tensor:
-    """N(0, I) noise (S, B, T, d) for the latents of B sequences of T tokens, each from a seed of
-    its own.
+    S is 1 for a discrete model.
     """
-    rows = []
-    for seed in seeds:
-        state = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
-        generator = torch.Generator(model.device).manual_seed(state)
-        shape = (num_samples, length, model.config.latent_size)
-        rows.append(torch.randn(shape, generator=generator, device=model.device))
+    if is_discrete(model):
+        return negative_log_likelihood(model, input_ids).unsqueeze(0)
 
-    return torch.stack(rows, 1)
+    scoring = Scoring() if scoring is None else scoring
+    seeds = [(scoring.seed, first + row) for row in range(len(input_ids))]
+    noise = latent_noise(model, input_ids.shape[1], seeds, scoring.num_samples)
+    return -elbo_samples(model, input_ids, noise, num_flows=scoring.num_flows)
 
 
-def elbo_samples(model: TarFlowLMModel, input_ids: Tensor, noise: Tensor, **options) -> Tensor:
-    """The ELBO (S, B) of ids (B, T) by the latents of each noise (S, B, T, d); options of the
-    model's forward pass.
+def elbo_samples(model: TarFlowLMModel, input_ids: Tensor, noise: Tensor, **options: Any) -> Tensor:
+    """The ELBO (S, B) of ids (B, T) by the latents of each noise (S, B, T, d).
+
+    Args:
+        options: Of the model's forward pass.
     """
     return torch.stack([model(input_ids, latent_noise=sample, **options).elbo for sample in noise])
 
 
 def log_mean_exp(values: Tensor) -> Tensor:
-    """log((1 / S) sum_s exp(values_s)), (S, ...) to (...): of ELBOs, the importance-weighted bound."""
+    """log((1 / S) sum_s exp(values_s)), (S, ...) to (...); the bound from the ELBOs of S samples."""
     return torch.logsumexp(values, 0) - math.log(len(values))
+
+
+# --------------------------------------------------------------------------------------------------
+# Sequences
+# --------------------------------------------------------------------------------------------------
 
 
 def batches_of_equal_length(
     sequences: Iterable[dict[str, Tensor]], batch_size: int
 ) -> Iterator[list[dict[str, Tensor]]]:
-    """Lists of at most `batch_size` sequences that follow each other and are equally long."""
+    """Yields lists of at most `batch_size` equally long sequences that follow each other."""
     batch: list[dict[str, Tensor]] = []
     for sequence in sequences:
         if batch and (
@@ -264,10 +262,11 @@ def batches_of_equal_length(
 
 
 def cut_text(tokens: Tensor, length: int, patch_size: int = 1) -> list[dict[str, Tensor | int]]:
-    """All of some tokens (N,) as sequences of `length` tokens, the last of which may be shorter.
+    """Cuts tokens (N,) into sequences of `length` tokens; the last one may be shorter.
 
-    Where that is no multiple of the patch size, its last token is repeated until it is: p(text and
-    more) <= p(text), so a bound on the longer one is a bound. `num_tokens` are those of the text.
+    If that is no multiple of the patch size, its last token is repeated until it is. Since p(text
+    and more) <= p(text), a bound on the longer text bounds the shorter one. `num_tokens` counts the
+    text only.
 
     Example:
         >>> cut_text(torch.tensor([5, 6, 7, 8, 9]), length=4, patch_size=2)

@@ -17,7 +17,6 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import __version__
-from ..modeling.modeling_tarflowlm import TarFlowLMModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +108,7 @@ def provenance_of(
         "checkpoint": checkpoint,
         "revision": getattr(model.config, "_commit_hash", None),
         "weights_sha256": weights_checksum(model),
-        "model_type": "tarflowlm" if isinstance(model, TarFlowLMModel) else model.config.model_type,
+        "model_type": model.config.model_type,
         "num_parameters": model.num_parameters(),
         "data": name,
         "data_sha256": checksum,

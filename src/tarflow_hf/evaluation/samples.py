@@ -1,35 +1,30 @@
-"""What a model's samples are like: generative perplexity, MAUVE, entropy, distinct n-grams,
-repetition.
+"""Samples of a model, kept in a file, and their evaluation compared with text.
 
-    samples = sample_to_file(model, tokenizer, "samples.jsonl", num_samples=5000)      # goes on where it was stopped
-    judge, judge_tokenizer = load_judge("gpt2-large")
-    judged = judge_texts([sample.text for sample in samples], judge, judge_tokenizer)  # nats, and features for MAUVE
+    sampling = Sampling(num_samples=5000)
+    samples = sample_to_file(model, tokenizer, "samples.jsonl", sampling)  # resumes
+    judge = Judge(*load_judge("gpt2-large"))
+    evaluation = evaluate_samples(samples, text, tokenizer, judge, provenance, sampling)
 
-None of these numbers means anything alone: a text of low entropy, which says the same thing again
-and again, has a low generative perplexity. `warnings_of` says so where it is seen.
+None of these numbers means anything by itself. A text of low entropy, which says the same thing
+again and again, has a low generative perplexity. `warnings_of` says so if it is seen.
 """
 
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..baseline import longest_sequence
+from ..baseline import is_discrete, longest_sequence, sample_discrete
 from ..data import PackedTokens
-from ..modeling.modeling_tarflowlm import TarFlowLMModel
-from .judge import MAUVE_SCALE, judge_texts, mauve_score
-from .likelihood import latent_noise
+from ..noise import latent_noise
+from .judge import Judge, mauve_score
 from .provenance import Provenance, weights_checksum
 from .token_statistics import TokenStatistics, token_statistics
 
@@ -53,51 +48,64 @@ class Sample:
     text: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How samples are drawn.
+
+    Attributes:
+        num_samples: The paper's protocol has 5,000.
+        length: Of each sample, in tokens; by default the longest that the model takes.
+        seed: A sample of a TarFlowLM follows from it and from the sample's number, whatever the
+            batches.
+        generate_options: Options of `generate`, such as `temperature` and `top_p`.
+        batch_size: Samples at once.
+        progress: Shows a bar.
+
+    Raises:
+        ValueError: If `num_samples` is not positive.
+    """
+
+    num_samples: int = NUM_SAMPLES
+    length: int | None = None
+    seed: int = 0
+    generate_options: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 16
+    progress: bool = False
+
+    def __post_init__(self):
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, not {self.num_samples}.")
+
+    def length_for(self, model: PreTrainedModel) -> int:
+        """The length of a sample of this model."""
+        return longest_sequence(model) if self.length is None else self.length
+
+
 def sample_to_file(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     path: str | os.PathLike,
-    num_samples: int = NUM_SAMPLES,
-    length: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    progress: bool = False,
-    **options: Any,
+    sampling: Sampling,
 ) -> list[Sample]:
-    """Draws samples of equal length, and keeps them in a file, one JSON object a line behind one
-    that says how they were drawn. Where the file holds some already, only the others are drawn; a
-    line that was cut short is drawn again.
+    """Draws samples of equal length, and keeps them in a file.
 
-    A sample of a TarFlowLM follows from the seed and from which one it is, whatever the batches. No
-    token ends a sample: texts are cut from a stream of documents in training, too. Special tokens
-    are left out of its `text`.
+    The file has one JSON object a line; the first one says how the samples were drawn. Of samples
+    that the file holds already, only the missing ones are drawn. A line that was cut short is drawn
+    again.
 
-    Args:
-        length: In tokens; the longest that the model takes by default.
-        options: Of `generate`, such as `temperature` and `top_p`.
+    No token ends a sample: in training, too, texts are cut from a stream of documents. Special
+    tokens are left out of its `text`.
 
     Raises:
-        ValueError: The file holds samples that were drawn otherwise, or `num_samples` is not
-            positive.
+        ValueError: If the file holds samples that were drawn otherwise.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, not {num_samples}.")
-
-    is_flow = isinstance(model, TarFlowLMModel)
-    length = longest_sequence(model) if length is None else length
-    header = {
-        "weights_sha256": weights_checksum(model),
-        "length": length,
-        "seed": seed,
-        "options": options,
-    }
-    if not is_flow:
-        header["batch_size"] = batch_size  # the library draws a batch's samples together
-
+    # The library draws a discrete model's samples a batch at a time, and only as a whole.
+    is_whole = is_discrete(model)
+    header = _header(model, sampling)
     path = Path(path)
     samples = read_samples(path, header)
-    if not is_flow:
-        samples = samples[: len(samples) // batch_size * batch_size]
+    if is_whole:
+        samples = samples[: len(samples) // sampling.batch_size * sampling.batch_size]
 
     lines = [json.dumps(header)] + [json.dumps(vars(sample)) for sample in samples]
     aside = path.with_name(f".{path.name}.part")
@@ -105,66 +113,72 @@ def sample_to_file(
     aside.replace(path)
 
     model.eval()
-    bar = tqdm(
-        total=num_samples, initial=len(samples), desc="sampling", disable=not progress, leave=False
-    )
-    with bar, path.open("a") as file:
-        while len(samples) < num_samples:
-            end = len(samples) + batch_size
-            indices = range(len(samples), min(end, num_samples) if is_flow else end)
-            for row in draw(model, indices, length, seed, options).tolist():
-                text = tokenizer.decode(row, **READABLE)
-                samples.append(Sample(row, text))
+    with path.open("a") as file, _bar(sampling, len(samples)) as bar:
+        while len(samples) < sampling.num_samples:
+            end = len(samples) + sampling.batch_size
+            end = end if is_whole else min(end, sampling.num_samples)
+            indices = range(len(samples), end)
+
+            for row in draw(model, indices, sampling).tolist():
+                samples.append(Sample(row, tokenizer.decode(row, **READABLE)))
                 file.write(json.dumps(vars(samples[-1])) + "\n")
 
             file.flush()
             bar.update(len(indices))
 
-    return samples[:num_samples]
+    return samples[: sampling.num_samples]
+
+
+def _header(model: PreTrainedModel, sampling: Sampling) -> dict[str, Any]:
+    header = {
+        "weights_sha256": weights_checksum(model),
+        "length": sampling.length_for(model),
+        "seed": sampling.seed,
+        "options": sampling.generate_options,
+    }
+    return header | ({"batch_size": sampling.batch_size} if is_discrete(model) else {})
+
+
+def _bar(sampling: Sampling, num_drawn: int) -> tqdm:
+    return tqdm(
+        total=sampling.num_samples,
+        initial=num_drawn,
+        desc="sampling",
+        disable=not sampling.progress,
+        leave=False,
+    )
 
 
 @torch.no_grad()
-def draw(
-    model: PreTrainedModel, indices: range, length: int, seed: int, options: dict[str, Any]
-) -> Tensor:
-    """The samples of some numbers, (B, T)."""
-    if isinstance(model, TarFlowLMModel):
-        noise = latent_noise(model, length, [(seed, index) for index in indices])[0]
-        temperature = options.get("temperature", 1.0)
-        return model.generate(
-            noise=temperature * noise, **{"eos_token_id": -1, **options}
-        )  # no token ends a sample
+def draw(model: PreTrainedModel, indices: range, sampling: Sampling) -> Tensor:
+    """Draws the samples (B, T) with B numbers."""
+    length, seed = sampling.length_for(model), sampling.seed
+    options = sampling.generate_options
 
-    start = torch.full((len(indices), 1), model.config.bos_token_id, device=model.device)
-    with torch.random.fork_rng():  # the library takes no generator
-        torch.manual_seed(
-            int(np.random.SeedSequence([seed, indices[0]]).generate_state(1, np.uint64)[0])
-        )
+    if is_discrete(model):
+        return sample_discrete(model, len(indices), length, (seed, indices[0]), **options)
 
-        # No token ends a sample here either, and the one that begins a sequence is none of a text.
-        common = {
-            "eos_token_id": None,
-            "pad_token_id": 0,
-            "suppress_tokens": [model.config.bos_token_id],
-        }
-        defaults = {"do_sample": True, "top_k": 0, "max_new_tokens": length}
-
-        return model.generate(start, **{**defaults, **common, **options})[:, 1:]
+    noise = latent_noise(model, length, [(seed, index) for index in indices])[0]
+    temperature = options.get("temperature", 1.0)
+    options = {"eos_token_id": -1, **options}  # no token ends a sample
+    return model.generate(noise=temperature * noise, **options)
 
 
 def read_samples(path: str | os.PathLike, header: dict[str, Any] | None = None) -> list[Sample]:
-    """The whole lines of a file of samples; none where there is no file.
+    """Reads the whole lines of a file of samples; none if there is no file.
+
+    Args:
+        header: The first line that the file must have.
 
     Raises:
-        ValueError: It is no such file, or its samples were not drawn as the `header` says.
+        ValueError: If it is no such file, or if its samples were not drawn as the `header` says.
     """
     path = Path(path)
     if not path.exists():
         return []
 
-    lines = path.read_text().split("\n")[
-        :-1
-    ]  # behind the last line break is what a killed run has begun
+    # Text behind the last line break was begun by a run that was killed.
+    lines = path.read_text().split("\n")[:-1]
 
     try:
         found, *samples = (json.loads(line) for line in lines)
@@ -190,20 +204,20 @@ def read_samples(path: str | os.PathLike, header: dict[str, Any] | None = None) 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleEvaluation(Provenance):
-    """What `examples/evaluate_samples.py --output` writes: the fields of `Provenance`, then these,
-    flat.
+    """The result of `examples/evaluate_samples.py --output`: flat, as `Evaluation`.
 
-    `data` is the text that the samples are compared with, in as many sequences of the same length.
+    The fields are those of `Provenance`, then these. `data` is the text that the samples are
+    compared with: as many sequences of the same length.
 
     Attributes:
         num_samples, length, seed, generate_options: How the samples were drawn.
         judge: The model that read them, and the text. Null without one, as all that follows up to
             `mauve_scale`.
-        generative_perplexity: Of the samples; `generative_nats_per_token` with its
-            `generative_standard_error`.
+        generative_perplexity: Of the samples; the exponential of `generative_nats_per_token`.
+        generative_nats_per_token, generative_standard_error: Of the samples, under the judge.
         text_perplexity: Of the text, by the same judge.
         mauve, mauve_scale: Of samples and text.
-        entropy, entropy_std, distinct_1, distinct_2, distinct_3, repetition_4: See
+        entropy, entropy_std, distinct_1, distinct_2, distinct_3, repetition_4: Of the samples, see
             `TokenStatistics`; in the model's own tokens.
         text_entropy, text_entropy_std, text_distinct_1, text_distinct_2, text_distinct_3,
             text_repetition_4: The same of the text.
@@ -243,8 +257,9 @@ def warnings_of(
     text_perplexity: float | None,
     options: dict[str, Any],
 ) -> list[str]:
-    """In which ways the metrics flatter, or can't be compared. Without a judge the perplexities are
-    None.
+    """Sentences that say in which ways the metrics flatter, or can't be compared.
+
+    Without a judge the perplexities are None.
 
     Example:
         >>> text = TokenStatistics(5000, entropy=5.4, entropy_std=0.2, distinct_1=0.1, distinct_2=0.4, distinct_3=0.8,
@@ -286,10 +301,10 @@ def warnings_of(
 
 
 def reference_sequences(text: PackedTokens, num_sequences: int) -> list[list[int]]:
-    """So many blocks of a text, spread evenly over it.
+    """Blocks of a text, spread evenly over it.
 
     Raises:
-        ValueError: It has not so many.
+        ValueError: If the text has fewer.
     """
     if not 1 <= num_sequences <= len(text):
         raise ValueError(
@@ -307,60 +322,54 @@ def evaluate_samples(
     samples: Sequence[Sample],
     text: PackedTokens,
     tokenizer: PreTrainedTokenizerBase,
-    judge: PreTrainedModel | None,
-    judge_tokenizer: PreTrainedTokenizerBase | None,
+    judge: Judge | None,
     provenance: dict[str, Any],
-    seed: int = 0,
-    generate_options: dict[str, Any] | None = None,
-    mauve_scale: float = MAUVE_SCALE,
-    batch_size: int = 8,
-    progress: bool = False,
+    sampling: Sampling,
 ) -> SampleEvaluation:
-    """Everything that `SampleEvaluation` says of samples, beside text in blocks of their length.
+    """Compares samples with text in blocks of their length.
 
     Args:
         text: Held-out text, packed by the model's `tokenizer` into sequences of the samples'
             length.
-        judge: By `load_judge`; None leaves out generative perplexity and MAUVE.
+        judge: None leaves out generative perplexity and MAUVE.
         provenance: The fields of `Provenance`, by `provenance_of`.
+        sampling: How the samples were drawn.
     """
     references = reference_sequences(text, len(samples))
-    own, of_text = (
-        token_statistics([sample.input_ids for sample in samples]),
-        token_statistics(references),
-    )
-    generate_options = generate_options or {}
-    by_judge = dict.fromkeys(BY_JUDGE)
+    own = token_statistics([sample.input_ids for sample in samples])
+    of_text = token_statistics(references)
 
+    by_judge = dict.fromkeys(BY_JUDGE)
     if judge is not None:
         reference_texts = [tokenizer.decode(ids, **READABLE) for ids in references]
-        judged, judged_text = (
-            judge_texts(texts, judge, judge_tokenizer, batch_size, progress=progress)
-            for texts in ([sample.text for sample in samples], reference_texts)
-        )
-        by_judge = {
-            "judge": judge.name_or_path,
-            "generative_perplexity": judged.perplexity,
-            "generative_nats_per_token": judged.nats_per_token,
-            "generative_standard_error": judged.standard_error,
-            "text_perplexity": judged_text.perplexity,
-            "mauve": mauve_score(judged_text.features, judged.features, mauve_scale),
-            "mauve_scale": mauve_scale,
-        }
+        by_judge = _judge_fields(judge, [sample.text for sample in samples], reference_texts)
+
+    statistics = asdict(own) | {f"text_{name}": value for name, value in asdict(of_text).items()}
+    for name in ("num_sequences", "text_num_sequences"):
+        del statistics[name]
 
     perplexities = by_judge["generative_perplexity"], by_judge["text_perplexity"]
-    statistics = {name: value for name, value in vars(own).items() if name != "num_sequences"}
-    statistics |= {
-        f"text_{name}": value for name, value in vars(of_text).items() if name != "num_sequences"
-    }
-
     return SampleEvaluation(
         **provenance,
         num_samples=len(samples),
         length=text.sequence_length,
-        seed=seed,
-        generate_options=generate_options,
+        seed=sampling.seed,
+        generate_options=sampling.generate_options,
         **by_judge,
         **statistics,
-        warnings=warnings_of(own, of_text, *perplexities, generate_options),
+        warnings=warnings_of(own, of_text, *perplexities, sampling.generate_options),
     )
+
+
+def _judge_fields(judge: Judge, texts: list[str], reference_texts: list[str]) -> dict[str, Any]:
+    """The fields `BY_JUDGE` of the samples' texts, and of those that they are compared with."""
+    of_samples, of_text = judge.read(texts), judge.read(reference_texts)
+    return {
+        "judge": judge.model.name_or_path,
+        "generative_perplexity": of_samples.perplexity,
+        "generative_nats_per_token": of_samples.nats_per_token,
+        "generative_standard_error": of_samples.standard_error,
+        "text_perplexity": of_text.perplexity,
+        "mauve": mauve_score(of_text.features, of_samples.features, judge.mauve_scale),
+        "mauve_scale": judge.mauve_scale,
+    }

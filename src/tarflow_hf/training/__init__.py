@@ -3,12 +3,13 @@ checkpoints.
 """
 
 from ..baseline import discrete_baseline
+from .batches import check_batches, check_tokenizer
 from .checkpointing import save_model
 from .config import TrainingConfig, make_accelerator, share_cores
 from .divergence import FirstFault
 from .log import Log
-from .loop import check_batches, check_tokenizer, train, validate
-from .loss import RowNoise, compute_loss, draw_observed_mask
+from .loop import train, validate
+from .loss import RowNoise, StepDraws, compute_loss, draw_observed_mask, draw_step
 from .stages import Stage, make_optimizer, make_stages
 
 __all__ = [
@@ -16,12 +17,14 @@ __all__ = [
     "Log",
     "RowNoise",
     "Stage",
+    "StepDraws",
     "TrainingConfig",
     "check_batches",
     "check_tokenizer",
     "compute_loss",
     "discrete_baseline",
     "draw_observed_mask",
+    "draw_step",
     "make_accelerator",
     "make_optimizer",
     "make_stages",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ..modeling.modeling_tarflowlm import TarFlowLMModel
+from ..baseline import flows_of
 
 
 class FirstFault:
@@ -27,7 +27,7 @@ class FirstFault:
 
     def __init__(self, model: PreTrainedModel, accelerator: Accelerator):
         self.accelerator = accelerator
-        layers = dict(enumerate(model.flow.layers, 1)) if isinstance(model, TarFlowLMModel) else {}
+        layers = dict(enumerate(flows_of(model), 1))
         trained: dict[str, nn.Module] = {
             f"flow {number}": layers[number] for number in reversed(layers)
         }

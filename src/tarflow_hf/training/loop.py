@@ -1,29 +1,23 @@
-"""The training loop, on Accelerate; it resumes exactly."""
+"""The training loop, on Accelerate. A resumed run goes on exactly as the uninterrupted one."""
 
 import math
 import zlib
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import (
-    DistributedType,
-)
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    get_scheduler,
-)
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from ..cost import training_flops
-from ..data import PackedTokens, StreamingPackedTokens
-from ..evaluation.likelihood import Likelihood, score_batch
-from ..modeling.modeling_tarflowlm import TarFlowLMModel
+from ..data import PackedTokens
+from ..evaluation.likelihood import Likelihood, Scoring, score_batch
+from .batches import TrainingData, check_batches, check_tokenizer, endless, make_loader
 from .checkpointing import (
     BestWeights,
     Progress,
@@ -35,8 +29,349 @@ from .checkpointing import (
 from .config import FREE_FIELDS, TrainingConfig, make_accelerator
 from .divergence import FirstFault
 from .log import Log
-from .loss import RowNoise, compute_loss, mean_missing_tokens
-from .stages import is_stage_over, make_optimizer, make_stages
+from .loss import RowNoise, StepDraws, compute_loss, draw_step, mean_missing_tokens
+from .stages import Stage, make_optimizer, make_stages
+
+
+def train(
+    model: PreTrainedModel,
+    train_data: TrainingData,
+    validation_data: PackedTokens,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainingConfig,
+    accelerator: Accelerator | None = None,
+) -> PreTrainedModel:
+    """Trains, stage by stage, and saves the model with its tokenizer to `output_dir/model`.
+
+    Every `log_every` steps a line goes to `output_dir/log.jsonl` and the trackers. With
+    `config.resume` training goes on from the newest checkpoint, and every loss equals that of the
+    uninterrupted run. Weights, optimiser, schedule and average come from the checkpoint. The order
+    of the data follows from seed and epoch; the latents' noise from seed, step and the place in the
+    batch. Neither depends on the number of processes.
+
+    A frozen flow costs a forward pass. Nothing that needs a gradient stands before it, so no graph
+    is built through it, and its parameters have neither gradients nor optimiser state.
+
+    With `config.patience` a stage ends with the weights of its best evaluation, whether or not it
+    ends early; without, with its last ones.
+
+    Returns:
+        The trained model (the averaged one with `ema_decay`), in evaluation mode.
+
+    Raises:
+        ValueError: If the batch can't be split evenly, if there are fewer sequences than a batch,
+            if the stages do not fit the model or the tokenizer not the vocabulary, if weights are
+            sharded and to be averaged, frozen or kept, or if a resumed run differs from the one
+            that made the checkpoint.
+        OSError: If `output_dir`, or a checkpoint, can't be written.
+        FloatingPointError: If something is not finite. The message says what, in which step and
+            batch; no checkpoint is made of it.
+    """
+    accelerator = make_accelerator(config) if accelerator is None else accelerator
+    stages = make_stages(model, config)
+    check_batches(train_data, config, accelerator)
+    check_tokenizer(model, tokenizer)
+
+    # 1. What a run keeps from stage to stage; on a resume, where it stands.
+    run = Run(model, train_data, validation_data, stages, config, accelerator)
+
+    for stage in stages[run.progress.stage :]:
+        # 2. A stage: what it trains, and with what.
+        run.begin(stage)
+
+        while not run.is_stage_over():
+            # 3. A step.
+            run.step()
+
+            # 4. Looking, and keeping.
+            run.look()
+
+        # 5. The next stage stands on what was evaluated, the best of it if that was kept.
+        run.end_stage()
+
+    # 6. The model, evaluated and saved as it is returned.
+    return run.finish(tokenizer)
+
+
+class Run:
+    """A run of `train` between its steps: where it stands, and everything that stands with it.
+
+    Attributes:
+        progress: The step, the stage, and its best evaluation.
+        evaluated: The model that is evaluated and saved: the trained one, or its average.
+        total: The sum of the losses since the log's last line.
+        origins: What each step since then was made of, for `FirstFault`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        train_data: TrainingData,
+        validation_data: PackedTokens,
+        stages: list[Stage],
+        config: TrainingConfig,
+        accelerator: Accelerator,
+    ):
+        self.model, self.stages = model, stages
+        self.config, self.accelerator = config, accelerator
+        self.validation_data, self.length = validation_data, train_data.sequence_length
+        self.output_dir = Path(config.output_dir)
+
+        self.description = describe(model, train_data, config)
+        self.checkpoint, self.progress = self._where_it_stands()
+        check_output_dir(self.output_dir)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+
+        self._register_what_is_kept()
+        self._prepare_batches(train_data)
+        num_steps = sum(stage.num_steps for stage in stages)
+        self.log = Log(accelerator, config, self.progress.step, num_steps, validation_data)
+        self.fault = FirstFault(model, accelerator)
+        self.origins: dict[int, str] = {}
+
+    def _where_it_stands(self) -> tuple[Path | None, Progress]:
+        if not self.config.resume:
+            return None, Progress()
+
+        # With patience, when and on what it is evaluated decides what is trained.
+        fixed = {"eval_every", "eval_sequences"} if self.config.patience else set()
+        return newest_checkpoint(self.output_dir, self.description, FREE_FIELDS - fixed)
+
+    def _register_what_is_kept(self) -> None:
+        """Makes the average and the best weights a part of every checkpoint, in this order."""
+        config, accelerator = self.config, self.accelerator
+        self.average = None
+        if config.ema_decay:
+            average = get_ema_multi_avg_fn(config.ema_decay)
+            self.average = AveragedModel(self.model, multi_avg_fn=average).to(accelerator.device)
+            accelerator.register_for_checkpointing(self.average)
+
+        self.best = BestWeights()
+        if config.patience:
+            accelerator.register_for_checkpointing(self.best)
+
+        self.evaluated = self.model if self.average is None else self.average.module
+
+    def _prepare_batches(self, train_data: TrainingData) -> None:
+        config, accelerator = self.config, self.accelerator
+        self.parts = config.gradient_accumulation_steps
+        self.rows = config.batch_size // self.parts // accelerator.num_processes
+        first_row = self.rows * accelerator.process_index
+        self.noise = RowNoise(config.seed, self.rows, first_row, accelerator.device)
+
+        loader = make_loader(train_data, config, accelerator)
+        self.batches = endless(loader, self.progress.step * self.parts)
+
+    # ----------------------------------------------------------------------------------------------
+    # A stage
+    # ----------------------------------------------------------------------------------------------
+
+    def begin(self, stage: Stage) -> None:
+        """Wraps the model with an optimiser and a schedule for the stage; loads the checkpoint."""
+        config, accelerator = self.config, self.accelerator
+        self.stage = stage
+        stage.choose_parameters(self.model)
+
+        optimizer = make_optimizer(self.model, config, stage.learning_rate)
+        scheduler = get_scheduler(
+            "cosine_with_min_lr",
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=stage.num_steps,
+            scheduler_specific_kwargs={"min_lr": config.min_learning_rate},
+        )
+        self.wrapped, self.optimizer, self.scheduler = accelerator.prepare(
+            self.model, optimizer, scheduler
+        )
+
+        if self.checkpoint is not None:
+            accelerator.load_state(str(self.checkpoint))
+            self.checkpoint = None
+
+        self.log.begin_stage(stage, training_flops(self.model, self.length, stage.num_flows))
+        self.total = torch.zeros((), device=accelerator.device)
+
+    def is_stage_over(self) -> bool:
+        """True if the stage's budget is used up, or validation has stopped improving."""
+        is_used_up = self.progress.stage_step >= self.stage.num_steps
+        return is_used_up or 0 < self.config.patience <= self.progress.stale
+
+    def end_stage(self) -> None:
+        """Leaves the model with the weights that were evaluated; before another stage, unwrapped."""
+        if self.config.patience:
+            self.best.restore(self.evaluated)
+
+        if self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+            self.average.n_averaged.zero_()
+
+        if self.progress.stage + 1 < len(self.stages):
+            self.progress = self.progress.next_stage()
+            # The next stage wraps it anew.
+            self.accelerator.unwrap_model(
+                self.wrapped, keep_fp32_wrapper=False, keep_torch_compile=False
+            )
+            self.wrapped, self.optimizer, self.scheduler = self.accelerator.free_memory(
+                self.wrapped, self.optimizer, self.scheduler
+            )
+
+    # ----------------------------------------------------------------------------------------------
+    # A step
+    # ----------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Takes an optimiser step, computed in `gradient_accumulation_steps` parts."""
+        draws = self._draw()
+        num_tokens = mean_missing_tokens(draws, self.accelerator)
+        for part in draws:
+            self._add_part(part, num_tokens)
+
+        self.learning_rate = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+        self.progress.step += 1
+        self.progress.stage_step += 1
+        self.fault.end_step(self.progress.step)
+        self.log.count(self.config.batch_size * self.length)
+
+    def _draw(self) -> list[StepDraws]:
+        """What each part of the step draws, in this process."""
+        shape = self.rows, self.length
+        draws = []
+
+        for part in range(self.parts):
+            first_row = part * self.rows * self.accelerator.num_processes
+            draws.append(draw_step(self.model, shape, self.noise.at(self.progress.step, first_row)))
+
+        return draws
+
+    def _add_part(self, draws: StepDraws, num_tokens: Tensor | None) -> None:
+        """Adds a part's gradients; takes the step if it was the last part."""
+        input_ids = self._next_ids()
+
+        with self.accelerator.accumulate(self.wrapped):
+            loss = compute_loss(self.wrapped, input_ids, draws, self.stage.num_flows, num_tokens)
+            self.accelerator.backward(loss)
+            self.fault.see_loss(loss)
+
+            if self.accelerator.sync_gradients:
+                self.fault.see_gradients()
+                if self.config.max_grad_norm:
+                    self.accelerator.clip_grad_norm_(
+                        self.wrapped.parameters(), self.config.max_grad_norm
+                    )
+
+            # Neither does anything before the last part.
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        self.total += loss.detach() / self.parts
+
+    def _next_ids(self) -> Tensor:
+        epoch, index, batch = next(self.batches)
+        size = self.config.batch_size
+        origin = f"{size} sequences, from number {index * (size // self.parts)} of epoch {epoch} on"
+        self.origins.setdefault(self.progress.step + 1, origin)  # that of its first part
+
+        return batch["input_ids"]
+
+    # ----------------------------------------------------------------------------------------------
+    # Looking, and keeping
+    # ----------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Logs, evaluates and saves what is due after a step; all of it at the end of a stage."""
+        config, step = self.config, self.progress.step
+        is_evaluation_due = is_due(step, config.eval_every) or self.is_stage_over()
+        is_save_due = is_due(step, config.save_every)
+
+        if is_due(step, config.log_every) or is_save_due or is_evaluation_due:
+            self._log_losses()
+
+        if is_evaluation_due:
+            with self.log.pause():
+                self._evaluate()
+
+        if is_save_due or self.is_stage_over():  # an evaluation may have ended the stage
+            with self.log.pause():
+                save_checkpoint(
+                    self.accelerator,
+                    self.output_dir,
+                    self.progress,
+                    self.description,
+                    config.keep_checkpoints,
+                )
+
+    def _log_losses(self) -> None:
+        self.fault.check(self.origins)
+        self.origins.clear()
+        total = self.accelerator.reduce(self.total, "mean").item()
+        self.log.losses(self.progress.step, total, self.learning_rate)
+        self.total.zero_()
+
+    def _evaluate(self) -> None:
+        """Validates, and keeps the weights if they are the stage's best."""
+        result = validate(
+            self.evaluated,
+            self.validation_data,
+            self.config.eval_sequences,
+            self.accelerator,
+            self.stage.num_flows,
+        )
+        self.log.validation(self.progress.step, result)
+        self.stage.choose_parameters(self.model)
+
+        best = math.inf if self.progress.best is None else self.progress.best
+        if not result.nats_per_token < best:  # NaN is no better
+            self.progress.stale += 1
+            return
+
+        self.progress.best, self.progress.stale = result.nats_per_token, 0
+        if self.config.patience:
+            named = self.model.named_parameters()
+            self.best.keep(self.evaluated, {name for name, p in named if p.requires_grad})
+
+    def finish(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """Saves the model with its tokenizer, and returns it in evaluation mode."""
+        state_dict = None
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            state_dict = self.accelerator.get_state_dict(self.wrapped)
+
+        self.log.close()
+        self.fault.close()
+        self.model.requires_grad_(True)
+
+        if self.accelerator.is_main_process:
+            save_model(self.evaluated, tokenizer, self.output_dir / "model", state_dict)
+
+        self.accelerator.wait_for_everyone()
+        return self.evaluated.eval()
+
+
+def describe(
+    model: PreTrainedModel, train_data: TrainingData, config: TrainingConfig
+) -> dict[str, dict[str, Any]]:
+    """What a checkpoint says of its run; a run that resumes must agree."""
+    description: dict[str, dict[str, Any]] = {
+        "model": model.config.to_diff_dict(),
+        "training": asdict(config),
+    }
+
+    if not isinstance(train_data, IterableDataset):
+        description["data"] = {
+            "number of sequences": len(train_data),
+            "checksum of the data": zlib.crc32(train_data.tokens[: 2**20].numpy()),
+        }
+
+    return description
+
+
+def is_due(step: int, every: int) -> bool:
+    """True for a step that is a multiple of `every`; never if that is 0."""
+    return every > 0 and step % every == 0
 
 
 @torch.no_grad()
@@ -48,340 +383,25 @@ def validate(
     num_flows: int | None = None,
     batch_size: int = 16,
 ) -> Likelihood:
-    """`likelihood` of the first sequences, whose batches the processes share: the same result in
-    all of them.
+    """`likelihood` of the first sequences: the processes share the batches, and all get the result.
 
-    Every process runs equally many forward passes, which sharded weights need: where batches are
-    left over, some score the last one for nothing.
+    Every process runs equally many forward passes, which sharded weights need. Where batches are
+    left over, some processes score the last one in vain.
     """
     model.eval()
+    scoring = Scoring(num_flows=num_flows)
     num_sequences, length = min(max_sequences, len(data)), data.sequence_length
-    batches = [
-        range(num_sequences)[first : first + batch_size]
-        for first in range(0, num_sequences, batch_size)
-    ]
+    starts = range(0, num_sequences, batch_size)
+    batches = [range(num_sequences)[start : start + batch_size] for start in starts]
     nats = torch.zeros(num_sequences, dtype=torch.float64, device=accelerator.device)
 
-    for index in range(
-        accelerator.process_index,
-        len(batches) + accelerator.process_index,
-        accelerator.num_processes,
-    ):
+    first = accelerator.process_index
+    for index in range(first, first + len(batches), accelerator.num_processes):
         batch = batches[min(index, len(batches) - 1)]
         input_ids = torch.stack([data[row]["input_ids"] for row in batch]).to(accelerator.device)
-        scores = score_batch(model, input_ids, batch.start, num_flows=num_flows)
+        scores = score_batch(model, input_ids, batch.start, scoring)
         if index < len(batches):
             nats[batch.start : batch.stop] = scores[0].double()
 
     nats = accelerator.reduce(nats, "sum").cpu()
     return Likelihood.of_sequences(nats, torch.full((num_sequences,), length))
-
-
-def train(
-    model: PreTrainedModel,
-    train_data: PackedTokens | StreamingPackedTokens,
-    validation_data: PackedTokens,
-    tokenizer: PreTrainedTokenizerBase,
-    config: TrainingConfig,
-    accelerator: Accelerator | None = None,
-) -> PreTrainedModel:
-    """Trains, stage by stage, and saves the model with its tokenizer to `output_dir/model`.
-
-    Every `log_every` steps a line goes to `output_dir/log.jsonl` and the trackers. With
-    `config.resume` training goes on from the newest checkpoint, and every loss equals that of the
-    uninterrupted run: weights, optimiser, schedule and average come from the checkpoint; the order
-    of the data follows from seed and epoch, the latents' noise from seed, step and the place in the
-    batch. Neither depends on the number of processes.
-
-    A frozen flow costs a forward pass: nothing that needs a gradient stands before it, so no graph
-    is built through it, and its parameters have neither gradients nor optimiser state.
-
-    With `config.patience` a stage ends with the weights of its best evaluation, whether or not it
-    ends early; without, with its last ones.
-
-    Returns:
-        The trained model (the averaged one with `ema_decay`), in evaluation mode.
-
-    Raises:
-        ValueError: The batch can't be split evenly, there are fewer sequences than a batch, the
-            stages do not fit the model or the tokenizer not the vocabulary, weights are sharded and
-            to be averaged, frozen or kept, or a resumed run differs from the one that made the
-            checkpoint. OSError: `output_dir`, or a checkpoint, can't be written.
-            FloatingPointError: Something is not finite; says what, in which step and batch; no
-            checkpoint is made of that.
-    """
-    accelerator = make_accelerator(config) if accelerator is None else accelerator
-    output_dir = Path(config.output_dir)
-    stages = make_stages(model, config)
-    check_batches(train_data, config, accelerator)
-    check_tokenizer(model, tokenizer)
-
-    # 1. What is trained, and what must come back on a resume.
-    description = {"model": model.config.to_diff_dict(), "training": asdict(config)}
-
-    is_stream = isinstance(train_data, IterableDataset)
-    if not is_stream:
-        checksum = zlib.crc32(train_data.tokens[: 2**20].numpy())
-        description["data"] = {
-            "number of sequences": len(train_data),
-            "checksum of the data": checksum,
-        }
-
-    progress, checkpoint = Progress(), None
-    if config.resume:
-        # With patience, when and on what it is evaluated decides what is trained.
-        fixed = {"eval_every", "eval_sequences"} if config.patience else set()
-        checkpoint, progress = newest_checkpoint(output_dir, description, FREE_FIELDS - fixed)
-
-    check_output_dir(output_dir)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-
-    average = None
-    if config.ema_decay:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)).to(
-            accelerator.device
-        )
-        accelerator.register_for_checkpointing(average)
-
-    best = BestWeights()
-    if config.patience:
-        accelerator.register_for_checkpointing(best)
-
-    parts = config.gradient_accumulation_steps
-    rows = config.batch_size // parts // accelerator.num_processes  # sequences at once in a process
-    noise = RowNoise(config.seed, rows, rows * accelerator.process_index, accelerator.device)
-    loader = DataLoader(
-        train_data, batch_size=config.batch_size // parts, shuffle=not is_stream, drop_last=True
-    )
-    loader = accelerator.prepare(loader)
-    batches = endless(loader, progress.step * parts)
-    log = Log(
-        accelerator,
-        output_dir,
-        progress.step,
-        sum(stage.num_steps for stage in stages),
-        config,
-        validation_data,
-    )
-    evaluated = model if average is None else average.module
-    fault = FirstFault(model, accelerator)
-    is_conditional = getattr(model.config, "conditional", False)
-    origins = {}  # of the steps since the log's last line: what they were made of
-
-    while True:
-        # 2. A stage: what it trains, and with what.
-        stage = stages[progress.stage]
-        stage.choose_parameters(model)
-        optimizer = make_optimizer(model, config, stage.learning_rate)
-        scheduler = get_scheduler(
-            "cosine_with_min_lr",
-            optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=stage.num_steps,
-            scheduler_specific_kwargs={"min_lr": config.min_learning_rate},
-        )
-        wrapped, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-
-        if checkpoint is not None:
-            accelerator.load_state(str(checkpoint))
-            checkpoint = None
-
-        log.begin_stage(stage, training_flops(model, train_data.sequence_length, stage.num_flows))
-        total = torch.zeros((), device=accelerator.device)
-        is_over = is_stage_over(progress, stage, config)
-
-        while not is_over:
-            # 3. A step.
-            num_tokens = None
-
-            if is_conditional:
-                length = train_data.sequence_length
-                num_tokens = mean_missing_tokens(
-                    model, noise, progress.step, length, parts, accelerator
-                )
-
-            for part in range(parts):
-                epoch, index, batch = next(batches)
-                input_ids = batch["input_ids"]
-
-                if part == 0:
-                    first = index * (config.batch_size // parts)
-                    origins[progress.step + 1] = (
-                        f"{config.batch_size} sequences, from number {first} of epoch {epoch} on"
-                    )
-
-                generators = noise.at(progress.step, part * rows * accelerator.num_processes)
-                with accelerator.accumulate(wrapped):
-                    loss = compute_loss(wrapped, input_ids, generators, stage.num_flows, num_tokens)
-                    accelerator.backward(loss)
-                    fault.see_loss(loss)
-
-                    if accelerator.sync_gradients:
-                        fault.see_gradients()
-                        if config.max_grad_norm:
-                            accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
-
-                    optimizer.step()
-                    optimizer.zero_grad()
-
-                total += loss.detach() / parts
-
-            learning_rate = scheduler.get_last_lr()[0]
-            scheduler.step()
-            if average is not None:
-                average.update_parameters(model)
-
-            log.tokens += config.batch_size * input_ids.shape[1]
-            progress.step += 1
-            progress.stage_step += 1
-            fault.end_step(progress.step)
-
-            # 4. Looking, and keeping.
-            step, is_over = progress.step, is_stage_over(progress, stage, config)
-            is_save_due = bool(config.save_every and step % config.save_every == 0)
-
-            is_evaluation_due = bool(config.eval_every and step % config.eval_every == 0)
-            if step % config.log_every == 0 or is_save_due or is_evaluation_due or is_over:
-                fault.check(origins)
-                origins.clear()
-                log.losses(step, accelerator.reduce(total, "mean").item(), learning_rate)
-                total.zero_()
-
-            if is_evaluation_due or is_over:
-                with log.pause():
-                    result = validate(
-                        evaluated,
-                        validation_data,
-                        config.eval_sequences,
-                        accelerator,
-                        stage.num_flows,
-                    )
-                    log.validation(step, result)
-                    stage.choose_parameters(model)
-
-                    if result.nats_per_token < (
-                        math.inf if progress.best is None else progress.best
-                    ):
-                        progress.best, progress.stale = result.nats_per_token, 0
-                        if config.patience:
-                            best.keep(
-                                evaluated,
-                                {name for name, p in model.named_parameters() if p.requires_grad},
-                            )
-                    else:
-                        progress.stale += 1
-
-                is_over = is_stage_over(progress, stage, config)
-
-            if is_save_due or is_over:
-                with log.pause():
-                    save_checkpoint(
-                        accelerator, output_dir, progress, description, config.keep_checkpoints
-                    )
-
-        # 5. The next stage stands on what was evaluated, the best of it if that was kept.
-        if config.patience:
-            best.restore(evaluated)
-
-        state_dict = (
-            accelerator.get_state_dict(wrapped)
-            if accelerator.distributed_type == DistributedType.FSDP
-            else None
-        )
-
-        if average is not None:
-            model.load_state_dict(average.module.state_dict())
-            average.n_averaged.zero_()
-
-        if progress.stage + 1 == len(stages):
-            break
-
-        progress = progress.next_stage()
-        accelerator.unwrap_model(
-            wrapped, keep_fp32_wrapper=False, keep_torch_compile=False
-        )  # it is wrapped anew
-        wrapped, optimizer, scheduler = accelerator.free_memory(wrapped, optimizer, scheduler)
-
-    log.close()
-    fault.close()
-
-    model.requires_grad_(True)
-    if accelerator.is_main_process:
-        save_model(evaluated, tokenizer, output_dir / "model", state_dict)
-
-    accelerator.wait_for_everyone()
-    return evaluated.eval()
-
-
-def check_batches(
-    train_data: PackedTokens | StreamingPackedTokens,
-    config: TrainingConfig,
-    accelerator: Accelerator,
-):
-    """Raises ValueError before the first step where a batch can't be made, or sharded weights can't
-    be treated so.
-
-    Torch's FSDP2 would freeze sharded weights; but Accelerate shards a model once, together with
-    its optimiser, and each stage has another optimiser. And it can't be tested without GPUs, for on
-    a CPU it takes DDP in FSDP's place.
-    """
-    parts = config.gradient_accumulation_steps
-    if config.batch_size % (parts * accelerator.num_processes):
-        raise ValueError(
-            f"batch_size {config.batch_size} can't be split into {parts} gradient_accumulation_steps on "
-            f"{accelerator.num_processes} processes."
-        )
-
-    if isinstance(train_data, IterableDataset):
-        if not train_data.has_blocks(config.batch_size):
-            raise ValueError(
-                f"The stream ends with fewer sequences to train on than batch_size {config.batch_size}."
-            )
-    elif len(train_data) < config.batch_size:
-        raise ValueError(
-            f"There are {len(train_data)} sequences to train on, fewer than batch_size {config.batch_size}."
-        )
-
-    is_plain = not config.ema_decay and config.mode == "joint" and not config.patience
-    if accelerator.distributed_type == DistributedType.FSDP and not is_plain:
-        raise ValueError(
-            f"With FSDP, ema_decay must be 0, mode joint and patience 0, not {config.ema_decay}, {config.mode} and "
-            f"{config.patience}: sharded weights can't be averaged, frozen later on, or kept aside. Use DDP."
-        )
-
-
-def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError where the tokenizer has tokens that the model does not know."""
-    vocab_size = model.config.vocab_size - (
-        not isinstance(model, TarFlowLMModel)
-    )  # without the discrete one's start
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size, {vocab_size}."
-        )
-
-
-def endless(loader: DataLoader, num_used: int) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-    """The batches of epoch after epoch, behind the `num_used` first ones, each with its epoch and
-    its index there.
-
-    A data set skips these without loading them; a stream, which does not know its length, is read
-    again.
-    """
-    epoch, is_stream = 0, isinstance(loader.dataset, IterableDataset)
-    if not is_stream:
-        epoch, num_used = divmod(num_used, len(loader))
-
-    while True:
-        loader.set_epoch(epoch)
-        first = 0 if is_stream else num_used
-        for index, batch in enumerate(
-            skip_first_batches(loader, first) if first else loader, first
-        ):
-            if num_used and is_stream:
-                num_used -= 1
-            else:
-                yield epoch, index, batch
-
-        epoch, num_used = epoch + 1, num_used if is_stream else 0

@@ -1,95 +1,81 @@
-"""The loss of a batch, and the randomness that it takes: masks and the latents' noise."""
+"""The loss of a batch, and what it draws: the latents' noise, and the tokens that are observed."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    extract_model_from_parallel,
-)
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-from ..baseline import prepend_start
-from ..modeling.modeling_tarflowlm import TarFlowLMModel
+from ..baseline import is_discrete, prepend_start
+from ..noise import seed_of
 
-Generators: TypeAlias = (
-    torch.Generator | Sequence[torch.Generator]
-)  # one for all sequences of a batch, or one for each
+# One for all sequences of a batch, or one for each.
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 
 
-def compute_loss(
-    model: torch.nn.Module,
-    input_ids: Tensor,
-    generator: Generators | None = None,
-    num_flows: int | None = None,
-    num_tokens: Tensor | None = None,
-) -> Tensor:
-    """Nats per token of a batch (B, T): minus the ELBO of a TarFlowLM, the cross-entropy of a
-    discrete model.
+class StepDraws(NamedTuple):
+    """The random part of the loss of some sequences (B, T).
 
-    Of a conditional TarFlowLM they are nats per missing token, given those that
-    `draw_observed_mask` observes.
+    Attributes:
+        observed_mask: The tokens (B, T) that a conditional model is told; None for other models.
+        latent_noise: The N(0, I) noise (B, T, d) of the latents; None leaves it to the model.
+    """
+
+    observed_mask: Tensor | None = None
+    latent_noise: Tensor | None = None
+
+
+def draw_step(
+    model: PreTrainedModel, shape: tuple[int, int], generator: Generators | None = None
+) -> StepDraws:
+    """Draws what the loss of sequences of some shape needs: first the mask, then the noise.
 
     Args:
-        generator: Source of the latents' noise. With one for each sequence, what a sequence draws
-            does not depend on the others beside it.
-        num_flows: Of the stack cut after its first flows.
-        num_tokens: What the nats of a TarFlowLM are divided by, in place of the number of tokens
-            that they are of.
+        model: Not wrapped. A discrete model needs nothing.
+        shape: (B, T), T a multiple of the patch size.
+        generator: Source of the randomness. With one for each sequence, what a sequence draws does
+            not depend on the others. By default the global one.
     """
-    bare = extract_model_from_parallel(model, keep_torch_compile=False)
-    if isinstance(bare, TarFlowLMModel):
-        options = {"num_flows": num_flows}
-        if bare.config.conditional:
-            device = input_ids.device if generator is None else _device(generator)
-            mask = draw_observed_mask(input_ids.shape, bare.config.patch_size, generator, device)
-            options["observed_mask"] = mask.to(input_ids.device)
+    if is_discrete(model):
+        return StepDraws()
 
-        if isinstance(generator, Sequence):
-            size = input_ids.shape[1], bare.config.latent_size
-            options["latent_noise"] = torch.stack(
-                [torch.randn(size, generator=g, device=g.device) for g in generator]
-            )
-        else:
-            options["generator"] = generator
+    config = model.config
+    mask = draw_observed_mask(shape, config.patch_size, generator) if config.conditional else None
+    size = shape[1], config.latent_size
 
-        output = model(input_ids=input_ids, labels=input_ids, **options)
-        return output.loss if num_tokens is None else -output.elbo.sum() / num_tokens
+    if generator is None:
+        noise = None
+    elif isinstance(generator, Sequence):
+        noise = torch.stack([torch.randn(size, generator=g, device=g.device) for g in generator])
+    else:
+        noise = torch.randn(shape[0], *size, generator=generator, device=generator.device)
 
-    inputs = prepend_start(bare, input_ids)
-    return model(input_ids=inputs, labels=inputs, use_cache=False).loss
-
-
-def _device(generator: Generators) -> torch.device:
-    return generator[0].device if isinstance(generator, Sequence) else generator.device
+    return StepDraws(mask, noise)
 
 
 def draw_observed_mask(
-    shape: tuple[int, int],
-    patch_size: int = 1,
-    generator: Generators | None = None,
-    device: torch.device | str | None = None,
+    shape: tuple[int, int], patch_size: int = 1, generator: Generators | None = None
 ) -> Tensor:
-    """Which tokens (B, T) a conditional model is told in training: whole patches, of each sequence
-    on its own.
+    """Draws the tokens (B, T) that a conditional model is told in training.
 
-    With a probability of one third each: nothing; a prefix, all lengths from one position to all
-    but one alike; spans, of which a share r is observed, with a cut between two positions with
-    probability c, where r and c are drawn from U(0, 1). Where that would observe everything,
-    nothing is observed.
+    Each sequence observes whole patches, with a probability of one third each
+
+    - nothing;
+    - a prefix, whose length is uniform between one position and all but one;
+    - spans, of which a share r is observed. Two positions are cut apart with probability c; r and c
+      are drawn from U(0, 1).
+
+    A sequence that would be observed as a whole observes nothing.
 
     Args:
         shape: (B, T), T a multiple of `patch_size`.
-        generator: Source of the randomness, on `device`, or one for each sequence; the global one
-            by default.
+        generator: Source of the randomness, or one for each sequence. By default the global one.
 
     Returns:
-        Boolean mask (B, T), True where observed.
+        Boolean mask (B, T), True where observed, on the generator's device.
 
     Example:
         >>> draw_observed_mask((3, 12), 2, torch.Generator().manual_seed(5)).int()
@@ -104,25 +90,80 @@ def draw_observed_mask(
             return torch.stack(
                 [torch.rand(num_columns, generator=g, device=g.device) for g in generator]
             )
+
+        device = None if generator is None else generator.device
         return torch.rand(num_sequences, num_columns, generator=generator, device=device)
 
     kind, share, cut, length = uniform(4).split(1, -1)
     position = torch.arange(num_positions, device=kind.device)
     prefix = position < 1 + (length * (num_positions - 1)).long()
+
     span = (uniform(num_positions) < cut).cumsum(-1).clamp(max=num_positions - 1)
     spans = (uniform(num_positions) < share).gather(-1, span)
+
     observed = torch.where(kind < 1 / 3, False, torch.where(kind < 2 / 3, prefix, spans))
     observed = observed & ~observed.all(-1, keepdim=True)
 
     return observed.repeat_interleave(patch_size, -1)
 
 
-class RowNoise:
-    """A generator for each sequence of a step, seeded by run, step and the sequence's place in the
-    step's batch.
+def compute_loss(
+    model: torch.nn.Module,
+    input_ids: Tensor,
+    draws: StepDraws | None = None,
+    num_flows: int | None = None,
+    num_tokens: Tensor | None = None,
+) -> Tensor:
+    """Nats per token of a batch (B, T): -ELBO of a TarFlowLM, the cross-entropy of a discrete model.
 
-    So a resumed run draws what the uninterrupted one did, and neither the number of processes nor
-    that of the parts in which a step is computed changes what a sequence draws.
+    Those of a conditional TarFlowLM are nats per missing token, given the observed ones.
+
+    Args:
+        model: Also one that is wrapped for training.
+        draws: By `draw_step`, which is called by default.
+        num_flows: Cuts the stack after its first flows.
+        num_tokens: Divides the nats of a TarFlowLM, in place of the number of its (missing) tokens.
+    """
+    bare = extract_model_from_parallel(model, keep_torch_compile=False)
+    if is_discrete(bare):
+        inputs = prepend_start(bare, input_ids)
+        return model(input_ids=inputs, labels=inputs, use_cache=False).loss
+
+    mask, noise = draw_step(bare, input_ids.shape) if draws is None else draws
+    output = model(
+        input_ids=input_ids,
+        labels=input_ids,
+        observed_mask=None if mask is None else mask.to(input_ids.device),
+        latent_noise=noise,
+        num_flows=num_flows,
+    )
+
+    return output.loss if num_tokens is None else -output.elbo.sum() / num_tokens
+
+
+def mean_missing_tokens(parts: Sequence[StepDraws], accelerator: Accelerator) -> Tensor | None:
+    """The missing tokens in a part of a conditional model's step; None for other models.
+
+    It is the mean over the step's parts and the processes. Divided by it, the parts' nats make a
+    loss that is the mean over all missing tokens of the step.
+    """
+    masks = [draws.observed_mask for draws in parts if draws.observed_mask is not None]
+    if not masks:
+        return None
+
+    count = torch.zeros((), device=accelerator.device)
+    for mask in masks:
+        count += (~mask).sum()
+
+    return accelerator.reduce(count, "mean") / len(parts)
+
+
+class RowNoise:
+    """A generator for each sequence of a step.
+
+    It is seeded by the run, the step and the sequence's place in the step's batch. So a resumed run
+    draws what the uninterrupted one did, and what a sequence draws depends neither on the number of
+    processes nor on that of the parts in which a step is computed.
     """
 
     def __init__(self, seed: int, num_rows: int, first_row: int, device: torch.device):
@@ -130,34 +171,10 @@ class RowNoise:
         self.generators = [torch.Generator(device) for _ in range(num_rows)]
 
     def at(self, step: int, first_row: int) -> list[torch.Generator]:
-        """Of the sequences that follow the `first_row` of this process in the step."""
+        """The generators of the sequences that follow this process's `first_row` in the step.
+
+        They are the same objects in every call.
+        """
         for row, generator in enumerate(self.generators, self.first_row + first_row):
-            seed = np.random.SeedSequence([self.seed, step, row]).generate_state(1, np.uint64)[0]
-            generator.manual_seed(int(seed))
+            generator.manual_seed(seed_of(self.seed, step, row))
         return self.generators
-
-
-def mean_missing_tokens(
-    model: PreTrainedModel,
-    noise: RowNoise,
-    step: int,
-    num_tokens: int,
-    num_parts: int,
-    accelerator: Accelerator,
-) -> Tensor:
-    """The missing tokens in a part of a conditional model's step, on average over its parts and the
-    processes.
-
-    Every part's nats are divided by it, so that the step's loss is the mean over all of its missing
-    tokens.
-    """
-    count = torch.zeros((), device=accelerator.device)
-    rows = len(noise.generators)
-
-    for part in range(num_parts):
-        generators = noise.at(step, part * rows * accelerator.num_processes)
-        count += (
-            ~draw_observed_mask((rows, num_tokens), model.config.patch_size, generators)
-        ).sum()
-
-    return accelerator.reduce(count, "mean") / num_parts

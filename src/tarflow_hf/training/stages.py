@@ -3,34 +3,37 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-from ..modeling.modeling_tarflowlm import TarFlowLMModel
-from .checkpointing import Progress
+from ..baseline import flows_of
 from .config import TrainingConfig
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run, with a warm-up and a schedule of its own: the stack cut after `num_flows`
-    flows is trained.
+    """A part of a run, with a warm-up and a schedule of its own, that trains the first flows.
 
-    All of it, or its last flow alone (in the first stage with the codebook), while those before it
-    are frozen. Cut there, the stack is a model of its own: `model(..., num_flows=num_flows)` scores
-    it.
+    It trains them all, or the last of them (in the first stage with the codebook) while those
+    before it are frozen. The stack cut there is a model of its own: `model(...,
+    num_flows=num_flows)` scores it.
+
+    Attributes:
+        num_flows: The number of flows in the cut stack; None for a discrete model.
+        num_steps: The most optimiser steps; `patience` may end the stage earlier.
+        learning_rate: The peak of its schedule.
+        is_joint: True if all parameters are trained.
     """
 
     name: str
-    num_flows: int | None  # None: all; also of a discrete model
-    num_steps: int  # at most: `patience` may end it earlier
+    num_flows: int | None
+    num_steps: int
     learning_rate: float
     is_joint: bool
 
     def choose_parameters(self, model: PreTrainedModel) -> None:
-        """Marks what is trained, and sets the modes: what is frozen drops nothing out and
-        recomputes nothing.
+        """Marks what is trained, and sets the modes.
+
+        Frozen flows are in evaluation mode: they drop nothing out and recompute nothing.
         """
         if self.is_joint or self.num_flows is None:
             model.requires_grad_(True).train()
@@ -43,14 +46,14 @@ class Stage:
 
 
 def make_stages(model: PreTrainedModel, config: TrainingConfig) -> list[Stage]:
-    """The stages of a run.
+    """The stages of a run: each flow on its own, all of them jointly, or one after the other.
 
     Raises:
-        ValueError: A discrete model has no flows to train one by one, or there is not one value for
-            each stage.
+        ValueError: If a discrete model, which has no flows, is to be trained flow by flow, or if
+            there is not one value for each stage.
 
     Example:
-        >>> from tarflow_hf import TarFlowLMConfig
+        >>> from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
         >>> model = TarFlowLMModel(TarFlowLMConfig(
         ...     vocab_size=3, latent_size=1, hidden_size=8, num_attention_heads=1,
         ...     flows=[{"coupling": "affine", "direction": "left_to_right", "num_hidden_layers": 1}] * 2))
@@ -58,43 +61,54 @@ def make_stages(model: PreTrainedModel, config: TrainingConfig) -> list[Stage]:
         >>> [(stage.name, stage.num_flows, stage.num_steps) for stage in make_stages(model, config)]
         [('flow 1', 1, 400), ('flow 2', 2, 100), ('joint', 2, 50)]
     """
-    is_flow = isinstance(model, TarFlowLMModel)
-    num_flows = len(model.config.flows) if is_flow else None
-    if config.mode != "joint" and not is_flow:
+    num_flows = len(flows_of(model))
+    if config.mode != "joint" and not num_flows:
         raise ValueError(f"mode must be joint, not {config.mode}: a discrete model has no flows.")
 
-    cuts: list[int | None] = (
-        [] if config.mode == "joint" else list(range(1, len(model.config.flows) + 1))
-    )
-    names = [f"flow {cut}" for cut in cuts] + ["joint"] * (config.mode != "progressive")
-    cuts = cuts + [num_flows] * (config.mode != "progressive")
+    cuts: dict[str, int | None] = {}  # the number of flows by the name of the stage
+    if config.mode != "joint":
+        cuts |= {f"flow {cut}": cut for cut in range(1, num_flows + 1)}
+    if config.mode != "progressive":
+        cuts["joint"] = num_flows or None
 
-    steps, rates = config.stage_steps, config.stage_learning_rates
+    steps = config.stage_steps
     if steps is None:
-        share, rest = divmod(config.num_steps, len(names))
-        if share == 0:
-            raise ValueError(
-                f"num_steps {config.num_steps} is less than one for each of {len(names)} stages."
-            )
+        steps = _share_evenly(config.num_steps, len(cuts))
 
-        steps = [share + (index < rest) for index in range(len(names))]
+    rates = config.stage_learning_rates
+    if rates is None:
+        rates = [config.learning_rate] * len(cuts)
 
-    rates = [config.learning_rate] * len(names) if rates is None else rates
     for name, values in (("stage_steps", steps), ("stage_learning_rates", rates)):
-        if len(values) != len(names):
+        if len(values) != len(cuts):
             raise ValueError(
-                f"{name} must have one value for each stage ({', '.join(names)}), not {values!r}."
+                f"{name} must have one value for each stage ({', '.join(cuts)}), not {values!r}."
             )
 
-    is_joint = [name == "joint" for name in names]
-    return [Stage(*stage) for stage in zip(names, cuts, steps, rates, is_joint, strict=True)]
+    return [
+        Stage(name, cut, num_steps, rate, is_joint=name == "joint")
+        for (name, cut), num_steps, rate in zip(cuts.items(), steps, rates, strict=True)
+    ]
+
+
+def _share_evenly(num_steps: int, num_stages: int) -> list[int]:
+    """The steps of each stage; the first ones take the rest."""
+    share, rest = divmod(num_steps, num_stages)
+    if share == 0:
+        raise ValueError(f"num_steps {num_steps} is less than one for each of {num_stages} stages.")
+
+    return [share + (index < rest) for index in range(num_stages)]
 
 
 def make_optimizer(
     model: PreTrainedModel, config: TrainingConfig, learning_rate: float | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW of what is trained; weight decay pulls on matrices, but not on the codebook, whose size
-    means something.
+    """AdamW of the parameters that are trained.
+
+    Weight decay pulls on matrices. It spares the codebook, whose size means something.
+
+    Args:
+        learning_rate: In place of `config.learning_rate`.
     """
     decayed, kept = [], []
     for name, parameter in model.named_parameters():
@@ -109,8 +123,3 @@ def make_optimizer(
     learning_rate = config.learning_rate if learning_rate is None else learning_rate
 
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, config.adam_beta2))
-
-
-def is_stage_over(progress: Progress, stage: Stage, config: TrainingConfig) -> bool:
-    """Whether its budget is used up, or validation has stopped improving."""
-    return progress.stage_step >= stage.num_steps or 0 < config.patience <= progress.stale
