@@ -251,7 +251,9 @@ def report(model, tokenizer, test_data, run: RunConfig) -> None:
     options = {"num_samples": run.test_samples, "max_sequences": run.test_sequences}
     scores = score(model, test_data, **options, progress=True)
     print(f"\nA sample:\n{tokenizer.decode(tokens[0], skip_special_tokens=True)}\n")
-    table = likelihood_table(scores.rows(), test_data.characters_per_token, test_data.tokens_per_word)
+    table = likelihood_table(
+        scores.rows(), test_data.characters_per_token, test_data.tokens_per_word
+    )
     print(f"Test text:\n{table}\n{WHAT_IS_SCORED}")
 
 
