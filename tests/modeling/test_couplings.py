@@ -139,6 +139,39 @@ def test_every_implementation_is_the_specification(run, name, dtype):
         torch.testing.assert_close(actual.double(), log_prob, **tolerance)
 
 
+def test_the_autoregressive_form_is_the_specification():
+    """u, log_det and inverse, with parameters from a network that reads the dimensions before."""
+    random = generator(6)
+    size, num_features, hidden, components = 4, 2, 6, 3
+    shapes = {
+        "features_weight": (size - 1, num_features, 3),
+        "features_bias": (size - 1, num_features),
+        "from_features": (hidden, num_features * size * (size - 1) // 2),
+        "output_weight": (size, 3 * components, hidden),
+        "output_bias": (size, 3 * components),
+    }
+    z, context, *weights = (
+        0.5 * torch.randn(shape, generator=random, dtype=torch.float64)
+        for shape in ((20, size), (20, size, hidden), *shapes.values())
+    )
+    network = coupling_torch.AutoregressiveNetwork(*weights, max_log_scale=10.0)
+
+    def parameters(i: int, before: Tensor) -> list[Tensor]:
+        # What the network should not read is NaN.
+        known = torch.cat([before, torch.full_like(z[:, i:], torch.nan)], -1)
+        every = coupling_torch.autoregressive_mixture_parameters(known, context, network)
+        return [x[:, i] for x in every]
+
+    u, log_det = coupling_naive.autoregressive_mixture_cdf(z, parameters)
+    every = coupling_torch.autoregressive_mixture_parameters(z, context, network)
+    actual, actual_log_det = coupling.mixture_cdf(z, *every)
+    torch.testing.assert_close(actual, u, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual_log_det.sum(-1), log_det, rtol=1e-9, atol=1e-9)
+
+    back = coupling.autoregressive_mixture_cdf_inverse(u, context, network)
+    torch.testing.assert_close(back, z, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_jacobian(run, name):
     """log_det is that of the autodiff Jacobian, which is lower triangular.

@@ -1,4 +1,4 @@
-"""The codebook: the bridge between tokens and latents, q(z | x) and p(x | z)."""
+"""The codebook: q(z | x) and p(x | z), the bridge between tokens and latents."""
 
 import math
 from typing import NamedTuple
@@ -12,9 +12,7 @@ from .normal import LOG_SQRT_2PI
 
 
 class Gaussians(NamedTuple):
-    """K isotropic Gaussians N(mean_k, exp(log_scale_k)^2 I), and what encoder and decoder ask of
-    them.
-    """
+    """K isotropic Gaussians N(mean_k, exp(log_scale_k)^2 I), as encoder and decoder use them."""
 
     mean: Tensor  # (K, d)
     log_scale: Tensor  # (K,)
@@ -22,14 +20,20 @@ class Gaussians(NamedTuple):
     def sample(
         self, index: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """A reparametrised sample of the index-th Gaussian, (...) to (..., d), of the given N(0, I)
-        noise if any.
+        """Reparametrised samples of the index-th Gaussians.
+
+        Args:
+            index: Which Gaussian, (...).
+            generator: Draws the noise, if given.
+            noise: N(0, I) noise (..., d) to use instead of drawing any.
+
+        Returns:
+            Samples (..., d).
         """
         loc = F.embedding(index, self.mean)
         if noise is None and generator is None:
-            noise = torch.randn_like(
-                loc
-            )  # which torch.compile takes at any length; not so a generator, even if None
+            # torch.compile takes this at any length. It does not take `generator`, even if None.
+            noise = torch.randn_like(loc)
         elif noise is None:
             noise = torch.randn(
                 loc.shape, generator=generator, dtype=loc.dtype, device=generator.device
@@ -46,33 +50,36 @@ class Gaussians(NamedTuple):
     def log_prob_all(self, latents: Tensor) -> Tensor:
         """log N_k(z) for every k: latents (..., d) to (..., K)."""
         inverse_scale = torch.exp(-self.log_scale)
-        if (
-            latents[..., 0].numel() * self.mean.numel() <= 2**16
-        ):  # a step of generation: as few calls as can be
+        if latents[..., 0].numel() * self.mean.numel() <= 2**16:
+            # A step of generation: the number of calls is what takes time.
             square = (latents.unsqueeze(-2) - self.mean).square().sum(-1)
         else:
             square = 0.0
             for i in range(self.mean.shape[1]):  # (..., K) at a time, never (..., K, d)
                 square = square + (latents[..., i, None] - self.mean[:, i]).square()
 
-        return -0.5 * square * inverse_scale * inverse_scale - self.mean.shape[1] * (
-            self.log_scale + LOG_SQRT_2PI
-        )
+        log_normalizer = self.mean.shape[1] * (self.log_scale + LOG_SQRT_2PI)
+        return -0.5 * square * inverse_scale * inverse_scale - log_normalizer
 
     def log_total(self, latents: Tensor) -> Tensor:
         """log sum_k N_k(z): latents (..., d) to (...), streamed over k."""
         num_components = len(self.mean)
         uniform = latents.new_zeros(()).expand(*latents.shape[:-1], num_components)
-        return mixture_rosenblatt_log_prob(latents, uniform, self.mean, self.log_scale) + math.log(
-            num_components
-        )
+        log_mean = mixture_rosenblatt_log_prob(latents, uniform, self.mean, self.log_scale)
+
+        return log_mean + math.log(num_components)
 
     def posterior_average(self, latents: Tensor, table: Tensor, top_k: int | None = None) -> Tensor:
-        """sum_p sum_k p(k | z_p) table_(p, k): latents of patches (..., P, d) and tables (P K, w)
-        to (..., w).
+        """sum_p sum_k p(k | z_p) table_(p, k), the expected row of each patch.
 
-        With `top_k` the sum runs over the top_k most likely k of each latent, their probabilities
-        renormalised.
+        Args:
+            latents: Latents of patches, (..., P, d).
+            table: Rows for each latent of a patch and each k, (P K, w).
+            top_k: Sums over only the `top_k` most likely k of each latent, with their
+                probabilities renormalised.
+
+        Returns:
+            Averages (..., w).
         """
         num_components = len(self.mean)
         if top_k is None or top_k >= num_components:
@@ -97,15 +104,14 @@ class Gaussians(NamedTuple):
 
 
 class Codebook(nn.Module):
-    """The parameters of `Gaussians`, one for each entry; in the encoder's codebook one entry per
-    token.
+    """The parameters of `Gaussians`, one Gaussian for each entry.
 
-    As encoder, q(z | x = k) is the k-th Gaussian. The decoder follows by Bayes' rule under a
-    uniform prior: p(x = k | z) = N_k(z) / sum_j N_j(z). Hence log p(x | z) - log q(z | x) = -log
-    sum_j N_j(z), whatever x is.
+    In the encoder's codebook an entry is a token, and q(z | x = k) is the k-th Gaussian. The
+    decoder follows by Bayes' rule under a uniform prior: p(x = k | z) = N_k(z) / sum_j N_j(z).
+    Hence log p(x | z) - log q(z | x) = -log sum_j N_j(z), for every x.
 
-    The parameters are read by calling the module, here and nowhere else, so that hooks (offloading,
-    sharding) see every use; what it returns are tensors, in float32 or better.
+    The parameters are read only by calling the module, so that hooks (offloading, sharding) see
+    every use. It returns tensors in float32 or better.
     """
 
     def __init__(self, num_entries: int, latent_size: int):

@@ -9,8 +9,8 @@ implicit function theorem. Nothing here runs in low precision under autocast.
 
 - "reference" is plain PyTorch, `coupling_torch.py`, and runs anywhere.
 - "triton" stands for kernels of the mixture couplings, in float32 on a GPU.
-- "auto" takes the kernels for tensors on a GPU if they can run, `coupling_newton.py` for the mixtures'
-  inverses in float32 on a CPU, and the reference otherwise.
+- "auto" takes the kernels for tensors on a GPU if they can run, `coupling_newton.py` for inverses
+  of mixtures in float32 on a CPU, and the reference otherwise.
 
 References:
     Zhang et al., *Flexible Language Modeling in Continuous Space with Transformer-based
@@ -76,8 +76,8 @@ def affine(
         implementation: "auto" or "reference".
 
     Returns:
-        `u` and the `log_det` of **each element**, `log du/dz = -log_scale` in nats, both of the shape
-        of `z`.
+        `u` and the `log_det` of **each element**, `log du/dz = -log_scale` in nats, both of the
+        shape of `z`.
 
     Raises:
         TypeError: If an argument is not a floating-point tensor.
@@ -96,8 +96,8 @@ def affine_inverse(
 ) -> Tensor:
     """Inverse of `affine`, `z = loc + exp(log_scale) u`.
 
-    Takes the arguments of `affine` with noise `u` in place of `z`, raises the same errors, and returns
-    only `z`.
+    Takes the arguments of `affine` with noise `u` in place of `z`, raises the same errors, and
+    returns only `z`.
 
     Example:
         >>> affine_inverse(torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor([0.0]))
@@ -148,8 +148,8 @@ def mixture_cdf_inverse(
     Takes the arguments of `mixture_cdf` with noise `u` in place of `z`, raises the same errors, and
     returns only `z`.
 
-    The root lies between the minimum and the maximum of `m_k + exp(s_k) u` over k. If u falls into a
-    gap between components, dz/du can exceed the dtype's range: it saturates.
+    The root lies between the minimum and the maximum of `m_k + exp(s_k) u` over k. If u falls into
+    a gap between components, dz/du can exceed the dtype's range: it saturates.
 
     Example:
         >>> u, loc = torch.tensor([0.3078]), torch.tensor([[-1.0, 1.0]])
@@ -185,9 +185,9 @@ def autoregressive_mixture_cdf_inverse(
 ) -> Tensor:
     """Inverse of the mixture-CDF coupling whose parameters depend on the dimensions before.
 
-    `z_i = mixture_cdf_inverse(u_i; network(from_context_i, z_<i))` for i = 0, ..., D - 1. As a kernel
-    all D steps of a position are one launch. It has no gradients: if these are needed, "auto" takes
-    the reference.
+    `z_i = mixture_cdf_inverse(u_i; network(from_context_i, z_<i))` for i = 0, ..., D - 1. As a
+    kernel all D steps of a position are one launch. It has no gradients: if these are needed,
+    "auto" takes the reference.
 
     Args:
         u: Noise, shape (..., D).
@@ -250,8 +250,8 @@ def mixture_rosenblatt(
 ) -> tuple[Tensor, Tensor]:
     """Rosenblatt coupling ("Mix-d") of d-vectors under a mixture of K isotropic Gaussians.
 
-    With `p(z) = sum_k pi_k N(z; mean_k, exp(log_scale_k)^2 I)`, `u_i = Phi^-1(F(z_i | z_<i))`: dimension
-    i is the mixture-CDF coupling with the weights `alpha_k` proportional to
+    With `p(z) = sum_k pi_k N(z; mean_k, exp(log_scale_k)^2 I)`, `u_i = Phi^-1(F(z_i | z_<i))`:
+    dimension i is the mixture-CDF coupling with the weights `alpha_k` proportional to
     `pi_k prod_{j<i} N(z_j; mean_kj, exp(log_scale_k)^2)`.
 
     Args:
@@ -284,8 +284,8 @@ def mixture_rosenblatt_inverse(
 ) -> Tensor:
     """Inverse of `mixture_rosenblatt`, solved dimension by dimension.
 
-    Takes the arguments of `mixture_rosenblatt` with noise `u` in place of `z`, raises the same errors,
-    and returns only `z` (..., d).
+    Takes the arguments of `mixture_rosenblatt` with noise `u` in place of `z`, raises the same
+    errors, and returns only `z` (..., d).
 
     Example:
         >>> z = mixture_rosenblatt_inverse(torch.ones(1, 2), torch.zeros(1, 3), torch.zeros(3, 2), torch.zeros(3))
@@ -317,7 +317,7 @@ def mixture_rosenblatt_log_prob(
     return _run_rosenblatt(by, implementation, **tensors)
 
 
-# ------------------------------------------------ mixture Rosenblatt, logits linear in hidden states
+# ----------------------------------------------- mixture Rosenblatt, logits linear in hidden states
 
 
 def linear_mixture_rosenblatt(
@@ -341,7 +341,7 @@ def linear_mixture_rosenblatt(
         z: Latents, shape (..., d).
         hidden: Hidden states, shape (..., w).
         weight, bias: The projection to logits, shapes (K, w) and (K,).
-        mean, log_scale: Means and log standard deviations of the components, shapes (K, d) and (K,).
+        mean, log_scale: The components' means and log standard deviations, shapes (K, d) and (K,).
         implementation: "auto", "reference" or "triton".
         max_logits: How many logits may exist at once; 2^25 of them take 128 MiB in float32.
 
@@ -416,7 +416,7 @@ def linear_mixture_rosenblatt_log_prob(
     return _run_linear(mixture_rosenblatt_log_prob, implementation, max_logits, **tensors)
 
 
-# ----------------------------------------------------------------------------------- checked and run
+# ---------------------------------------------------------------------------------- checked and run
 
 
 def _prepare_affine(implementation: str, **tensors: Tensor) -> list[Tensor]:

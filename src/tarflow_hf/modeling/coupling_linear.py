@@ -3,11 +3,11 @@
 The plan is that of fused linear cross-entropies. The logits of some positions are made, used and
 thrown away, and made again for the backward pass; the gradient of the weights adds up in float32.
 
-The libraries' own (torch's `linear_cross_entropy`, Liger's, Cut Cross-Entropy) do not serve here. The
-log-density is a difference of two of their logsumexps, that of [hidden, z, |z|^2, 1] W'^T and that of
-hidden W^T. But in the former z mu_k / sigma_k^2 and |mu_k|^2 / sigma_k^2 cancel once the codebook has
-separated: float32 leaves an error of eps |mu_k|^2 / sigma_k^2 in (z - mu_k)^2 / sigma_k^2, and
-bfloat16 leaves nothing.
+The libraries' own (torch's `linear_cross_entropy`, Liger's, Cut Cross-Entropy) do not serve here.
+The log-density is a difference of two of their logsumexps, that of [hidden, z, |z|^2, 1] W'^T and
+that of hidden W^T. But in the former z mu_k / sigma_k^2 and |mu_k|^2 / sigma_k^2 cancel once the
+codebook has separated: float32 leaves an error of eps |mu_k|^2 / sigma_k^2 in (z - mu_k)^2 /
+sigma_k^2, and bfloat16 leaves nothing.
 """
 
 from collections.abc import Callable
@@ -102,8 +102,8 @@ def with_linear_logits(
 ) -> Tensor | tuple[Tensor, ...]:
     """coupling(z, hidden W^T + b, *shared), of which at most `max_logits` logits exist at once.
 
-    In the backward pass they exist two or three times over. If all of them fit, this is exactly that
-    expression.
+    In the backward pass they exist two or three times over. If all of them fit, this is exactly
+    that expression.
 
     Args:
         coupling: An op on n positions, with gradients.

@@ -1,7 +1,7 @@
 """The specification: the couplings as they stand in the paper, one equation a line.
 
-Differentiable by autograd, and exact in float64 as long as nothing is far in a tail. Every
-implementation is tested against these functions; nothing else calls them.
+Every implementation is tested against these functions, and nothing else calls them. They are
+differentiable by autograd, and exact in float64 unless something is far in a tail.
 
 Shapes: d latent dimensions, K components. phi, Phi: density and distribution function of N(0, 1).
 
@@ -9,6 +9,8 @@ References:
     Zhang et al., *Flexible Language Modeling in Continuous Space with Transformer-based
     Autoregressive Flows*, NeurIPS 2025, arXiv:2507.00425.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,10 +33,18 @@ def mixture_cdf(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> tu
     return u, density.log() - normal_log_prob(u)
 
 
+def autoregressive_mixture_cdf(z: Tensor, parameters: Callable) -> tuple[Tensor, Tensor]:
+    """u_i = Phi^-1(F_i(z_i)), F_i the mixture with parameters(i, z_<i): logits, loc, log_scale."""
+    pairs = [mixture_cdf(z[..., i], *parameters(i, z[..., :i])) for i in range(z.shape[-1])]
+    u, log_det = (torch.stack(x, -1) for x in zip(*pairs, strict=True))
+
+    return u, log_det.sum(-1)
+
+
 def mixture_rosenblatt(
     z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """u_i = Phi^-1(F_i(z_i)), F_i the mixture's distribution function of z_i given z_1, ..., z_(i-1).
+    """u_i = Phi^-1(F_i(z_i)), F_i the mixture's distribution function of z_i given z_<i.
 
     Its weights are alpha^(1) = pi and alpha^(i+1)_k ~ alpha^(i)_k N(z_i; m_ki, e^(2 s_k)). The
     Jacobian is triangular: log|det| is the sum over the dimensions.

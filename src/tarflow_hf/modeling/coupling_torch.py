@@ -7,8 +7,8 @@
   or none, and the inverses get theirs from the implicit function theorem.
 - The Rosenblatt transform runs over chunks of positions, so that a vocabulary of components fits.
 
-Each coupling is a monotone map `z -> u` of one position to standard normal noise, and stands next to
-its inverse. Notation: phi and Phi are the density and the distribution function of N(0, 1), and
+Each coupling is a monotone map `z -> u` of one position to standard normal noise, and stands next
+to its inverse. Notation: phi and Phi are the density and the distribution function of N(0, 1), and
 t_k = (z - m_k) exp(-s_k) is z as component k sees it. Tensors are float32 or float64 and broadcast
 already: the ops of `coupling.py` check and cast.
 
@@ -63,8 +63,8 @@ class _Transformed(NamedTuple):
 def _transform(z: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> _Transformed:
     """u = Phi^-1(F(z)) from the smaller tail, where nothing saturates and nothing cancels.
 
-    Let that be F = sum_k pi_k Phi(t_k); if it is 1 - F, everything is mirrored. With the share r_k =
-    pi_k Phi(t_k) / F of component k and the reversed hazard h = phi / Phi,
+    Let that be F = sum_k pi_k Phi(t_k); if it is 1 - F, everything is mirrored. With component k's
+    share r_k = pi_k Phi(t_k) / F and the reversed hazard h = phi / Phi,
 
         du/dz = p(z) / phi(u) = sum_k r_k h(t_k) exp(-s_k) / h(u).
 
@@ -94,7 +94,7 @@ class _Derivatives(NamedTuple):
 
     With rho_k = pi_k N(z; m_k, s_k) / p(z), which sum to 1, and D = du/dz:
 
-        du/dm_k = -rho_k D,   du/ds_k = -rho_k D (z - m_k),   du/dlog pi_k = +-(r_k - pi_k) / h(-|u|),
+        du/dm_k = -rho_k D,  du/ds_k = -rho_k D (z - m_k),  du/dlog pi_k = +-(r_k - pi_k) / h(-|u|),
 
     where the log pi_k need not be normalised. The gradient of log D = log p(z) - log phi(u) is that
     of log p(z) plus u times that of u.
@@ -117,8 +117,8 @@ def _invert(u: Tensor, log_weight: Tensor, loc: Tensor, log_scale: Tensor) -> Te
 
     The sign of u says which tail of the mixture is the smaller one at the root. Only that tail is
     computed; everything is mirrored to make it the lower one, F. The quantile of F is not computed
-    either: -sqrt(-2 log F), too, grows almost linearly with z. Divided by its slope in u at the root
-    it agrees with u(z) - u to first order, and that is the function whose root is sought:
+    either: -sqrt(-2 log F), too, grows almost linearly with z. Divided by its slope in u at the
+    root it agrees with u(z) - u to first order, and that is the function whose root is sought:
 
         residual(z) = (Y - y) Y / h(-|u|),   y = sqrt(-2 log F(z)),   Y = sqrt(-2 log Phi(-|u|)).
 
@@ -163,8 +163,8 @@ def _divide_by_slope(grad: Tensor, log_det: Tensor) -> Tensor:
     """grad dz/du = grad exp(-log_det), saturating at the cube root of the dtype's range.
 
     In a gap between two distant components du/dz underflows and the quotient is infinite. The cube
-    root leaves room for the products that follow: by t, by exp(-s), and in the Rosenblatt inverse by
-    the next dz/du.
+    root leaves room for the products that follow: by t, by exp(-s), and in the Rosenblatt inverse
+    by the next dz/du.
     """
     limit = torch.finfo(grad.dtype).max ** (1 / 3)
     return (grad * torch.exp(-log_det).clamp(max=limit)).clamp(-limit, limit)
@@ -405,9 +405,9 @@ def rosenblatt_backward(
 ) -> _RosenblattGradients:
     """Gradients of the transform, from its last dimension to the first.
 
-    The weights of dimension i are log pi_k + sum_{j<i} log N(z_j; mu_kj). Hence the gradients of the
-    later dimensions' weights, summed up in `demand`, fall on log N(z_i; mu_ki); dimension i then
-    adds its own. The sum starts with that of log p(z), a part of the log-determinant: rho_k =
+    The weights of dimension i are log pi_k + sum_{j<i} log N(z_j; mu_kj). Hence the gradients of
+    the later dimensions' weights, summed up in `demand`, fall on log N(z_i; mu_ki); dimension i
+    then adds its own. The sum starts with that of log p(z), a part of the log-determinant: rho_k =
     alpha^(d+1)_k.
 
     Args:

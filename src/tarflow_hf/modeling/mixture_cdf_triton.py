@@ -1,8 +1,8 @@
-"""The mixture-CDF coupling as Triton kernels: one pass over the parameters forward, one backward,
-nothing stored.
+"""The mixture-CDF coupling as Triton kernels: one pass over the parameters in each direction.
 
-The mathematics, and the names, are those of `coupling_torch.py`; float32 inside, whatever the
-arguments' dtype. A program handles a tile of BLOCK scalars with all their K components.
+Mathematics and names are those of `coupling_torch.py`. The kernels compute in float32, whatever the
+arguments' dtype, and keep only the arguments for the backward pass. A program handles a tile of
+BLOCK scalars with all their K components.
 """
 
 import torch
@@ -12,12 +12,12 @@ from torch.autograd.function import once_differentiable
 from .coupling_torch import AutoregressiveNetwork
 from .normal_triton import IS_INTERPRETED, exact_exp, lower_quantile, newton_step, normal_tails
 
-MAX_COMPONENTS = 256  # of a mixture: they must fit into one tile
-# Scalars times components (padded to a power of two) of one program. 512 leave a thread 4, and no
-# register spills; Triton's interpreter takes as long for a large tile as for a small one.
+MAX_COMPONENTS = 256  # all components of a scalar must fit into one tile
+# Scalars times components (padded to a power of two) of one program. With 512 a thread has 4 and no
+# register spills. Triton's interpreter takes as long for a large tile as for a small one.
 TILE_ELEMENTS = 4096 if IS_INTERPRETED else 512
 
-try:  # everything that needs triton stands in here: a checkpoint must load where there is none
+try:  # everything that needs triton is in here: a checkpoint must load without it
     import triton
     import triton.language as tl
 
@@ -28,8 +28,9 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
 
     @triton.jit
     def _transform(z, log_weight, loc, log_scale):
-        """`_transform` of the reference, for z (N,) and parameters (N, K); absent components have
-        weight 0.
+        """`_transform` of `coupling_torch.py`, for z (N,) and parameters (N, K) with padding.
+
+        Padded components have weight 0.
         """
         t = (z[:, None] - loc) * exact_exp(-log_scale)
         log_cdf_k, log_sf_k, cdf_hazard, sf_hazard = normal_tails(t)
@@ -40,8 +41,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         quantile = lower_quantile(tl.minimum(log_cdf, log_sf))
         log_tail = log_weight + tl.where(is_lower[:, None], log_cdf_k, log_sf_k)
 
-        # As log_softmax does it: the largest is subtracted first, so that the weights are exact
-        # relative to it.
+        # The largest is subtracted first, as in log_softmax: the weights are exact relative to it.
         log_tail = log_tail - tl.max(log_tail, 1)[:, None]
         log_tail = log_tail - tl.log(tl.sum(tl.exp(log_tail), 1))[:, None]
         log_slope = log_tail + tl.where(is_lower[:, None], cdf_hazard, sf_hazard) - log_scale
@@ -54,9 +54,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
     def _load_parameters(
         logits_ptr, loc_ptr, log_scale_ptr, rows, num_rows, K: tl.constexpr, BLOCK_K: tl.constexpr
     ):
-        """Log weights, locations, log scales (BLOCK, BLOCK_K) in float32, and where they are in the
-        tensors.
-        """
+        """Log weights, locations and log scales (BLOCK, BLOCK_K) in float32; offsets and their mask."""
         k = tl.arange(0, BLOCK_K)
         inside = (rows < num_rows)[:, None] & (k < K)[None, :]
         offsets = rows[:, None].to(tl.int64) * K + k[None, :]
@@ -91,11 +89,14 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         grad_z_ptr, grad_logits_ptr, grad_loc_ptr, grad_log_scale_ptr, num_rows,
         K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, INVERSE: tl.constexpr,
     ):  # fmt: skip
-        # With rho_k = pi_k N(z; m_k, s_k) / p(z), D = du/dz, r_k the share of component k in the smaller tail:
-        #   du/dz = D,  du/dm_k = -rho_k D,  du/ds_k = -rho_k D (z - m_k),  du/dlogit_k = +-(r_k - pi_k) / h(u),
-        # and log D = log p(z) - log phi(u), so that its gradient is that of log p plus u times that of u.
-        # INVERSE: of z(u), given the gradient g of z in place of u's. dz = (du - du/dtheta dtheta) / D: the parameters'
-        # gradients are those above at -g / D, whose product with D is -g exactly; g / D itself is that of u.
+        # With rho_k = pi_k N(z; m_k, s_k) / p(z), D = du/dz, and r_k the share of component k in the
+        # smaller tail:
+        #   du/dm_k = -rho_k D,  du/ds_k = -rho_k D (z - m_k),  du/dlogit_k = +-(r_k - pi_k) / h(u).
+        # As log D = log p(z) - log phi(u), its gradient is that of log p plus u times that of u.
+        #
+        # INVERSE: the gradients of z(u), given the gradient g of z in place of u's. From dz = (du -
+        # du/dtheta dtheta) / D, that of u is g / D, and the parameters' are those above at -g / D.
+        # The product of that with D is -g exactly.
         rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         is_row = rows < num_rows
         z = tl.load(z_ptr + rows, mask=is_row, other=0.0).to(tl.float32)
@@ -108,10 +109,11 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
 
         if INVERSE:
             grad_u_slope = -grad_u
-            limit = 6.98e12  # the cube root of float32's range, as in the reference: room for the products below
-            grad_u = -tl.minimum(
-                tl.maximum(grad_u * tl.minimum(exact_exp(-log_det), limit), -limit), limit
-            )
+            # `_divide_by_slope` of coupling_torch.py: the cube root of float32's range leaves room
+            # for the products below.
+            limit = 6.98e12
+            grad_u = grad_u * tl.minimum(exact_exp(-log_det), limit)
+            grad_u = -tl.minimum(tl.maximum(grad_u, -limit), limit)
         else:
             grad_u = grad_u + grad_log_det * u
             grad_u_slope = grad_u * exact_exp(log_det)
@@ -155,8 +157,8 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         grad_z_ptr, grad_logits_ptr, grad_loc_ptr, grad_log_scale_ptr, num_rows,
         K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        # d log p / dz = -sum_k rho_k t_k exp(-s_k), / dm_k = rho_k t_k exp(-s_k), / ds_k = rho_k
-        # (t_k^2 - 1), / dlogit_k = rho_k - pi_k.
+        # d log p / dz = -sum_k rho_k t_k exp(-s_k),  d log p / dm_k = rho_k t_k exp(-s_k),
+        # d log p / ds_k = rho_k (t_k^2 - 1),  d log p / dlogit_k = rho_k - pi_k.
         rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         is_row = rows < num_rows
         z = tl.load(z_ptr + rows, mask=is_row, other=0.0).to(tl.float32)
@@ -175,7 +177,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
 
     @triton.jit
     def _solve(u, log_weight, loc, log_scale, is_component, is_done):
-        """z of u (N,): `find_root` of `normal.py`, whose comments say why each step is as it is."""
+        """z of u (N,), by at most 48 rounds of `newton_step`."""
         candidates = loc + exact_exp(log_scale) * u[:, None]
         lower = tl.min(tl.where(is_component, candidates, float("inf")), 1)
         upper = tl.max(tl.where(is_component, candidates, float("-inf")), 1)
@@ -212,16 +214,14 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
             logits_ptr, loc_ptr, log_scale_ptr, rows, num_rows, K, BLOCK_K
         )
         is_component = (tl.arange(0, BLOCK_K) < K)[None, :]
-        tl.store(
-            z_ptr + rows,
-            _solve(u, log_weight, loc, log_scale, is_component, rows >= num_rows),
-            mask=is_row,
-        )
+        z = _solve(u, log_weight, loc, log_scale, is_component, rows >= num_rows)
+        tl.store(z_ptr + rows, z, mask=is_row)
 
-    # ----------------------------------- the inverse through the dimension-wise autoregressive head
+    # ---------------------------------------------------- the inverse of an autoregressive network
 
     @triton.jit
     def _tanh(x):
+        # A series near 0, where the exponentials cancel.
         square = x * x
         series = square * (
             0.13333333333333333 + square * (-0.05396825396825397 + square * 0.021869488536155203)
@@ -243,15 +243,13 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
     def _linear(
         x, weight_ptr, bias_ptr, rows, is_row, columns, is_column, NUM_COLUMNS: tl.constexpr
     ):
-        """Some rows of W x + b, x (columns,) in float32."""
+        """Some rows of W x + b, x (columns,), in float32."""
         offsets = rows[:, None] * NUM_COLUMNS + columns[None, :]
-        weight = tl.load(
-            weight_ptr + offsets, mask=is_row[:, None] & is_column[None, :], other=0.0
-        ).to(tl.float32)
+        inside = is_row[:, None] & is_column[None, :]
+        weight = tl.load(weight_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + rows, mask=is_row, other=0.0).to(tl.float32)
 
-        return tl.sum(weight * x[None, :], 1) + tl.load(bias_ptr + rows, mask=is_row, other=0.0).to(
-            tl.float32
-        )
+        return tl.sum(weight * x[None, :], 1) + bias
 
     @triton.jit
     def _autoregressive_inverse_kernel(
@@ -260,24 +258,20 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         D: tl.constexpr, E: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
         BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        # All D steps of one position: hidden units, parameters, solve, features of what was found.
-        # The features of the dimensions so far are (BLOCK_D, BLOCK_E), with 0 where there are none
-        # yet.
+        # All D steps of one position: hidden units, parameters, the root, the root's features.
+        # `features` (BLOCK_D, BLOCK_E) are 0 in dimensions that are not solved yet.
         row = tl.program_id(0).to(tl.int64)
-        dims, e, h, k = (
-            tl.arange(0, BLOCK_D),
-            tl.arange(0, BLOCK_E),
-            tl.arange(0, BLOCK_H),
-            tl.arange(0, BLOCK_K),
-        )
+        dims = tl.arange(0, BLOCK_D)
+        e = tl.arange(0, BLOCK_E)
+        h = tl.arange(0, BLOCK_H)
+        k = tl.arange(0, BLOCK_K)
         is_component = k < K
         is_hidden = h < H
         features = tl.zeros([BLOCK_D, BLOCK_E], tl.float32)
 
         for i in range(D):
-            hidden = tl.load(context_ptr + (row * D + i) * H + h, mask=is_hidden, other=0.0).to(
-                tl.float32
-            )
+            context = context_ptr + (row * D + i) * H
+            hidden = tl.load(context + h, mask=is_hidden, other=0.0).to(tl.float32)
             column = E * (i * (i - 1) // 2) + dims[:, None] * E + e[None, :]
             is_past = (dims < i)[:, None] & (e < E)[None, :]
             weight = tl.load(
@@ -285,6 +279,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
                 mask=is_hidden[:, None, None] & is_past[None, :, :], other=0.0,
             ).to(tl.float32)  # fmt: skip
             hidden = _gelu(hidden + tl.sum(tl.sum(weight * features[None, :, :], 2), 1))
+
             weight_ptr = output_weight_ptr + i * (3 * K * H)
             bias_ptr = output_bias_ptr + i * (3 * K)
             logits = _linear(hidden, weight_ptr, bias_ptr, k, is_component, h, is_hidden, H)
@@ -296,16 +291,12 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
             logits = tl.where(is_component, logits, float("-inf"))
             log_weight = logits - tl.max(logits, 0)
             log_weight = log_weight - tl.log(tl.sum(tl.exp(log_weight), 0))
+
             one = tl.arange(0, 1)
             u = tl.load(u_ptr + row * D + i + one)
             z = _solve(
-                u,
-                log_weight[None, :],
-                loc[None, :],
-                log_scale[None, :],
-                is_component[None, :],
-                one > 0,
-            )
+                u, log_weight[None, :], loc[None, :], log_scale[None, :], is_component[None, :], one > 0
+            )  # fmt: skip
             tl.store(z_ptr + row * D + i + one, z)
 
             if i < D - 1:
@@ -333,9 +324,8 @@ def _launch(kernel, num_rows: int, num_components: int, *tensors: Tensor, **opti
     grid_block = max(1, TILE_ELEMENTS // block_k)
     grid = (triton.cdiv(num_rows, grid_block),)
 
-    with torch.cuda.device_of(
-        tensors[0]
-    ):  # a kernel runs on the current device, which need not be the tensors'
+    # A kernel runs on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(tensors[0]):
         kernel[grid](
             *tensors, num_rows, K=num_components, BLOCK=grid_block, BLOCK_K=block_k, **options
         )
@@ -416,7 +406,7 @@ class _MixtureCDFLogProb(torch.autograd.Function):
         return tuple(gradients)
 
 
-@torch.compiler.disable  # a graph break: nothing inside a kernel is left to a compiler
+@torch.compiler.disable  # a graph break: a compiler has nothing to do inside a kernel
 def mixture_cdf(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     return _MixtureCDF.apply(z, logits, loc, log_scale)
 
@@ -435,21 +425,22 @@ def mixture_cdf_log_prob(z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tens
 def autoregressive_mixture_cdf_inverse(
     u: Tensor, from_context: Tensor, network: AutoregressiveNetwork
 ) -> Tensor:
-    """u (n, D) and from_context (n, D, H); without gradients."""
+    """z (n, D) of u (n, D) and from_context (n, D, H), without gradients."""
     z = torch.empty_like(u, dtype=torch.float32)
     num_rows, size, hidden_size = from_context.shape
-    num_features, num_components = (
-        network.features_bias.shape[-1],
-        network.output_bias.shape[-1] // 3,
-    )
+    sizes = {
+        "D": size,
+        "E": network.features_bias.shape[-1],
+        "H": hidden_size,
+        "K": network.output_bias.shape[-1] // 3,
+    }
+    blocks = {f"BLOCK_{name}": triton.next_power_of_2(value) for name, value in sizes.items()}
 
     if num_rows:
         tensors = _contiguous(u.float(), from_context, *network[:-1])
         with torch.cuda.device_of(u):
             _autoregressive_inverse_kernel[num_rows,](
-                *tensors, z, float(network.max_log_scale), D=size, E=num_features, H=hidden_size, K=num_components,
-                BLOCK_D=triton.next_power_of_2(size), BLOCK_E=triton.next_power_of_2(num_features),
-                BLOCK_H=triton.next_power_of_2(hidden_size), BLOCK_K=triton.next_power_of_2(num_components),
-            )  # fmt: skip
+                *tensors, z, float(network.max_log_scale), **sizes, **blocks
+            )
 
     return z

@@ -1,13 +1,13 @@
-"""The Rosenblatt coupling of a large mixture as Triton kernels: one pass over the components,
-nothing of size n K d.
+"""The Rosenblatt coupling of a large mixture as Triton kernels: one pass over the components.
 
-With w_k^(i) = logit_k + sum_{j<i} log N(z_j; mu_kj, sigma_k^2), everything a position needs are 3 d
-+ 1 logsumexps over the components k: of w^(0), ..., w^(d), and of w_k^(i) + log Phi(+-t_ki). One
-kernel makes them; the rest is arithmetic on (n, d) tensors. The backward pass, and the log-density
-alone, take the same form. The mathematics, and the names, are those of `coupling_torch.py`:
-float32, but the weights w of a transform, whose squares cancel, in float64.
+No tensor has the size n K d. With w_k^(i) = logit_k + sum_{j<i} log N(z_j; mu_kj, sigma_k^2), a
+position needs only 3 d + 1 logsumexps over the components k: of w^(0), ..., w^(d), and of w_k^(i) +
+log Phi(+-t_ki). One kernel makes them; the rest is arithmetic on (n, d) tensors. The backward pass
+and the log-density have the same form.
 
-The order of every sum is fixed by the shapes: results do not vary from run to run.
+Mathematics and names are those of `coupling_torch.py`. The kernels compute in float32, except for
+the weights w of a transform: their squares cancel, and they are float64. The order of every sum is
+fixed by the shapes, so results do not vary from run to run.
 """
 
 from typing import NamedTuple
@@ -28,24 +28,22 @@ from .normal_triton import (
     normal_tails,
 )
 
-# What a program holds at once: without register spills, and in Triton's interpreter without haste.
+# Tile sizes: small enough not to spill registers; larger in the interpreter, whose cost is per tile.
 BLOCK_ROWS = 16 if IS_INTERPRETED else 8
 BLOCK_COMPONENTS = 64
 INVERSE_BLOCK_COMPONENTS = 2048
 MAX_SPLITS = 32  # programs that share the components of a block of rows
-MAX_PARTIAL_SUMS = (
-    2**25
-)  # numbers that the programs of a backward pass leave behind, to be added up
-# Arguments that are loop bounds: a size of 1 must not become a constant of another type.
+MAX_PARTIAL_SUMS = 2**25  # numbers that the programs of a backward pass leave to be added up
+# Arguments that are loop bounds. Triton would make a constant of a size of 1, of another type.
 SIZES = ["num_rows", "num_components", "tiles_per_split"]
 
-try:  # everything that needs triton stands in here: a checkpoint must load where there is none
+try:  # everything that needs triton is in here: a checkpoint must load without it
     import triton
     import triton.language as tl
 
     @triton.jit
     def _log_tails(t, half_square):
-        """log Phi(t) and log Phi(-t) of t (float32), with t^2 / 2 in whatever precision it comes."""
+        """log Phi(t) and log Phi(-t) for t in float32, in the precision of t^2 / 2."""
         log_factor = log_half_erfcx(tl.abs(t) * 0.7071067811865476)
         small = log_factor - half_square
         large = log1p(-tl.exp(small.to(tl.float32))).to(small.dtype)
@@ -53,8 +51,9 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
 
     @triton.jit
     def _add_exp(peak, total, here, old_shift, new_shift, x):
-        """Adds sum_k exp(x_k), x (N, K), to column `here` of the sums exp(peak) total, (N, C), each
-        after its shift.
+        """Adds sum_k exp(x_k), x (N, K), to column `here` of the sums exp(peak) total, (N, C).
+
+        `old_shift` and `new_shift` are added to the logarithms of the sums and of x first.
         """
         x_peak = tl.maximum(tl.max(x, 1), -1e30)
         x_total = tl.sum(tl.exp((x - x_peak[:, None]).to(tl.float32)), 1)
@@ -82,10 +81,10 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         num_rows, num_components, row_stride, component_stride, tiles_per_split,
         D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, TRANSFORM: tl.constexpr,
     ):  # fmt: skip
-        # Of this split's share of the components: the logsumexps of the weights (splits, n, d + 1),
-        # without TRANSFORM just the first and the last, and those of both tails (splits, n, d),
-        # relative to that of their weights. The weights' peak is kept in `dtype`, and everything
-        # else relative to it: all may be far from 0, not from it.
+        # Logsumexps over this split's share of the components: of the weights (splits, n, d + 1), and
+        # of both tails (splits, n, d) relative to their weights'. Without TRANSFORM only the weights'
+        # first and last. `origin`, the weights' peak, is kept in `dtype`, and everything else is
+        # relative to it: the sums may be far from 0, but are not far from the origin.
         rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         split = tl.program_id(1)
         is_row = rows < num_rows
@@ -106,12 +105,11 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
 
             for i in range(D + 1):
                 here = column == i
-                z = tl.load(z_ptr + rows.to(tl.int64) * D + i, mask=is_row & (i < D), other=0.0).to(
-                    dtype
-                )
-                mean = tl.load(
-                    mean_ptr + i * num_components + k, mask=is_component & (i < D), other=0.0
-                ).to(dtype)
+                is_dimension = i < D
+                z_at = z_ptr + rows.to(tl.int64) * D + i
+                z = tl.load(z_at, mask=is_row & is_dimension, other=0.0).to(dtype)
+                mean_at = mean_ptr + i * num_components + k
+                mean = tl.load(mean_at, mask=is_component & is_dimension, other=0.0).to(dtype)
                 t = (z[:, None] - mean[None, :]) * inverse_scale
 
                 if TRANSFORM or i == 0 or i == D:
@@ -121,8 +119,8 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
                     old_shift = origin - new_origin
                     new_shift = tl.where(here, base - new_origin, 0.0)
 
-                    # Log tails are at most 0: what is 104 below every sum so far is 0 beside it in
-                    # float32.
+                    # Log tails are at most 0. A tile that is 104 below every sum so far adds 0 to
+                    # each in float32.
                     least = tl.sum(
                         tl.where(here, tl.minimum(tl.minimum(cdf_peak, sf_peak), peak), 0.0), 1
                     )
@@ -169,10 +167,9 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
         TRANSFORM: tl.constexpr, GRAD_LOGITS: tl.constexpr,
     ):  # fmt: skip
-        # `_rosenblatt_backward` of the reference for a tile of rows and components, from the last
-        # dimension to the first: `demand` is what the later dimensions ask of their weights. Of z's
-        # gradient the tile leaves its share, (component blocks, n, d), of the codebook's its own,
-        # (row blocks, d, K) and (row blocks, K).
+        # `rosenblatt_backward` of coupling_torch.py for a tile of rows and components. The tile
+        # stores its share of the gradients: of z's in (component blocks, n, d), and of the
+        # codebook's in (row blocks, d, K) and (row blocks, K).
         row_block, component_block = tl.program_id(0), tl.program_id(1)
         rows = row_block * BLOCK + tl.arange(0, BLOCK)
         k = component_block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -189,9 +186,8 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
 
         for i in range(D):
             z = tl.load(z_ptr + rows64 * D + i, mask=is_row, other=0.0).to(dtype)
-            mean = tl.load(mean_ptr + i * num_components + k, mask=is_component, other=0.0).to(
-                dtype
-            )
+            mean_at = mean_ptr + i * num_components + k
+            mean = tl.load(mean_at, mask=is_component, other=0.0).to(dtype)
             t = (z[:, None] - mean[None, :]) * inverse_scale
             weight = weight - (0.5 * t * t + log_scale + 0.9189385332046727)
 
@@ -203,9 +199,8 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         for step in range(D):
             i = D - 1 - step
             z = tl.load(z_ptr + rows64 * D + i, mask=is_row, other=0.0).to(dtype)
-            mean = tl.load(mean_ptr + i * num_components + k, mask=is_component, other=0.0).to(
-                dtype
-            )
+            mean_at = mean_ptr + i * num_components + k
+            mean = tl.load(mean_at, mask=is_component, other=0.0).to(dtype)
             t = (z[:, None] - mean[None, :]) * inverse_scale
             t32 = t.to(tl.float32)
             pull = demand * t32 * inverse_scale.to(tl.float32)
@@ -213,24 +208,16 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
             grad_scale = demand * (t32 * t32 - 1.0)
 
             if TRANSFORM:
-                after = tl.load(weight_sum_ptr + rows64 * (D + 1) + i + 1, mask=is_row, other=0.0)[
-                    :, None
-                ]
-                before = tl.load(weight_sum_ptr + rows64 * (D + 1) + i, mask=is_row, other=0.0)[
-                    :, None
-                ]
-                log_tail = tl.load(log_tail_ptr + rows64 * D + i, mask=is_row, other=0.0)[:, None]
-                is_lower = (
-                    tl.load(is_lower_ptr + rows64 * D + i, mask=is_row, other=0)[:, None] != 0
-                )
-                grad_u_slope = tl.load(grad_u_slope_ptr + rows64 * D + i, mask=is_row, other=0.0)[
-                    :, None
-                ]
-                grad_weight = tl.load(grad_weight_ptr + rows64 * D + i, mask=is_row, other=0.0)[
-                    :, None
-                ]
+                at = rows64 * D + i
+                sum_at = weight_sum_ptr + rows64 * (D + 1) + i
+                after = tl.load(sum_at + 1, mask=is_row, other=0.0)[:, None]
+                before = tl.load(sum_at, mask=is_row, other=0.0)[:, None]
+                log_tail = tl.load(log_tail_ptr + at, mask=is_row, other=0.0)[:, None]
+                is_lower = tl.load(is_lower_ptr + at, mask=is_row, other=0)[:, None] != 0
+                grad_u_slope = tl.load(grad_u_slope_ptr + at, mask=is_row, other=0.0)[:, None]
+                grad_weight = tl.load(grad_weight_ptr + at, mask=is_row, other=0.0)[:, None]
 
-                # A weight is no more than their sum, which its rounding must not forget.
+                # A weight is at most their sum, also after rounding: hence the minimum with 0.
                 density_share = tl.exp(tl.minimum(weight - after, 0.0).to(tl.float32))
                 cdf_loc = -density_share * grad_u_slope
                 grad_loc += cdf_loc
@@ -238,12 +225,9 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
                 weight = weight + (0.5 * t * t + log_scale + 0.9189385332046727)
                 log_cdf, log_sf = _log_tails(t32, 0.5 * t * t)
                 share = tl.minimum(weight - before, 0.0)
-                tail_share = tl.minimum(
-                    share + (tl.where(is_lower, log_cdf, log_sf) - log_tail), 0.0
-                )
-                demand += grad_weight * (
-                    tl.exp(tail_share.to(tl.float32)) - tl.exp(share.to(tl.float32))
-                )
+                tail = tl.where(is_lower, log_cdf, log_sf) - log_tail
+                tail_share = tl.exp(tl.minimum(share + tail, 0.0).to(tl.float32))
+                demand += grad_weight * (tail_share - tl.exp(share.to(tl.float32)))
 
             row_share = component_block.to(tl.int64) * num_rows + rows64
             tl.store(grad_z_ptr + row_share * D + i, -tl.sum(pull, 1), mask=is_row)
@@ -258,11 +242,8 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
             first = tl.load(weight_sum_ptr + rows64 * (D + 1), mask=is_row, other=0.0)[:, None]
             grad_logits = demand - grad_log_prob * tl.exp((logits - first).to(tl.float32))
             inside = is_row[:, None] & is_component[None, :]
-            tl.store(
-                grad_logits_ptr + rows64[:, None] * num_components + k[None, :],
-                grad_logits,
-                mask=inside,
-            )
+            offsets = rows64[:, None] * num_components + k[None, :]
+            tl.store(grad_logits_ptr + offsets, grad_logits, mask=inside)
 
     @triton.jit
     def _log_add(peak, total, x):
@@ -305,9 +286,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
     def _bracket(
         u, weight_ptr, index_ptr, count, mean_ptr, inverse_scale_ptr, lane, BLOCK_K: tl.constexpr
     ):
-        """The least, the largest and the average of the components' own roots, and the log of the
-        weights' sum.
-        """
+        """The least, largest and average of the components' own roots; the log of the weights' sum."""
         lower = tl.full([], float("inf"), tl.float32)
         upper = tl.full([], float("-inf"), tl.float32)
         total = tl.full([], 0.0, tl.float32)
@@ -446,9 +425,7 @@ except ImportError:
 
 
 def _codebook(mean: Tensor, log_scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The codebook as the kernels read it: means (d, K), log scales and inverse scales (K,), the
-    last in `dtype`.
-    """
+    """Means (d, K), log scales (K,) and, in `dtype`, inverse scales (K,), as the kernels read them."""
     return mean.T.contiguous(), log_scale.contiguous(), torch.exp(-log_scale.to(dtype)).contiguous()
 
 
@@ -486,16 +463,14 @@ def _sums(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor, transform:
 
 
 class _RowGradients(NamedTuple):
-    """What the backward kernel knows of each row: sums of the forward pass, and what is asked of
-    its outputs.
-    """
+    """Numbers of each row that the backward kernel reads: sums of the forward pass, and cotangents."""
 
     weight_sum: Tensor  # (n, d + 1)
-    log_tail: Tensor  # (n, d)  of the smaller of F and 1 - F, and which that is:
-    is_lower: Tensor  # (n, d)
+    log_tail: Tensor  # (n, d)  the smaller of log F and log(1 - F)
+    is_lower: Tensor  # (n, d)  1 if that is log F
     grad_log_prob: Tensor  # (n,)
-    grad_u_slope: Tensor  # (n, d)  of u, times du/dz
-    grad_weight: Tensor  # (n, d)  of u, over +-h(u)
+    grad_u_slope: Tensor  # (n, d)  the gradient of u, times du/dz
+    grad_weight: Tensor  # (n, d)  the gradient of u, over +-h(u)
 
 
 def _backward(
@@ -556,8 +531,8 @@ class _MixtureRosenblatt(torch.autograd.Function):
         u = torch.where(is_lower, quantile, -quantile)
         hazard = log_reversed_hazard(quantile)
 
-        # log p(z_i | z_<i) - log(tail) - log h(u); du/dz is at most 1 / min_k sigma_k, which
-        # rounding must not forget.
+        # log p(z_i | z_<i) - log(tail) - log h(u). du/dz is at most 1 / min_k sigma_k, also after
+        # rounding.
         log_slope = ((after - before - log_tail).float() - hazard).clamp(max=-log_scale.amin())
         ctx.save_for_backward(
             z, logits, mean, log_scale, sums.weight, log_tail, is_lower, u, log_slope, hazard
@@ -569,8 +544,7 @@ class _MixtureRosenblatt(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_u, grad_log_det):
         *inputs, weight_sum, log_tail, is_lower, u, log_slope, hazard = ctx.saved_tensors
-        # log du/dz = log p(z) - log phi(u), so its gradient is that of log p plus u times that of
-        # u.
+        # As log du/dz = log p(z) - log phi(u), its gradient is that of log p plus u times that of u.
         grad_u = grad_u + grad_log_det.unsqueeze(-1) * u
         rows = _RowGradients(
             weight_sum, log_tail, is_lower.to(torch.int8), grad_log_det.contiguous(),
@@ -606,25 +580,26 @@ class _MixtureRosenblattInverse(torch.autograd.Function):
         num_components, latent_size = mean.shape
         z = torch.empty_like(u)
 
-        # A component at least this far below the largest (in log weight) is dropped for good. The
-        # first term is what float32 can tell from 0, the second what the least likely u_i of the
-        # position leaves of the tail: in no solve do the dropped ones hold more than K e^-104 <
-        # 1e-35 of the smaller tail, so that F and 1 - F are what they are in float32. In a later
-        # dimension a dropped component matters only if z falls where it is e^104 times as likely
-        # against the kept ones as before: over u ~ N(0, I) its share there is expected to be what
-        # it was (shares are a martingale), and exceeds 1e-8 with a probability below d K 1e-37.
+        # A component at least `reach` below the largest, in log weight, is dropped for good. 104 is
+        # what float32 can tell from 0, and the second term is the smaller tail at the least likely
+        # u_i of the position. So the dropped components hold less than K e^-104 < 1e-35 of the
+        # smaller tail, and F and 1 - F are unchanged in float32.
+        #
+        # In a later dimension a dropped component matters only if z falls where it is e^104 times
+        # more likely, compared with the kept ones, than before. Shares are a martingale over u ~
+        # N(0, I): one that small exceeds 1e-8 with a probability below d K 1e-37.
         reach = 104.0 - normal_tails_reference(-u.abs().amax(-1)).log_cdf
 
         if len(u):
             weight = torch.empty(len(u), num_components, dtype=torch.float64, device=u.device)
             index = torch.empty(len(u), num_components, dtype=torch.int32, device=u.device)
 
+            block_k = min(INVERSE_BLOCK_COMPONENTS, triton.next_power_of_2(num_components))
+
             with torch.cuda.device_of(u):
                 _inverse_kernel[len(u),](
                     u, logits, *_codebook(mean, log_scale, torch.float64), reach, weight, index, z,
-                    num_components, *logits.stride(),
-                    D=latent_size, BLOCK_K=min(INVERSE_BLOCK_COMPONENTS, triton.next_power_of_2(num_components)),
-                    num_warps=8,
+                    num_components, *logits.stride(), D=latent_size, BLOCK_K=block_k, num_warps=8,
                 )  # fmt: skip
 
         ctx.save_for_backward(z, logits, mean, log_scale)
@@ -633,13 +608,12 @@ class _MixtureRosenblattInverse(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_z):
-        # Row by row of the triangular Jacobian, each of which needs all components: left to the
-        # reference.
+        # Back substitution needs all components for each row of the Jacobian: no kernel for that.
         inputs = (x.float() for x in ctx.saved_tensors)
         return tuple(rosenblatt_inverse_backward(*inputs, grad_z))
 
 
-@torch.compiler.disable  # a graph break: nothing inside a kernel is left to a compiler
+@torch.compiler.disable  # a graph break: a compiler has nothing to do inside a kernel
 def mixture_rosenblatt(
     z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor
 ) -> tuple[Tensor, Tensor]:

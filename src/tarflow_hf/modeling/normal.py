@@ -2,8 +2,8 @@
 
 Notation: phi and Phi are the density and the distribution function of N(0, 1). Every function works
 element by element in the dtype of its argument (float32 or float64) and is accurate to a few units
-in the last place. None of them is meant to be differentiated through: the couplings derive their
-gradients by hand.
+in the last place. Only `normal_log_prob` is meant to be differentiated through: the couplings
+derive their gradients by hand.
 """
 
 import math
@@ -17,7 +17,7 @@ LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
 
 def normal_log_prob(x: Tensor) -> Tensor:
-    """Log-density of the standard normal, ``log phi(x)``, in nats. Differentiable.
+    """Log-density of the standard normal, `log phi(x)`, in nats. Differentiable.
 
     Example:
         >>> normal_log_prob(torch.tensor([0.0, 2.0]))
@@ -27,9 +27,7 @@ def normal_log_prob(x: Tensor) -> Tensor:
 
 
 class NormalTails(NamedTuple):
-    """Both tails of the standard normal at x and, with h = phi / Phi, both (reversed) hazards, all
-    in log space.
-    """
+    """Both tails of the standard normal at x, and their hazards, with h = phi / Phi; all as logs."""
 
     log_cdf: Tensor  # log Phi(x)
     log_sf: Tensor  # log Phi(-x)
@@ -38,10 +36,16 @@ class NormalTails(NamedTuple):
 
 
 def normal_tails(x: Tensor) -> NormalTails:
-    """All four at once, which costs little more than one: they share the special functions.
+    """Tails and hazards, all four for little more than the cost of one: they share erfc and erfcx.
 
-    The larger tail is ``log(1 - smaller)`` and the smaller one's hazard forgets the exponential:
-    neither cancels.
+    The larger tail is `log(1 - smaller)`, and in the smaller one's hazard the exponentials cancel
+    exactly, before anything is rounded.
+
+    Args:
+        x: Any shape.
+
+    Returns:
+        Four tensors of the shape of `x`.
 
     Example:
         >>> normal_tails(torch.tensor([0.0, -10.0])).log_cdf
@@ -68,10 +72,9 @@ def normal_tails(x: Tensor) -> NormalTails:
 
 
 def log_reversed_hazard(x: Tensor) -> Tensor:
-    """``log(phi(x) / Phi(x))``, the log of the reversed hazard rate (the inverse Mills ratio at
-    -x).
+    """`log(phi(x) / Phi(x))`, the log of the reversed hazard rate (inverse Mills ratio at -x).
 
-    Close to ``log(-x)`` far to the left and to ``log phi(x)`` far to the right.
+    Close to `log(-x)` far to the left and to `log phi(x)` far to the right.
 
     Example:
         >>> log_reversed_hazard(torch.tensor([-1e8, 0.0]))
@@ -81,25 +84,24 @@ def log_reversed_hazard(x: Tensor) -> Tensor:
 
 
 def ndtri_exp(log_p: Tensor) -> Tensor:
-    """Standard normal quantile of a log-probability, ``Phi^-1(exp(log_p))``, without ever forming
-    ``exp(log_p)``.
+    """Standard normal quantile of a log-probability, `Phi^-1(exp(log_p))`, without `exp(log_p)`.
 
-    Newton's method on ``log Phi``, which is concave and increasing: from any start the iterates
+    Newton's method on `log Phi`, which is concave and increasing: from any start the iterates
     approach the root from the left, quadratically. The start is the asymptotic expansion of the
-    tail, ``x^2 = w - log(w) - log(2 pi)`` with ``w = -2 log_p``, cut at 0. Same function as
-    ``scipy.special.ndtri_exp``.
+    tail, `x^2 = w - log(w) - log(2 pi)` with `w = -2 log_p`, cut at 0. The same function is
+    `scipy.special.ndtri_exp`.
 
     Args:
         log_p: Natural logarithms of probabilities, at most 0.
 
     Returns:
-        Quantiles, shape of ``log_p``; infinite at ``log_p`` of 0 and minus infinity, NaN above 0.
+        Quantiles, shape of `log_p`; infinite at `log_p` of 0 and minus infinity, NaN above 0.
 
     Example:
         >>> ndtri_exp(torch.tensor([-1e4, -1.0, -1e-6]))
         tensor([-141.3798,   -0.3375,    4.7534])
     """
-    # Above one half the other tail is the small one; log(1 - p) from log p without cancellation.
+    # Above one half the other tail is the small one, and expm1 gives log(1 - p) without cancelling.
     is_upper = log_p > -math.log(2)
     log_tail = torch.where(is_upper, torch.log(-torch.expm1(log_p)), log_p)
     w = -2 * log_tail
@@ -113,7 +115,7 @@ def ndtri_exp(log_p: Tensor) -> Tensor:
     return torch.where(is_upper, -x, x)
 
 
-@torch.compiler.disable  # a compiler would unroll the loop: minutes, for a graph of thousands of nodes
+@torch.compiler.disable  # unrolled, the loop is a graph of thousands of nodes: minutes to compile
 def find_root(
     function: Callable[[Tensor], tuple[Tensor, Tensor]],
     lower: Tensor,
@@ -121,25 +123,27 @@ def find_root(
     initial: Tensor,
     tolerance: Tensor,
 ) -> Tensor:
-    """Root of an increasing function in a bracket, element by element: Newton steps, safeguarded by
-    bisection.
+    """Root of an increasing function in a bracket, by Newton steps safeguarded by bisection.
 
-    A Newton step is taken where it stays in the bracket and is at most half as long as the step
-    before, or as the bracket that was halved before; the bracket is halved otherwise. An element
-    rests once its value is within ``tolerance`` or its bracket has no number left inside. To close
-    the bracket, a Newton step too short to move x is made as long as the spacing of numbers there:
-    it crosses the root, or shows that the slope holds nowhere but at x. The number of steps is
-    fixed by the dtype and nothing is read back from the device; only on a CPU, where looking is
-    free, the loop ends when every element rests.
+    Every element takes its own steps:
+
+    - A Newton step, if it stays in the bracket and is at most half as long as the step before, or
+      as the bracket that was halved before. Otherwise the bracket is halved.
+    - A Newton step too short to move x is made as long as the spacing of numbers there. It crosses
+      the root and closes the bracket, or shows that the slope holds nowhere but at x.
+    - None, once its value is within `tolerance` or its bracket has no number left inside.
+
+    The most steps are fixed by the dtype, and nothing is read back from the device. Only on a CPU,
+    where looking is free, the loop ends when every element rests.
 
     Args:
-        function: Maps x to ``(value, log of the derivative)``; its root is where the value is 0.
-        lower, upper: The bracket, ``value(lower) <= 0 <= value(upper)``.
-        initial: Where to start, inside the bracket.
-        tolerance: An absolute value of the function taken for 0: its rounding error.
+        function: Maps x to `(value, log of the derivative)`; its root is where the value is 0.
+        lower, upper: The bracket, `value(lower) <= 0 <= value(upper)`.
+        initial: The start, inside the bracket.
+        tolerance: An absolute value of the function that counts as 0: its rounding error.
 
     Returns:
-        The roots, shape of ``initial``.
+        The roots, shape of `initial`.
 
     Example:
         >>> cube = lambda x: (x**3 - 8, torch.log(3 * x**2))
@@ -147,7 +151,8 @@ def find_root(
         >>> find_root(cube, torch.zeros(2), torch.full((2,), 9.0), start, torch.full((2,), 1e-6))
         tensor([2., 2.])
     """
-    x, last_step = initial, upper - lower
+    x = initial
+    last_step = upper - lower
     eps = torch.finfo(x.dtype).eps
     done = torch.zeros_like(x, dtype=torch.bool)
 

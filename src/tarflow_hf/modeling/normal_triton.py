@@ -1,11 +1,10 @@
-"""The standard normal in log space for Triton kernels: `normal.py` in float32, of exp, log and
-polynomials alone.
+"""`normal.py` for Triton kernels: the standard normal in log space, and the Newton step, in float32.
 
-Triton's own special functions come from a library of the GPU's maker, which its interpreter does
-not have.
+Only exp, log and polynomials. Triton's own special functions come from a library of the GPU's
+maker, which its interpreter does not have.
 """
 
-try:  # everything that needs triton stands in here: a checkpoint must load where there is none
+try:  # everything that needs triton is in here: a checkpoint must load without it
     import triton
     import triton.language as tl
 
@@ -14,21 +13,20 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
         """exp(x) to 2 units in the last place, however large x is.
 
         `tl.exp` on a GPU is 2^(x log2(e)) with that product rounded: at x = -20 it has lost 4 bits.
-        Here the integer part of the product is split off first. For factors that are used as they
-        are; in a sum of exponentials whose largest is 1, `tl.exp` is as good.
+        Here the integer part of the product is split off first. This is for factors that are used
+        as they are. In a sum of exponentials whose largest is 1, `tl.exp` is as good.
         """
         x = tl.minimum(tl.maximum(x, -104.0), 89.0)
         n = tl.floor(x * 1.4426950408889634 + 0.5)
-        rest = (
-            x - n * 0.693145751953125
-        ) - n * 1.428606765330187e-06  # log(2) in two parts: the first product is exact
+
+        # log(2) in two parts, of which the first makes an exact product.
+        rest = (x - n * 0.693145751953125) - n * 1.428606765330187e-06
 
         return tl.exp(rest) * tl.exp2(n)
 
     @triton.jit
     def log1p(x):
-        # Exact in the last places where x is small: log(u) x / (u - 1) with u = 1 + x as rounded
-        # (Kahan).
+        # Kahan's, exact for small x, too: log(u) x / (u - 1), with u = 1 + x as rounded.
         u = 1.0 + x
         return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
@@ -36,9 +34,9 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
     def log_half_erfcx(a):
         """log(erfcx(a) / 2), a >= 0, to 2 units in the last place of erfcx.
 
-        (1 + 2 a) erfcx(a) is smooth in t = (a - 2) / (a + 2), which maps [0, inf) to [-1, 1): a
-        Chebyshev fit of degree 12, written as a polynomial. The idea is that of Shepherd &
-        Laframboise, Mathematics of Computation 36, 1981.
+        (1 + 2 a) erfcx(a) is smooth in t = (a - 2) / (a + 2), which maps [0, inf) to [-1, 1). It is
+        a Chebyshev fit of degree 12, written as a polynomial, after Shepherd & Laframboise,
+        Mathematics of Computation 36, 1981.
         """
         t = (a - 2.0) / (a + 2.0)
         p = -2.025598951149732e-05 * t + 6.336945807561278e-05
@@ -58,9 +56,7 @@ try:  # everything that needs triton stands in here: a checkpoint must load wher
 
     @triton.jit
     def normal_tails(x):
-        """log Phi(x), log Phi(-x), log h(x), log h(-x), with h = phi / Phi: `normal_tails` of
-        `normal.py`.
-        """
+        """log Phi(x), log Phi(-x), log h(x) and log h(-x), as `normal_tails` of `normal.py`."""
         log_sqrt_2pi = 0.9189385332046727
         half_square = 0.5 * x * x
         log_factor = log_half_erfcx(tl.abs(x) * 0.7071067811865476)
@@ -115,6 +111,6 @@ except ImportError:
     triton = exact_exp = log1p = log_half_erfcx = lower_quantile = newton_step = None
     normal_tails = None
 
-# Without a GPU the kernels run in Triton's interpreter, which TRITON_INTERPRET=1 asks for before
-# they are defined.
+# With TRITON_INTERPRET=1, set before this file is imported, the kernels run in Triton's interpreter
+# and need no GPU.
 IS_INTERPRETED = type(normal_tails).__name__ == "InterpretedFunction"
