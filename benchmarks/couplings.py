@@ -1,24 +1,26 @@
-"""The couplings' speed, memory and share of the memory's bandwidth, side by side in one run.
+"""The couplings' speed, memory and share of the memory's bandwidth, measured in one run.
 
     python benchmarks/couplings.py                                    # on a CPU: small shapes, no kernels
     python benchmarks/couplings.py --output benchmarks/results/couplings.jsonl        # on a GPU: the real ones
 
-Implementations: the reference in eager PyTorch, the same under torch.compile, the Triton kernels
-(on a GPU), and for the log-density over a vocabulary what libraries offer nearest to it, a fused
-linear cross-entropy of the same shape. An implementation whose results differ from the reference in
-float64 by more than its precision allows gets no time.
+Implementations: plain PyTorch (the reference), eager and under torch.compile, and the Triton kernels
+(on a GPU). For the log-density over a vocabulary also the nearest that libraries offer, a fused
+linear cross-entropy of the same shape. An implementation gets no time if its results differ from the
+reference in float64 by more than its precision allows.
 
-GB/s counts what has to move once: arguments and results, for the backward pass also cotangents and
-gradients.
+GB/s counts what has to move once: arguments and results, and in the backward pass also cotangents
+and gradients.
 """
 
 import argparse
 import importlib.util
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,17 @@ from tarflow_hf.modeling import coupling
 from tarflow_hf.modeling.coupling_torch import AutoregressiveNetwork
 
 CHECKED_ROWS = 16
+COLUMNS = {
+    "op": 22,
+    "shape": 34,
+    "implementation": 35,
+    "difference": 10,
+    "forward_ms": 10,
+    "backward_ms": 11,
+    "peak_MB": 8,
+    "GBps": 8,
+    "share": 5,
+}
 
 
 @dataclass
@@ -36,94 +49,93 @@ class Case:
     """An op at a shape."""
 
     name: str
+    op: Callable  # takes the arguments and `implementation`
     shape: dict[str, int]
     arguments: list[Tensor]
-    op: Callable  # of the arguments and `implementation`
-    num_shared: int  # of the arguments, the last ones, which are not of rows
-    differentiable: tuple[int, ...]  # arguments that get gradients
-    is_compiled: bool = False  # whether torch.compile of the reference takes part
+    num_shared: int = 0  # the last arguments, which have no rows
+    differentiable: tuple[int, ...] = ()  # arguments that get gradients
+    is_compiled: bool = False  # also under torch.compile
     tolerance: float = 2e-5
 
 
+# ------------------------------------------------------------------------------- what is measured
+
+
+class Draw:
+    """Draws the arguments of the cases, always the same, at small or at real shapes."""
+
+    def __init__(self, device: str, is_full: bool):
+        self.device = device
+        self.is_full = is_full
+        self.half = torch.bfloat16 if is_full else torch.float32
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        numbers = torch.randn(shape, generator=self.generator, device=self.device)
+        return (scale * numbers).to(dtype)
+
+
 def cases(device: str, is_full: bool) -> list[Case]:
-    generator = torch.Generator(device).manual_seed(0)
-    half = torch.bfloat16 if is_full else torch.float32
+    draw = Draw(device, is_full)
+    return mixture_cdf_cases(draw) + rosenblatt_cases(draw) + [autoregressive_case(draw)]
 
-    def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-        return (scale * torch.randn(shape, generator=generator, device=device)).to(dtype)
 
-    n, k = (131_072, 64) if is_full else (4_096, 16)
-    mixture = [normal(n), *(normal(n, k, scale=scale, dtype=half) for scale in (1.0, 1.0, 0.3))]
-    shape = {"N": n, "K": k}
-    found = [
-        Case(
-            "mixture_cdf", shape, mixture, coupling.mixture_cdf, 0, (0, 1, 2, 3), is_compiled=True
-        ),
-        Case(
-            "mixture_cdf_log_prob",
-            shape,
-            mixture,
-            coupling.mixture_cdf_log_prob,
-            0,
-            (0, 1, 2, 3),
-            True,
-        ),
-        Case(
-            "mixture_cdf_inverse",
-            shape,
-            mixture,
-            coupling.mixture_cdf_inverse,
-            0,
-            (),
-            tolerance=1e-3,
-        ),
+def mixture_cdf_cases(draw: Draw) -> list[Case]:
+    n, k = (131_072, 64) if draw.is_full else (4_096, 16)
+    parameters = (draw.normal(n, k, scale=scale, dtype=draw.half) for scale in (1.0, 1.0, 0.3))
+    of = {"shape": {"N": n, "K": k}, "arguments": [draw.normal(n), *parameters]}
+    trained = {"differentiable": (0, 1, 2, 3), "is_compiled": True}
+
+    return [
+        Case("mixture_cdf", coupling.mixture_cdf, **of, **trained),
+        Case("mixture_cdf_log_prob", coupling.mixture_cdf_log_prob, **of, **trained),
+        Case("mixture_cdf_inverse", coupling.mixture_cdf_inverse, **of, tolerance=1e-3),
     ]
 
-    n, w, k, d = (8_192, 768, 50_257, 16) if is_full else (64, 64, 2_000, 8)
-    z, hidden = normal(n, d), normal(n, w, dtype=half)
-    output = [normal(k, w, scale=1 / math.sqrt(w), dtype=half), normal(k, scale=0.1)]
-    codebook = [normal(k, d), normal(k, scale=0.1) - 1]
-    linear, shape = [z, hidden, *output, *codebook], {"N": n, "w": w, "V": k, "d": d}
-    every = (0, 1, 2, 3, 4, 5)
 
-    # The product with the hidden states is rounded to bfloat16 in neither: what differs is the
-    # order of its sums.
-    found += [
-        Case(
-            "linear log_prob",
-            shape,
-            linear,
-            coupling.linear_mixture_rosenblatt_log_prob,
-            4,
-            every,
-            tolerance=1e-3,
-        ),
-        Case(
-            "linear transform",
-            shape,
-            linear,
-            coupling.linear_mixture_rosenblatt,
-            4,
-            every,
-            tolerance=1e-3,
-        ),
+def rosenblatt_cases(draw: Draw) -> list[Case]:
+    n, w, k, d = (8_192, 768, 50_257, 16) if draw.is_full else (64, 64, 2_000, 8)
+    z, hidden = draw.normal(n, d), draw.normal(n, w, dtype=draw.half)
+    weight = draw.normal(k, w, scale=1 / math.sqrt(w), dtype=draw.half)
+    bias = draw.normal(k, scale=0.1)
+    codebook = [draw.normal(k, d), draw.normal(k, scale=0.1) - 1]
+
+    # Neither rounds the product with the hidden states to bfloat16. They differ in the order of its
+    # sums.
+    linear = {
+        "shape": {"N": n, "w": w, "V": k, "d": d},
+        "arguments": [z, hidden, weight, bias, *codebook],
+        "num_shared": 4,
+        "differentiable": (0, 1, 2, 3, 4, 5),
+        "tolerance": 1e-3,
+    }
+    uniform = torch.zeros((), device=draw.device).expand(n, k)
+    total = {
+        "shape": linear["shape"],
+        "arguments": [z, uniform, *codebook],
+        "num_shared": 2,
+        "differentiable": (0, 2, 3),
+    }
+
+    n = 64 if draw.is_full else 8
+    inverse = {
+        "shape": {"N": n, "V": k, "d": d},
+        "arguments": [draw.normal(n, d), draw.normal(n, k, scale=2.0), *codebook],
+        "num_shared": 2,
+        "tolerance": 1e-3,
+    }
+
+    return [
+        Case("linear log_prob", coupling.linear_mixture_rosenblatt_log_prob, **linear),
+        Case("linear transform", coupling.linear_mixture_rosenblatt, **linear),
+        Case("decoder's log_total", coupling.mixture_rosenblatt_log_prob, **total),
+        Case("inverse", coupling.mixture_rosenblatt_inverse, **inverse),
     ]
-    uniform = torch.zeros((), device=device).expand(n, k)
-    total = [z, uniform, *codebook]
-    found.append(
-        Case(
-            "decoder's log_total", shape, total, coupling.mixture_rosenblatt_log_prob, 2, (0, 2, 3)
-        )
-    )
 
-    n = 64 if is_full else 8
-    inverse = [normal(n, d), normal(n, k, scale=2.0), *codebook]
-    shape = {"N": n, "V": k, "d": d}
-    found.append(
-        Case("inverse", shape, inverse, coupling.mixture_rosenblatt_inverse, 2, (), tolerance=1e-3)
-    )
 
-    size, k, h = (16, 64, 64) if is_full else (8, 8, 16)
+def autoregressive_case(draw: Draw) -> Case:
+    n = 64 if draw.is_full else 8
+    size, k, h = (16, 64, 64) if draw.is_full else (8, 8, 16)
     e = 2 * h * 9 // 16 // (size - 1)
     shapes = [
         (size - 1, e, 3),
@@ -132,14 +144,16 @@ def cases(device: str, is_full: bool) -> list[Case]:
         (size, 3 * k, h),
         (size, 3 * k),
     ]
-    weights = [normal(*x, scale=0.2) for x in shapes]
-    head = [normal(n, size), normal(n, size, h), *weights]
-    shape = {"N": n, "D": size, "K": k, "H": h}
-    found.append(
-        Case("autoregressive inverse", shape, head, autoregressive_inverse, 5, (), tolerance=1e-3)
-    )
+    weights = [draw.normal(*shape, scale=0.2) for shape in shapes]
 
-    return found
+    return Case(
+        "autoregressive inverse",
+        autoregressive_inverse,
+        shape={"N": n, "D": size, "K": k, "H": h},
+        arguments=[draw.normal(n, size), draw.normal(n, size, h), *weights],
+        num_shared=len(weights),
+        tolerance=1e-3,
+    )
 
 
 def autoregressive_inverse(
@@ -152,9 +166,7 @@ def autoregressive_inverse(
 
 
 def cross_entropies(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]]:
-    """Fused linear cross-entropies (n,) of (hidden, weight, bias, target), by library, where they
-    are installed.
-    """
+    """Linear cross-entropies of (hidden, weight, bias, target), by library, if it is installed."""
     found = {
         "library: linear, then cross_entropy": lambda h, w, b, t: F.cross_entropy(
             F.linear(h, w, b.to(h.dtype)), t
@@ -184,28 +196,43 @@ def cross_entropies(device: str) -> dict[str, Callable[[Tensor, Tensor, Tensor, 
     return found
 
 
-# ------------------------------------------------------------------------------------ how it is run
+# --------------------------------------------------------------------------------- how it is measured
 
 
-def rows_of(case: Case, count: int) -> list[Tensor]:
-    num_rows = len(case.arguments) - case.num_shared
-    return [x[:count] if i < num_rows else x for i, x in enumerate(case.arguments)]
+def implementations(case: Case, device: str) -> dict[str, Callable]:
+    found = {"eager": partial(case.op, implementation="reference")}
+    if case.is_compiled:
+        found["torch.compile"] = torch.compile(found["eager"])
+    if device != "cpu":
+        found["triton"] = partial(case.op, implementation="triton")
+
+    return found
 
 
 def difference(case: Case, run: Callable) -> float:
-    """The largest difference from the reference in float64, relative to 1 + its value, over some
-    rows.
+    """The largest difference from the reference in float64, relative to 1 + its value.
+
+    Over the first CHECKED_ROWS rows.
     """
-    arguments = rows_of(case, CHECKED_ROWS)
+    num_with_rows = len(case.arguments) - case.num_shared
+    with_rows = case.arguments[:num_with_rows]
+    arguments = [x[:CHECKED_ROWS] for x in with_rows] + case.arguments[num_with_rows:]
+
     expected = case.op(*(x.double() for x in arguments), implementation="reference")
     actual = run(*arguments)
     if not isinstance(expected, tuple):
         expected, actual = (expected,), (actual,)
 
-    pairs = zip(actual, expected, strict=True)
-    return max(
-        ((a.double() - e).abs() / (1 + e.abs())).max().nan_to_num(math.inf).item() for a, e in pairs
-    )
+    differences = [
+        (a.double() - e).abs() / (1 + e.abs()) for a, e in zip(actual, expected, strict=True)
+    ]
+    return max(x.max().nan_to_num(math.inf).item() for x in differences)
+
+
+class Cost(NamedTuple):
+    forward_ms: float
+    backward_ms: float | None  # None without gradients
+    peak_MB: float | None  # beyond what was there before; None on a CPU
 
 
 def measure(
@@ -214,10 +241,8 @@ def measure(
     differentiable: tuple[int, ...],
     device: str,
     budget: float,
-):
-    """Milliseconds of the forward pass and of the backward pass, and the peak memory in MB beyond
-    what was there.
-    """
+) -> Cost:
+    """Medians over some `budget` seconds for each of the forward pass and both passes."""
     leaves = [x.detach().requires_grad_(i in differentiable) for i, x in enumerate(arguments)]
     targets = [leaf for leaf in leaves if leaf.requires_grad]
 
@@ -230,126 +255,127 @@ def measure(
         out = out if isinstance(out, tuple) else (out,)
         return torch.autograd.grad(out, targets, [torch.ones_like(x) for x in out])
 
-    def median(step: Callable) -> float:
+    def median_ms(step: Callable) -> float:
         step()
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
 
         first = seconds(step, device)
-        times = sorted(
-            [first]
-            + [seconds(step, device) for _ in range(min(20, int(budget / max(first, 1e-6))))]
-        )
+        repeats = min(20, int(budget / max(first, 1e-6)))
+        times = [first, *(seconds(step, device) for _ in range(repeats))]
 
-        return 1e3 * times[len(times) // 2]
+        return 1e3 * statistics.median_high(times)
 
     before = torch.cuda.memory_allocated() if device != "cpu" else 0
-    forward_ms = median(forward)
-    both_ms = median(both) if targets else None
+    forward_ms = median_ms(forward)
+    backward_ms = median_ms(both) - forward_ms if targets else None
     peak = (torch.cuda.max_memory_allocated() - before) / 1e6 if device != "cpu" else None
 
-    return forward_ms, None if both_ms is None else both_ms - forward_ms, peak
+    return Cost(forward_ms, backward_ms, peak)
 
 
 def num_bytes(case: Case) -> tuple[int, int]:
     """Bytes that the forward and the backward pass must move: arguments and results, once."""
-    arguments = sum(
-        x.untyped_storage().nbytes() for x in case.arguments
-    )  # an expanded tensor is read as it is stored
-    results = sum(x.nbytes for x in case.arguments[:1])
+    # An expanded tensor is read as it is stored.
+    arguments = sum(x.untyped_storage().nbytes() for x in case.arguments)
+    results = case.arguments[0].nbytes
     gradients = sum(case.arguments[i].nbytes for i in case.differentiable)
 
     return arguments + 2 * results, arguments + 2 * results + gradients
 
 
-def main():
+def case_row(
+    case: Case, implementation: str, run: Callable, device: str, budget: float, ceiling: float
+) -> dict:
+    """The row of one implementation; without times if its results differ."""
+    row = {
+        **dict.fromkeys(COLUMNS),
+        "op": case.name,
+        "shape": as_shape(case),
+        "implementation": implementation,
+        "dtype": as_dtype(case.arguments[1]),
+        "copy_GBps": ceiling / 1e9,
+    }
+    error = difference(case, run)
+    row["difference"] = f"{error:.0e}"
+    if not error <= case.tolerance:
+        row["implementation"] += ": DIFFERS"
+        return row
+
+    cost = measure(run, case.arguments, case.differentiable, device, budget)
+    forward_bytes, backward_bytes = num_bytes(case)
+    if cost.backward_ms is None:
+        speed = 1e3 * forward_bytes / cost.forward_ms
+    else:
+        speed = 1e3 * (forward_bytes + backward_bytes) / (cost.forward_ms + cost.backward_ms)
+
+    return {
+        **row,
+        **cost._asdict(),
+        "GBps": speed / 1e9,
+        "share": speed / ceiling,
+        "forward_GBps": forward_bytes / cost.forward_ms / 1e6,
+    }
+
+
+def cross_entropy_rows(case: Case, device: str, budget: float) -> list[dict]:
+    """The rows of libraries' cross-entropies, at the shape of this case of `linear_...`."""
+    _, hidden, weight, bias, *_ = case.arguments
+    target = torch.randint(len(weight), (len(hidden),), device=device)
+    rows = []
+
+    for library, run in cross_entropies(device).items():
+        row = {
+            **dict.fromkeys(COLUMNS),
+            "op": "(cross-entropy)",
+            "shape": as_shape(case),
+            "implementation": library,
+            "dtype": as_dtype(hidden),
+        }
+        cost = measure(run, [hidden, weight, bias, target], (0, 1), device, budget)
+        rows.append(row | cost._asdict())
+
+    return rows
+
+
+def as_shape(case: Case) -> str:
+    return " ".join(f"{name}={value}" for name, value in case.shape.items())
+
+
+def as_dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--full", action="store_true", help="the real shapes on a CPU, too")
-    parser.add_argument("--only", help="ops whose name contains this")
-    parser.add_argument(
-        "--seconds", type=float, default=2.0, help="spent on each measurement, about"
-    )
+    parser.add_argument("--only", default="", help="ops whose name contains this")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement, about")
     parser.add_argument("--output", type=Path, help="file to append the rows to, as JSON lines")
-    arguments = parser.parse_args()
-    device, is_full = arguments.device, arguments.full or arguments.device != "cpu"
-    table = Results(device, arguments.output)
+    return parser.parse_args()
+
+
+def main():
+    arguments = parse_arguments()
+    device, budget = arguments.device, arguments.seconds
+    results = Results(device, arguments.output)
     ceiling = copy_bandwidth(device)
     print(f"Copy bandwidth: {ceiling / 1e9:,.1f} GB/s")
-    table.title(
-        op=22,
-        shape=34,
-        implementation=35,
-        difference=10,
-        forward_ms=10,
-        backward_ms=11,
-        peak_MB=8,
-        GBps=8,
-        share=5,
-    )
+    results.title(**COLUMNS)
 
-    for case in cases(device, is_full):
-        if arguments.only and arguments.only not in case.name:
+    for case in cases(device, is_full=arguments.full or device != "cpu"):
+        if arguments.only not in case.name:
             continue
 
-        runs = {"eager": partial(case.op, implementation="reference")}
-        if case.is_compiled:
-            runs["torch.compile"] = torch.compile(runs["eager"])
-
-        if device != "cpu":
-            runs["triton"] = partial(case.op, implementation="triton")
-
-        shape = " ".join(f"{name}={value}" for name, value in case.shape.items())
-        for name, run in runs.items():
-            row = {
-                "op": case.name,
-                "shape": shape,
-                "implementation": name,
-                "copy_GBps": ceiling / 1e9,
-            }
-            row |= dict.fromkeys(("forward_ms", "backward_ms", "peak_MB", "GBps", "share"))
-            row["dtype"] = str(case.arguments[1].dtype).removeprefix("torch.")
-            error = difference(case, run)
-            row["difference"] = f"{error:.0e}"
-
-            if error <= case.tolerance:
-                forward_ms, backward_ms, peak = measure(
-                    run, case.arguments, case.differentiable, device, arguments.seconds
-                )
-                forward_bytes, backward_bytes = num_bytes(case)
-                moved = forward_bytes + (0 if backward_ms is None else backward_bytes)
-                speed = moved / (1e-3 * (forward_ms + (backward_ms or 0.0)))
-                row |= {"forward_ms": forward_ms, "backward_ms": backward_ms, "peak_MB": peak}
-                row |= {
-                    "GBps": speed / 1e9,
-                    "share": speed / ceiling,
-                    "forward_GBps": forward_bytes / forward_ms / 1e6,
-                }
-            else:
-                row["implementation"] += ": DIFFERS"
-
-            table.row(**row)
+        for name, run in implementations(case, device).items():
+            results.row(**case_row(case, name, run, device, budget, ceiling))
 
         if case.name == "linear log_prob":
-            _, hidden, weight, bias, *_ = case.arguments
-            target = torch.randint(len(weight), (len(hidden),), device=device)
-
-            for name, run in cross_entropies(device).items():
-                times = measure(
-                    run, [hidden, weight, bias, target], (0, 1), device, arguments.seconds
-                )
-                row = {
-                    "op": "(cross-entropy)",
-                    "shape": shape,
-                    "implementation": name,
-                    "difference": None,
-                }
-                row |= dict(zip(("forward_ms", "backward_ms", "peak_MB"), times, strict=True))
-                table.row(
-                    **row, dtype=str(hidden.dtype).removeprefix("torch."), GBps=None, share=None
-                )
+            for row in cross_entropy_rows(case, device, budget):
+                results.row(**row)
 
 
 if __name__ == "__main__":
