@@ -121,7 +121,7 @@ def density(z: Tensor) -> Tensor:
 
 
 def draw_couplings():
-    """What an affine coupling and Mix-1 make of one dimension, and Mix-d of two."""
+    """An affine coupling and Mix-1 applied to one dimension, and Mix-d to two."""
     z = torch.linspace(-3, 4.2, 250)
     figure, (first, second, third) = plt.subplots(1, 3, figsize=(9.5, 3.2), layout="constrained")
 

@@ -7,7 +7,7 @@ import pytest
 
 from helpers import ROOT
 
-FOLDERS = ("src", "examples", "benchmarks", "tests", "model_cards", "metrics")
+FOLDERS = ("src", "examples", "benchmarks", "tests", "docs", "model_cards", "metrics")
 FILES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for folder in FOLDERS
