@@ -185,40 +185,36 @@ def print_memory(arguments: argparse.Namespace) -> None:
     print(json.dumps({"bytes": peak_resident_memory() - before}))
 
 
-def main():
-    arguments = parse_arguments()
-    if arguments.memory_of:
-        print_memory(arguments)
-        return
+def memory_of_steps(arguments: argparse.Namespace, steps: dict[str, Step]) -> dict[str, float]:
+    """The peak in bytes by model; on a CPU of processes of their own, and there not with --quick."""
+    is_gpu = torch.device(arguments.device).type == "cuda"
+    if is_gpu or arguments.quick or sys.platform != "linux":
+        return {name: max(step.memory) for name, step in steps.items() if step.memory}
 
-    device = torch.device(arguments.device)
-    steps, input_ids, config = make_steps(arguments, device)
+    memory = {}
+    for model in MODELS:
+        command = __file__, *sys.argv[1:], "--memory_of", model
+        runs = [output_of_own_process(*command)["bytes"] for _ in range(5)]
+        memory[model] = statistics.median(runs)
+
+    return memory
+
+
+def make_rows(
+    arguments: argparse.Namespace,
+    steps: dict[str, Step],
+    input_ids: torch.Tensor,
+    config: TarFlowLMConfig,
+) -> list[dict]:
     num_tokens = input_ids.shape[1]
-
-    for round_ in range(arguments.warmup + arguments.rounds):
-        for step in steps.values():
-            step.take(input_ids)
-            if round_ < arguments.warmup:
-                step.seconds.clear()
-                step.memory.clear()
-
-    is_gpu = device.type == "cuda"
-    peak = peak_flops(device, {"bfloat16": "bf16"}.get(arguments.dtype))
-    memory = {name: max(step.memory) for name, step in steps.items() if step.memory}
-
-    if not is_gpu and not arguments.quick and sys.platform == "linux":
-        for model in MODELS:
-            command = __file__, *sys.argv[1:], "--memory_of", model
-            memory[model] = statistics.median(
-                output_of_own_process(*command)["bytes"] for _ in range(5)
-            )
-
+    peak = peak_flops(input_ids.device, {"bfloat16": "bf16"}.get(arguments.dtype))
+    memory = memory_of_steps(arguments, steps)
     rows = []
+
     for name, step in steps.items():
         seconds = statistics.median(step.seconds)
-        flops = (
-            training_flops(step.model, num_tokens, step.num_flows) * arguments.batch_size / seconds
-        )
+        flops = training_flops(step.model, num_tokens, step.num_flows)
+        flops_per_second = flops * arguments.batch_size / seconds
         rows.append({
             "model": name,
             "recipe": arguments.recipe,
@@ -235,18 +231,22 @@ def main():
             "seconds": seconds,
             "seconds_of_rounds": step.seconds,
             "tokens_per_second": input_ids.numel() / seconds,
-            "flops_per_second": flops,
-            "model_flops_utilization": flops / peak if peak else None,
+            "flops_per_second": flops_per_second,
+            "model_flops_utilization": flops_per_second / peak if peak else None,
             "peak_memory_gib": memory[name] / 2**30 if name in memory else None,
             **facts(arguments.device),
         })  # fmt: skip
 
+    return rows
+
+
+def print_rows(arguments: argparse.Namespace, rows: list[dict]) -> None:
+    first = rows[0]
     print(
-        f"{arguments.recipe}, {config.num_hidden_layers} layers of width {config.hidden_size}, V = {config.vocab_size}"
+        f"{first['recipe']}, {first['layers']} layers of width {first['width']}, V = {first['vocab_size']}"
     )
-    print(
-        f"batch {arguments.batch_size} x {num_tokens} tokens, {arguments.dtype}, {device_name(arguments.device)}\n"
-    )
+    batch = f"batch {first['batch_size']} x {first['num_tokens']} tokens, {first['dtype']}"
+    print(f"{batch}, {device_name(arguments.device)}\n")
     print("| model | parameters | ms/step | tokens/s | FLOP/s | utilisation | peak memory, GiB |")
     print("|---|---|---|---|---|---|---|")
 
@@ -259,15 +259,31 @@ def main():
         )
 
     flow, library = rows
-    print(
-        f"\ntokens/s of TarFlowLM / Llama: {flow['tokens_per_second'] / library['tokens_per_second']:.3f}",
-        end="",
-    )
-    print(
-        f"; peak memory: {flow['peak_memory_gib'] / library['peak_memory_gib']:.3f}"
-        if memory
-        else ""
-    )
+    ratio = flow["tokens_per_second"] / library["tokens_per_second"]
+    text = f"tokens/s of TarFlowLM / Llama: {ratio:.3f}"
+    if flow["peak_memory_gib"] is not None:
+        text += f"; peak memory: {flow['peak_memory_gib'] / library['peak_memory_gib']:.3f}"
+
+    print(f"\n{text}")
+
+
+def main():
+    arguments = parse_arguments()
+    if arguments.memory_of:
+        print_memory(arguments)
+        return
+
+    steps, input_ids, config = make_steps(arguments, torch.device(arguments.device))
+
+    for round_ in range(arguments.warmup + arguments.rounds):
+        for step in steps.values():
+            step.take(input_ids)
+            if round_ < arguments.warmup:
+                step.seconds.clear()
+                step.memory.clear()
+
+    rows = make_rows(arguments, steps, input_ids, config)
+    print_rows(arguments, rows)
 
     if arguments.output:
         with arguments.output.open("a") as file:

@@ -17,6 +17,18 @@ def benchmark(name: str, *arguments: str, capsys, monkeypatch) -> str:
     return script(f"../benchmarks/{name}", *arguments, capsys=capsys, monkeypatch=monkeypatch)
 
 
+def test_benchmark_of_couplings(tmp_path, capsys, monkeypatch):
+    options = ["--only", "linear log_prob", "--seconds", "0", "--device", "cpu"]
+    options += ["--output", str(tmp_path / "rows.jsonl")]
+    benchmark("couplings.py", *options, capsys=capsys, monkeypatch=monkeypatch)
+    ours, *libraries = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert ours["implementation"] == "eager" and float(ours["difference"]) <= 1e-3
+    assert ours["share"] == pytest.approx(ours["GBps"] / ours["copy_GBps"])
+    assert ours["backward_ms"] > 0
+    assert libraries and {row["op"] for row in libraries} == {"(cross-entropy)"}
+    assert {row["shape"] for row in libraries} == {ours["shape"]}
+
+
 def test_benchmark_of_training(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # whose measure.py it imports
     run = partial(benchmark, "training.py", capsys=capsys, monkeypatch=monkeypatch)

@@ -7,6 +7,7 @@ import pytest
 
 from helpers import ROOT
 
+SOURCE = ROOT / "src" / "tarflow_hf"
 FOLDERS = ("src", "examples", "benchmarks", "tests", "docs", "model_cards", "metrics")
 FILES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
@@ -20,6 +21,9 @@ IMPORTS = (ast.Import, ast.ImportFrom)
 
 # Instead: "Returns the number of ...". A docstring begins with the thing or with what it does.
 VAGUE = {"Of", "What", "Whether", "Where", "How"}
+
+LONGEST_BODY = 60
+EXCEPTIONS: dict[str, str] = {}  # file:function, and why it is longer
 
 
 def nodes_of(folder, *kinds):
@@ -35,11 +39,27 @@ def body_of(function):
     return statements[0].lineno, statements[-1].end_lineno
 
 
+def is_kernel(function):
+    return any("triton.jit" in ast.unparse(each) for each in function.decorator_list)
+
+
 @pytest.mark.parametrize("folder", FOLDERS[1:])
 def test_docstrings_begin_with_the_thing_or_the_verb(folder):
     documented = nodes_of(folder, ast.Module, ast.ClassDef, *FUNCTIONS)
     docstrings = [(file, ast.get_docstring(node) or "-") for file, node in documented]
     assert [each for each in docstrings if each[1].split()[0].strip(",:") in VAGUE] == []
+
+
+def test_no_body_is_longer_than_a_screen():
+    """Kernels apart: a program of the GPU is one piece."""
+    long = {}
+    for file, function in (each for folder in FOLDERS[1:] for each in nodes_of(folder, *FUNCTIONS)):
+        first, last = body_of(function)
+        if last - first + 1 > LONGEST_BODY and not is_kernel(function):
+            long[f"{file}:{function.name}"] = last - first + 1
+
+    assert long.keys() == EXCEPTIONS.keys(), long
+    assert len(EXCEPTIONS) <= 2
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -55,6 +75,12 @@ def test_lines_are_short_and_bodies_have_room(folder):
     }
     num_blank = sum(not lines[file][number - 1].strip() for file, number in bodies)
     assert num_blank >= 0.05 * len(bodies)
+
+
+def test_the_hall_is_no_heap():
+    """The package has at most 10 modules beside its folders."""
+    modules = {path.stem for path in SOURCE.glob("*.py")} - {"__init__"}
+    assert len(modules) <= 10, sorted(modules)
 
 
 def modules_of(node):
