@@ -190,7 +190,7 @@ def _num_parameters(config: TarFlowLMConfig) -> int:
 
 
 def _prompts(config: TarFlowLMConfig) -> str:
-    """How well `generate` continues prompts and fills gaps."""
+    """Returns the sentences on how `generate` continues prompts and fills gaps."""
     if config.conditional:
         return (
             "It was made to be told some of the tokens: `generate` continues prompts and fills gaps (`infill_mask`)\n"

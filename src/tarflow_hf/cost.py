@@ -1,4 +1,4 @@
-"""How fast a run could be, and how much of that it is: FLOPs, the devices' peaks, memory."""
+"""FLOPs of a model, the peak speeds of devices, and memory."""
 
 import sys
 

@@ -360,13 +360,14 @@ class PackedTokens(Dataset):
 
     @property
     def characters_per_token(self) -> float:
-        """What bits per token are divided by to get bits per character."""
+        """The mean number of characters in a token: bits per token / this = bits per character."""
         return self.num_characters / len(self.tokens)
 
     @property
     def tokens_per_word(self) -> float | None:
-        """The power to which the perplexity per token is raised to get that per word; None where
-        there is no word.
+        """The mean number of tokens in a word; None if there is no word.
+
+        Perplexity per word = perplexity per token to the power of this.
         """
         return len(self.tokens) / self.num_words if self.num_words else None
 
@@ -438,9 +439,7 @@ class StreamingPackedTokens(IterableDataset):
         self._handed_out = self._skip = state["blocks"]
 
     def has_blocks(self, num_blocks: int) -> bool:
-        """Whether there are this many blocks; reads that many from the beginning, and changes
-        nothing.
-        """
+        """True if there are this many blocks. Reads that many from the beginning."""
         return sum(1 for _ in islice(self._blocks(), num_blocks)) == num_blocks
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -573,7 +572,7 @@ def _pieces(documents: Iterable[str], encode: Callable) -> Iterator[tuple[str, b
 
 
 def _piece_end(text: str, start: int, encode: Callable) -> int:
-    """Where the piece of `text` that begins at `start` may end without a change of tokens.
+    """The end of the piece of `text` that begins at `start`, chosen so that no token changes.
 
     Most tokenizers split before a space anyway. But text8's rules merge it with a full stop before
     it, and some SentencePiece tokenizers add a space to the front of each piece. So the tokenizer

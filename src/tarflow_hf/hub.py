@@ -1,5 +1,4 @@
-"""Publishing: a model with its code, tokenizer and card in one commit to the Hub, which is then
-loaded back.
+"""Publishes a model with its code, tokenizer and card in one commit, and loads it back.
 
     publish(model, tokenizer, "USER/NAME", card=model_card(model.config, repo_id="USER/NAME"))
 
@@ -50,9 +49,7 @@ REPLACED_FILES = {
 
 
 class PublishError(RuntimeError):
-    """What was to be published does not load as it should, or has not arrived; says what the Hub
-    has now.
-    """
+    """A model does not load as it should, or has not arrived. The message says what the Hub has."""
 
 
 def publish(
@@ -69,12 +66,11 @@ def publish(
     commit_message: str = "Upload TarFlowLM",
     probe_text: str = PROBE,
 ) -> CommitInfo:
-    """Publishes a model so that `AutoModelForCausalLM.from_pretrained(repo_id,
-    trust_remote_code=True)` loads it.
+    """Publishes a model for `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`.
 
     1. Checks the name, the token, the card's metadata and the tokenizer.
-    2. Saves everything to a temporary folder, loads that in a fresh process that can't import this
-       package, and compares the bound on the likelihood of `probe_text`, with the same noise, with
+    2. Saves everything to a temporary folder and loads that in a fresh process, which can't import
+       this package. There the bound on the likelihood of `probe_text`, with the same noise, must be
        that of the model at hand.
     3. Writes one commit: weights (safetensors), configurations, tokenizer, code, card. It also
        deletes weights, code and tokenizer files of the commit before that have no successor; other
@@ -83,31 +79,63 @@ def publish(
 
     Args:
         model: In any mode, on any device. In memory it is left as it is.
-        repo_id: "USER/NAME" or "ORGANIZATION/NAME"; "NAME" alone is one of the token's owner. Made
-            where it does not exist.
-        card: Text of README.md, as of [`model_card`], which makes one from the configuration where
-            this is None.
-        private: Of a new repository; by default as the owner's settings have it. An existing one is
-            refused if it is public and this is True.
-        branch: Where the commit goes; made from "main" where it does not exist.
+        repo_id: "USER/NAME" or "ORGANIZATION/NAME"; "NAME" belongs to the token's owner. A
+            repository that does not exist is made.
+        card: Text of README.md. By default [`model_card`] makes it from the configuration.
+        private: Visibility of a new repository; by default the owner's settings decide. An existing
+            one is refused if it is public and this is True.
+        branch: Branch of the commit. If it does not exist, it is made from "main".
         tag: A name for the commit once it has been verified, such as "v1.0".
-        token: Of a user who may write; by default the one that `hf auth login` or `HF_TOKEN` has
-            set.
-        max_shard_size: Weights beyond it go to several files.
+        token: Token of a user who may write; by default the one that `hf auth login` or `HF_TOKEN`
+            has set.
+        max_shard_size: Larger weights go to several files.
 
     Returns:
         The commit: `oid`, `commit_url`.
 
     Raises:
-        ValueError: The name, the token, the card, the tokenizer or the model is not fit to be
-            published, and nothing was written. PublishError: The saved model does not load as it
-            should, and nothing was written; or the connection failed, or what the Hub has loads as
-            something else: the message says what to do.
+        ValueError: If the name, the token, the card, the tokenizer or the model is not fit to be
+            published. Nothing was written.
+        PublishError: If the saved model does not load as it should: nothing was written. Or if the
+            connection failed, or the Hub's copy loads as something else: the message says what to
+            do.
     """
+    # 1. Everything that can be checked at hand.
+    _check_model(model, tokenizer)
+    api = HfApi(token=token)
+    repo_id = check_access(repo_id, private=private, tag=tag, token=token)
+    card = model_card(model.config, repo_id=repo_id) if card is None else card
+    _check_card(card)
+    expected = _nats_at_hand(model, tokenizer, probe_text)
+
+    with tempfile.TemporaryDirectory() as folder, CleanRoom() as clean_room:
+        # 2. The files, and what they load as.
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
+        (Path(folder) / "README.md").write_text(str(card), encoding="utf-8")
+
+        # The processes may differ in device, and in how they round in half precision.
+        tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 3e-2
+        saved = _check_saved(clean_room, folder, probe_text, expected, tolerance)
+
+        # 3. The commit.
+        commit = _commit(api, Path(folder), repo_id, private, branch, commit_message)
+
+        # 4. The commit as any machine loads it.
+        token = get_token() if token is None else token
+        _check_published(clean_room, repo_id, commit.oid, token, probe_text, saved)
+
+    if tag is not None:
+        _tag(api, repo_id, commit.oid, tag)
+
+    return commit
+
+
+def _check_model(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase) -> None:
     if not isinstance(model, TarFlowLMModel):
         raise ValueError(
-            f"publish takes a TarFlowLMModel, not {type(model).__name__}: unwrap what is compiled or distributed; a "
-            "model of the library's own is published by its push_to_hub."
+            f"publish takes a TarFlowLMModel, not {type(model).__name__}: unwrap what is compiled "
+            "or distributed; a model of the library's own is published by its push_to_hub."
         )
 
     if len(tokenizer) > model.config.vocab_size:
@@ -115,82 +143,86 @@ def publish(
             f"The tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}."
         )
 
-    api = HfApi(token=token)
-    repo_id = check_access(repo_id, private=private, tag=tag, token=token)
-    card = model_card(model.config, repo_id=repo_id) if card is None else card
-    _check_card(card)
 
+def _nats_at_hand(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
+    """`nats_per_token` in evaluation mode; each module is left in its own mode."""
     was_training = {module: module.training for module in model.modules()}
-    expected = nats_per_token(model.eval(), tokenizer, probe_text)
+    nats = nats_per_token(model.eval(), tokenizer, text)
     for module, mode in was_training.items():
         module.training = mode
 
-    if not math.isfinite(expected):
+    if not math.isfinite(nats):
         raise ValueError(
-            f"The model gives {probe_text!r} {expected} nats per token: it is broken, and not published."
+            f"The model gives {text!r} {nats} nats per token: it is broken, and not published."
         )
 
-    with tempfile.TemporaryDirectory() as folder, CleanRoom() as clean_room:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(folder)
-        (Path(folder) / "README.md").write_text(str(card), encoding="utf-8")
+    return nats
 
-        try:
-            saved = clean_room.nats_per_token(folder, probe_text)
-        except RuntimeError as error:
-            raise PublishError(
-                f"What was saved does not load, and nothing was published: {error}"
-            ) from error
 
-        # The processes may differ in device, and in how they round in half precision.
-        tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 3e-2
-        if not math.isclose(saved, expected, rel_tol=tolerance, abs_tol=tolerance):
-            raise PublishError(
-                f"What was saved gives {probe_text!r} {saved:.6f} nats per token, the model itself {expected:.6f}; "
-                "nothing was published. Save it with save_pretrained and compare what from_pretrained loads."
-            )
+def _check_saved(
+    clean_room: "CleanRoom", folder: str, text: str, expected: float, tolerance: float
+) -> float:
+    """Returns the nats per token of the saved model, which must be the `expected` ones."""
+    try:
+        saved = clean_room.nats_per_token(folder, text)
+    except RuntimeError as error:
+        raise PublishError(
+            f"What was saved does not load, and nothing was published: {error}"
+        ) from error
 
-        commit = _commit(api, Path(folder), repo_id, private, branch, commit_message)
-        place = f"{repo_id} at {commit.oid}"
-        token = get_token() if token is None else token
+    if not math.isclose(saved, expected, rel_tol=tolerance, abs_tol=tolerance):
+        raise PublishError(
+            f"What was saved gives {text!r} {saved:.6f} nats per token, the model itself "
+            f"{expected:.6f}; nothing was published. Save it with save_pretrained and compare what "
+            "from_pretrained loads."
+        )
 
-        try:
-            loaded = clean_room.nats_per_token(
-                repo_id, probe_text, revision=commit.oid, token=token
-            )
-        except RuntimeError as error:
-            raise PublishError(
-                f"{place} was published but does not load here: {error}\nIf the connection was lost, publish again: "
-                f"what is there already is not sent twice. Until then nobody should use it."
-            ) from error
+    return saved
 
-        if not math.isclose(loaded, saved, rel_tol=1e-5, abs_tol=1e-5):
-            raise PublishError(
-                f"{place} was published but gives {probe_text!r} {loaded:.6f} nats per token instead of {saved:.6f}: "
-                f"it is another model. Don't use it; publish again, and see who else writes to {repo_id}."
-            )
 
-    if tag is not None:
-        try:
-            api.create_tag(repo_id, tag=tag, revision=commit.oid)
-        except HfHubHTTPError as error:
-            raise PublishError(
-                f"{place} was published and verified, but not tagged {tag!r}: {error}\nTag it with "
-                f"`hf repos tag create {repo_id} {tag} --revision {commit.oid}`."
-            ) from error
+def _check_published(
+    clean_room: "CleanRoom", repo_id: str, oid: str, token: str | None, text: str, saved: float
+) -> None:
+    """Checks that the commit loads as the model that was saved."""
+    place = f"{repo_id} at {oid}"
+    try:
+        loaded = clean_room.nats_per_token(repo_id, text, revision=oid, token=token)
+    except RuntimeError as error:
+        raise PublishError(
+            f"{place} was published but does not load here: {error}\nIf the connection was lost, "
+            "publish again: what is there already is not sent twice. Until then nobody should use "
+            "it."
+        ) from error
 
-    return commit
+    if not math.isclose(loaded, saved, rel_tol=1e-5, abs_tol=1e-5):
+        raise PublishError(
+            f"{place} was published but gives {text!r} {loaded:.6f} nats per token instead of "
+            f"{saved:.6f}: it is another model. Don't use it; publish again, and see who else "
+            f"writes to {repo_id}."
+        )
+
+
+def _tag(api: HfApi, repo_id: str, oid: str, tag: str) -> None:
+    try:
+        api.create_tag(repo_id, tag=tag, revision=oid)
+    except HfHubHTTPError as error:
+        raise PublishError(
+            f"{repo_id} at {oid} was published and verified, but not tagged {tag!r}: {error}\n"
+            f"Tag it with `hf repos tag create {repo_id} {tag} --revision {oid}`."
+        ) from error
 
 
 def check_access(
     repo_id: str, *, private: bool | None = None, tag: str | None = None, token: str | None = None
 ) -> str:
-    """The full name of a repository that the token may write to, which need not exist. Writes
-    nothing.
+    """Returns the full name of a repository that the token may write to. Writes nothing.
+
+    The repository need not exist.
 
     Raises:
-        ValueError: The name is not valid, or not the token's to write; there is no token, or it may
-            only read; the repository is public and was to be private, or has the tag already.
+        ValueError: If the name is not valid, or not the token's to write; if there is no token, or
+            it may only read; if the repository is public and was to be private, or has the tag
+            already.
     """
     validate_repo_id(repo_id)
     api = HfApi(token=token)
@@ -239,10 +271,10 @@ def check_access(
 
 
 def _check_card(card: ModelCard | str) -> None:
-    """Whether the Hub will take a card; it is asked, and nothing is written.
+    """Asks the Hub if it will take a card. Nothing is written.
 
     Raises:
-        ValueError: Its metadata is no YAML, or not what the Hub expects; says what.
+        ValueError: If its metadata is no YAML, or not what the Hub expects.
     """
     try:
         (card if isinstance(card, ModelCard) else ModelCard(card)).validate()
@@ -255,9 +287,9 @@ def _check_card(card: ModelCard | str) -> None:
 def _commit(
     api: HfApi, folder: Path, repo_id: str, private: bool | None, branch: str, commit_message: str
 ) -> CommitInfo:
-    """One commit with all files of a flat folder, on top of what the branch has now.
+    """Makes one commit with all files of a flat folder, on top of what the branch has now.
 
-    Not `upload_folder`, which may make several commits.
+    `upload_folder` may make several commits.
     """
     files = {path.name: path for path in sorted(folder.iterdir())}
     try:
@@ -294,9 +326,8 @@ def nats_per_token(model, tokenizer, text: str) -> float:
 
     Its source also runs in the clean room: it uses nothing but its arguments and torch.
     """
-    ids = (
-        tokenizer(text).input_ids * model.config.patch_size
-    )  # so many times over, which is a multiple of it
+    # The text `patch_size` times over, so that patches are whole.
+    ids = tokenizer(text).input_ids * model.config.patch_size
     ids = ids[: model.config.max_position_embeddings]
     if not ids:
         raise ValueError(f"The tokenizer makes no token of {text!r}: choose another probe_text.")
@@ -308,8 +339,7 @@ def nats_per_token(model, tokenizer, text: str) -> float:
 
 
 class CleanRoom:
-    """A fresh process in which this package can't be imported: it loads models as any machine
-    would, by their own code.
+    """A fresh process that can't import this package: it loads models by their own code.
 
     It runs on the CPU, with a cache of its own for modules and files, and takes one request a line.
     """
@@ -367,10 +397,11 @@ for line in sys.stdin:
         self.folder.cleanup()
 
     def nats_per_token(self, source: str, text: str, **options: str | None) -> float:
-        """What the function of that name gives there, of a model in a folder or on the Hub.
+        """Runs the function of that name there, on a model in a folder or on the Hub.
 
         Raises:
-            RuntimeError: It could not be loaded or run; with the other process's error.
+            RuntimeError: If the model could not be loaded or run. The message is the other
+                process's.
         """
         request = {
             "source": source,

@@ -126,7 +126,7 @@ class TarFlowLMEvaluator(LM):
         return self.tokenizer.name_or_path
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results' `config` says of the model, and of its numbers."""
+        """Returns a description of the model, and of its numbers, for the results' `config`."""
         return {
             "model_num_parameters": self.model.num_parameters(),
             "num_samples": self.num_samples,
@@ -144,7 +144,7 @@ class TarFlowLMEvaluator(LM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Bounds on log p(text), in nats; 0 of an empty text."""
+        """Returns bounds on log p(text), in nats; 0 for an empty text."""
         pieces, totals = [], [0.0] * len(requests)
         for index, request in enumerate(requests):
             tokens = torch.tensor(self.encode(request.args[0]), dtype=torch.long)
@@ -165,8 +165,10 @@ class TarFlowLMEvaluator(LM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Of a conditional model bounds on log p(continuation | context), of any other differences
-        of bounds; and whether the continuation is what the model writes with its noise at 0 (see
+        """Returns log p(continuation | context), in nats, and "is greedy", for each request.
+
+        The log-probability is a bound for a conditional model, and a difference of bounds for any
+        other. "Is greedy" means that the model writes the continuation with its noise at 0 (see
         `check_greedy`).
         """
         if not self.model.config.conditional:
@@ -291,7 +293,7 @@ class TarFlowLMEvaluator(LM):
     def _is_greedy(
         self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool
     ) -> list[bool]:
-        """Whether each continuation is that of `generate` with the noise at 0."""
+        """True for each continuation that `generate` writes with the noise at 0."""
         num_new = [len(after) + -len(after) % self.patch_size for _, after in pairs]
         prompts = [before for before, _ in pairs]
         outputs = self._generate(

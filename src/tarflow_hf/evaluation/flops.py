@@ -1,5 +1,6 @@
-"""What a forward pass costs, against a discrete transformer: the true count, and the paper's (its
-Figure 7).
+"""FLOPs of a forward pass, compared with a discrete transformer's.
+
+There are two counts: the true one, and the paper's (its Figure 7).
 
 The true count is `cost.forward_flops`, of the model that a configuration makes, built without
 memory. The paper's is a formula for GPT-2's blocks. Both count a multiply-add as two, and neither

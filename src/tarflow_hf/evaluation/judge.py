@@ -107,7 +107,7 @@ class Judgement:
 
     @property
     def standard_error(self) -> float:
-        """Of `nats_per_token`, over the texts."""
+        """The standard error of `nats_per_token`, over the texts."""
         return ratio_of_sums(self.nats, self.num_tokens)[1]
 
     @property

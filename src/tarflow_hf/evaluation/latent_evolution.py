@@ -1,5 +1,6 @@
-"""How the states of a sequence change from flow to flow: their size, their likeness, their
-dimensions, their centre.
+"""The change of a sequence's states from flow to flow.
+
+Measured are their size, their likeness, their dimensions and their centre.
 
 evolution_of_text(model, sequences), evolution_of_samples(model, 64)  ->  Evolution  ->  plots.plot_evolution
 """
@@ -27,22 +28,23 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Statistic:
-    """Of one number of each sequence, over the sequences."""
+    """The mean and the spread of a number over sequences."""
 
     mean: float
-    std: float  # of these sequences, not an estimate for others: 0 of a single one
+    std: float  # of these sequences, not an estimate for others; 0 for a single one
 
 
 @dataclass(frozen=True)
 class Evolution:
-    """Measures of the states h0 (the latents), ..., hL (the noise), over sequences. Plain data, by
-    `asdict`.
+    """Measures of the states h0 (the latents), ..., hL (the noise), over sequences.
+
+    `dataclasses.asdict` makes plain data of it.
     """
 
     num_sequences: int
     num_tokens: int  # of the longest sequence
     latent_size: int
-    norm: list[Statistic]  # L + 1, as all but the last
+    norm: list[Statistic]  # L + 1 of them, as for all but the last measure
     cosine: list[Statistic]
     participation_ratio: list[Statistic]  # between 1 and the latent size; 0 where nothing varies
     centroid_movement: list[Statistic]  # L: what each flow moves
@@ -53,21 +55,21 @@ class Evolution:
 
 
 def measure_state(state: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """What one state (B, T, d) looks like in each sequence, (B,), in float64 on the CPU.
+    """Measures one state (B, T, d) in each sequence, (B,), in float64 on the CPU.
 
     Args:
-        mask: Where there is a token, (B, T); everywhere by default.
+        mask: (B, T), True for a token; by default all are.
 
     Returns:
         - `norm`: the mean L2 norm of the tokens' states;
-        - `cosine`: the mean cosine over all pairs of tokens, 1 of a single token;
+        - `cosine`: the mean cosine over all pairs of tokens, 1 for a single token;
         - `participation_ratio`: (sum of lambda)^2 / sum of lambda^2 over the eigenvalues of the
-          tokens' covariance: in how many directions they vary; 0 where they do not, such as a
-          single token;
+          tokens' covariance: the number of directions in which they vary; 0 if they do not, such
+          as a single token;
         - `centroid`: their mean (B, d).
 
     Raises:
-        ValueError: The state is not (B, T, d), has no token in some sequence, or is not finite.
+        ValueError: If the state is not (B, T, d), has no token in some sequence, or is not finite.
 
     Example:
         >>> square = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]])
@@ -167,8 +169,10 @@ def evolution_of_text(
     seed: int = 0,
     progress: bool = False,
 ) -> Evolution:
-    """Of a text's latents on their way to noise, from sequences as `evaluation.likelihood` takes
-    them.
+    """Measures a text's latents on their way to noise.
+
+    Args:
+        sequences: Each `{"input_ids": (T,)}`, as for `evaluation.likelihood`.
     """
     model.eval()
 
@@ -198,10 +202,11 @@ def evolution_of_samples(
     progress: bool = False,
     **options,
 ) -> Evolution:
-    """Of noise on its way to latents, as `generate` makes them; its `options`.
+    """Measures noise on its way to latents, as `generate` makes them.
 
     Args:
-        length: In tokens; `max_position_embeddings` by default.
+        length: In tokens; by default `max_position_embeddings`.
+        options: Those of `generate`.
     """
     model.eval()
     length = model.config.max_position_embeddings if length is None else length

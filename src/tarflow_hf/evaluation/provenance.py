@@ -1,4 +1,4 @@
-"""Where a result comes from: the command, the versions, and checksums of the weights and the data."""
+"""The origin of a result: the command, the versions, checksums of the weights and the data."""
 
 import hashlib
 import json
@@ -21,22 +21,23 @@ from .. import __version__
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What every result's JSON begins with. Results add their own fields, so that the whole is one
-    flat object.
+    """The origin of a result, with which its JSON begins.
+
+    Results add their own fields, so that the whole is one flat object.
 
     Attributes:
         command: As it was typed, from the repository's root.
-        date: Of the end, in UTC, to the second: "2026-01-31T12:00:00+00:00".
-        versions: Of python, tarflow_hf, torch and transformers.
-        device: What ran the model: "cpu", or a GPU's name.
+        date: The end of the run, in UTC, to the second: "2026-01-31T12:00:00+00:00".
+        versions: Those of python, tarflow_hf, torch and transformers.
+        device: "cpu", or a GPU's name.
         checkpoint: The folder, or the repository of the Hub.
-        revision: Of a repository of the Hub, the commit; None of a folder.
+        revision: The commit, for a repository of the Hub; None for a folder.
         weights_sha256: See `weights_checksum`.
         model_type: "tarflowlm", or the architecture of a discrete model.
-        num_parameters: Of the model.
+        num_parameters: The number of the model's parameters.
         data: The name of the text file, or of the corpus whose test split it is.
-        data_sha256: Of the file's bytes; or of the split's documents in UTF-8, a null byte between
-            two.
+        data_sha256: The checksum of the file's bytes; or of the split's documents in UTF-8, with a
+            null byte between two.
     """
 
     command: str

@@ -50,11 +50,11 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How samples are drawn.
+    """The options of drawing samples.
 
     Attributes:
-        num_samples: The paper's protocol has 5,000.
-        length: Of each sample, in tokens; by default the longest that the model takes.
+        num_samples: Number of samples; 5,000 in the paper's protocol.
+        length: Tokens of each sample; by default the longest that the model takes.
         seed: A sample of a TarFlowLM follows from it and from the sample's number, whatever the
             batches.
         generate_options: Options of `generate`, such as `temperature` and `top_p`.

@@ -69,7 +69,7 @@ def repetition(tokens: Sequence[int], n: int = 4) -> float:
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Of token sequences, samples or text, in numbers that need no judge."""
+    """Statistics of token sequences, samples or text, that need no judge."""
 
     num_sequences: int
     entropy: float  # nats, the mean of `unigram_entropy`

@@ -46,7 +46,7 @@ MAX_GUESS = 1e4
 
 
 class InverseOptions(NamedTuple):
-    """How a stack of flows is inverted. All methods give the same states, up to rounding.
+    """The options of inverting a stack. All methods give the same states, up to rounding.
 
     Args:
         inverse_method: "sequential", "parallel" or "auto", for all flows or a list with one for

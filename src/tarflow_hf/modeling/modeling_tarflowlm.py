@@ -330,7 +330,7 @@ class FlowStack(nn.Module):
         known: Tensor | None,
         known_mask: Tensor | None,
     ) -> list[Known | None]:
-        """What each flow knows of its input, if some latents (B, T, d) are given."""
+        """Returns the known part of each flow's input, if some latents (B, T, d) are given."""
         if known is None:
             return [None] * len(layers)
 

@@ -234,11 +234,11 @@ def known_slots(known: Known | None, layout: Layout, order: Order, u: Tensor) ->
 
 
 class Observed(NamedTuple):
-    """What a flow's decoder is told beforehand: its first slots hold the observed positions."""
+    """The observed positions, in the first slots of a flow's decoder."""
 
     inputs: Tensor  # (B, N, w) of the slots that hold one
     count: Tensor  # (B, 1, 1) such slots
-    position_ids: Tensor  # (B, N): where the position of each slot is in the flow's direction
+    position_ids: Tensor  # (B, N), the rank of each slot's position in the flow's direction
 
 
 def observe(layout: Layout, order: Order, embedding: nn.Module | None) -> Observed | None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 @dataclass
 class Progress:
-    """Where a run stands."""
+    """The point that a run has reached."""
 
     step: int = 0  # optimiser steps in all
     stage: int = 0  # index
@@ -32,8 +32,9 @@ class Progress:
 
 
 class BestWeights:
-    """The weights that a stage trained, as they were at its best evaluation; on the CPU, and in
-    every checkpoint.
+    """The weights that a stage trained, as they were at its best evaluation.
+
+    They lie on the CPU, and are part of every checkpoint.
     """
 
     def __init__(self) -> None:
@@ -74,10 +75,10 @@ def check_output_dir(output_dir: Path) -> None:
 
 @contextmanager
 def _written_aside(aside: Path, path: Path) -> Iterator[None]:
-    """What fails while the folder `aside` is written removes it, and says what is to be done.
+    """Removes the folder `aside` if writing it fails, and says what is to be done.
 
     Raises:
-        OSError: Whatever was raised: a full disk is an OSError to Python, but a RuntimeError to
+        OSError: For any error: a full disk is an OSError to Python, but a RuntimeError to
             torch, and an error of its own to safetensors.
     """
     try:

@@ -14,8 +14,9 @@ MODES = ("joint", "progressive", "progressive_then_joint")
 
 @dataclass
 class TrainingConfig:
-    """How to train. `batch_size` counts the sequences of one optimiser step, over all processes and
-    accumulations.
+    """The options of a training run.
+
+    `batch_size` counts the sequences of one optimiser step, over all processes and accumulations.
     """
 
     output_dir: str = field(
@@ -65,11 +66,11 @@ class TrainingConfig:
     seed: int = field(default=0, metadata={"help": "of weights, order of the data, and latents"})
     log_every: int = field(default=10, metadata={"help": "steps between lines of the log"})
     eval_every: int = field(
-        default=0, metadata={"help": "steps between evaluations; 0: at the end alone"}
+        default=0, metadata={"help": "steps between evaluations; 0: only at the end"}
     )
     eval_sequences: int = field(default=128, metadata={"help": "of the validation split"})
     save_every: int = field(
-        default=0, metadata={"help": "steps between checkpoints; 0: at the end alone"}
+        default=0, metadata={"help": "steps between checkpoints; 0: only at the end"}
     )
     keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints kept"})
     resume: bool = field(

@@ -1,4 +1,4 @@
-"""Where a run diverges: the first thing that a step computes and that is not finite."""
+"""The first thing that a step computes and that is not finite."""
 
 from collections.abc import Mapping
 from functools import partial

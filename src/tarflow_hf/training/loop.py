@@ -238,7 +238,7 @@ class Run:
         self.log.count(self.config.batch_size * self.length)
 
     def _draw(self) -> list[StepDraws]:
-        """What each part of the step draws, in this process."""
+        """Returns the draws of each part of the step, in this process."""
         shape = self.rows, self.length
         draws = []
 
@@ -354,7 +354,7 @@ class Run:
 def describe(
     model: PreTrainedModel, train_data: TrainingData, config: TrainingConfig
 ) -> dict[str, dict[str, Any]]:
-    """What a checkpoint says of its run; a run that resumes must agree."""
+    """The description of a run in its checkpoints, with which a run that resumes must agree."""
     description: dict[str, dict[str, Any]] = {
         "model": model.config.to_diff_dict(),
         "training": asdict(config),
@@ -383,7 +383,7 @@ def validate(
     num_flows: int | None = None,
     batch_size: int = 16,
 ) -> Likelihood:
-    """`likelihood` of the first sequences: the processes share the batches, and all get the result.
+    """Returns the `likelihood` of the first sequences. The processes share the batches.
 
     Every process runs equally many forward passes, which sharded weights need. Where batches are
     left over, some processes score the last one in vain.
