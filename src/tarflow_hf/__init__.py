@@ -1,6 +1,4 @@
-"""TarFlowLM for Hugging Face Transformers: language models made of transformer autoregressive
-flows.
-"""
+"""TarFlowLM for Hugging Face Transformers: language models as transformer autoregressive flows."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

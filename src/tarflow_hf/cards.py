@@ -1,6 +1,4 @@
-"""Model cards, filled from a configuration, the options of a training run, and an evaluation's
-JSON.
-"""
+"""Model cards, made from a configuration, a run's options and an evaluation's JSON."""
 
 import math
 from collections.abc import Mapping

@@ -26,8 +26,9 @@ PEAK_FLOPS = {
 
 
 def forward_flops(model: PreTrainedModel, num_tokens: int) -> list[int]:
-    """FLOPs of the matrix products for one sequence of `num_tokens` tokens, of each flow; a
-    discrete model is one.
+    """FLOPs of each flow's matrix products, for one sequence of `num_tokens` tokens.
+
+    A discrete model counts as one flow.
 
     A multiply-add is two. Attention counts both its products over all pairs, though a causal one
     needs half of them, as is customary. Norms, activations, look-ups and the arithmetic of the
@@ -71,8 +72,9 @@ def forward_flops(model: PreTrainedModel, num_tokens: int) -> list[int]:
 
 
 def training_flops(model: PreTrainedModel, num_tokens: int, num_flows: int | None = None) -> int:
-    """FLOPs of a training step for one sequence: forward, and twice as many backward where anything
-    is trained.
+    """FLOPs of a training step for one sequence.
+
+    The backward pass has twice as many as the forward pass, in the flows that are trained.
 
     Recomputed activations do not count: this is what the model needs, not what the machine does.
     """
@@ -87,8 +89,9 @@ def training_flops(model: PreTrainedModel, num_tokens: int, num_flows: int | Non
 
 
 def _weights(module: nn.Module) -> int:
-    """Entries of the matrices that a position is multiplied by: not those of tables, codebooks and
-    stacked biases.
+    """Entries of the matrices that a position is multiplied by.
+
+    Tables, codebooks and stacked biases do not count.
 
     A matrix counts where it is used, though two modules share it: an output head tied to a token
     table is a product.
@@ -122,9 +125,7 @@ def peak_flops(device: torch.device, mixed_precision: str | None) -> float | Non
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU, or the largest resident size of a process on a
-    CPU.
-    """
+    """The peak memory in bytes: allocated on a GPU, resident of a process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
 

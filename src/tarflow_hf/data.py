@@ -37,8 +37,7 @@ BATCH = (
 
 
 def python_documentation() -> list[str]:
-    """The documentation inside the running Python's standard library: English that every machine
-    has.
+    """The documentation in Python's own standard library: English text on every machine.
 
     A document is a topic of `pydoc_data.topics` (what `help("while")` prints) or all docstrings of
     one module. Files are parsed, never imported; tests are left out. A docstring that occurs twice
@@ -228,8 +227,9 @@ def load_splits(
 
 
 def held_out_documents(source: str) -> Iterable[str]:
-    """The text to evaluate a model on: all of a UTF-8 text file, or the test split of what else
-    `load_splits` takes.
+    """The text to evaluate a model on.
+
+    A UTF-8 text file counts as a whole. Anything else that `load_splits` takes has a test split.
 
     Raises:
         ImportError, ValueError: see `load_splits` and `read_text`.
@@ -287,8 +287,9 @@ def split_documents(documents: Iterable[str]) -> dict[str, list[str]]:
 
 
 def split_text(text: str) -> dict[str, list[str]]:
-    """Cuts a text into 90%, 5% and 5% of its characters, each cut moved back behind a line break or
-    else a space.
+    """Cuts a text into 90%, 5% and 5% of its characters.
+
+    Each cut moves back behind a line break, or else a space.
 
     Example:
         >>> split_text("one two three four five six seven eight nine ten " * 2)["test"]
@@ -495,8 +496,9 @@ def _is_of_characters(vocabulary: Iterable[str]) -> bool:
 def _encode(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[np.ndarray, int, int]]:
-    """Yields the tokens of all documents in order, a batch at a time, with the characters and words
-    they stand for.
+    """Yields the tokens of all documents in order, a batch at a time.
+
+    With them come the numbers of characters and words that they stand for.
     """
     vocabulary = tokenizer.get_vocab()
     dtype = next(
@@ -550,8 +552,9 @@ def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
 
 
 def _pieces(documents: Iterable[str], encode: Callable) -> Iterator[tuple[str, bool]]:
-    """Yields (text, whether a document begins with it); the tokens of the pieces are those of the
-    documents.
+    """Yields (text, True if a document begins with it).
+
+    The tokens of the pieces are those of the documents.
     """
     if isinstance(documents, str):
         raise TypeError(

@@ -1,5 +1,6 @@
-"""TarFlowLM for the language model evaluation harness (`pip install lm-eval`), which finds it by
-its own runner:
+"""TarFlowLM for the language model evaluation harness (`pip install lm-eval`).
+
+It is found by its own runner:
 
     python -m tarflow_hf.lm_eval_model --model tarflowlm --model_args pretrained=runs/demo/model --tasks wikitext
 
@@ -213,8 +214,9 @@ class TarFlowLMEvaluator(LM):
         return results
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of context and continuation: the first ones of the context are left out where both
-        are too long, or where the context is not of whole patches.
+        """Returns the tokens of context and continuation.
+
+        The context's first ones are left out if both are too long, or if it has no whole patches.
 
         Raises:
             ValueError: There is no continuation, or it alone is too long.
@@ -243,8 +245,9 @@ class TarFlowLMEvaluator(LM):
         disable_tqdm: bool,
         seeds: Sequence[int] | None = None,
     ) -> list[float]:
-        """Importance-weighted bounds, in nats, of ids (T,) given their first ones, whose number
-        comes with them.
+        """Returns importance-weighted bounds, in nats, of ids (T,) given their first ones.
+
+        The number of those comes with the ids.
         """
         seeds = [self._seed(ids) for ids, _ in sequences] if seeds is None else seeds
         bounds = [0.0] * len(sequences)
@@ -363,8 +366,9 @@ class TarFlowLMEvaluator(LM):
         options: dict[str, Any],
         disable_tqdm: bool,
     ) -> list[list[int]]:
-        """The new tokens behind each prompt. A batch has prompts of one length, continued by as
-        many tokens.
+        """Returns the new tokens behind each prompt.
+
+        The prompts of a batch have one length, and are continued by equally many tokens.
         """
         outputs: list[list[int]] = [[]] * len(prompts)
         groups: dict[tuple[int, int], list[int]] = {}

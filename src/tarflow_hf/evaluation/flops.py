@@ -36,8 +36,7 @@ PATCH_SIZES = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs of a forward pass over one sequence: of a TarFlowLM, and of the discrete transformer
-    beside it.
+    """FLOPs of a forward pass over one sequence: a TarFlowLM's and a discrete transformer's.
 
     Example:
         >>> count = FlopCount(num_tokens=4, flow=20, discrete=80, paper_flow=10, paper_discrete=50)
@@ -69,8 +68,9 @@ class FlopCount:
 
 
 def count_flops(config: TarFlowLMConfig, num_tokens: int | None = None) -> FlopCount:
-    """The FLOPs of a sequence under any configuration, and under the discrete transformer of the
-    same blocks and depth.
+    """Counts a sequence's FLOPs under a configuration and under its discrete transformer.
+
+    The discrete transformer has the same blocks and the same depth.
 
     Args:
         num_tokens: Length of the sequence; `max_position_embeddings` by default.
@@ -106,8 +106,7 @@ def count_flops(config: TarFlowLMConfig, num_tokens: int | None = None) -> FlopC
 def count_by_patch_size(
     config: TarFlowLMConfig, patch_sizes: Sequence[int] = PATCH_SIZES
 ) -> dict[int, FlopCount]:
-    """The counts of a configuration at its own and at other patch sizes, all else equal, in rising
-    order.
+    """Counts a configuration at its own and at other patch sizes, all else equal, in rising order.
 
     Patch sizes that do not divide its `max_position_embeddings` are left out. With one token to a
     patch there is no second decoder (`patch_head_layers`).
@@ -140,9 +139,7 @@ def count_by_patch_size(
 
 
 def paper_body_flops(num_positions: int, width: int, num_layers: int) -> int:
-    """S (4w + n (24 w^2 + 2 w S)): n of GPT-2's layers of width w over S positions, without an
-    output head.
-    """
+    """S (4w + n (24 w^2 + 2 w S)): n of GPT-2's layers of width w over S positions, no head."""
     return num_positions * (4 * width + num_layers * (24 * width**2 + 2 * width * num_positions))
 
 
@@ -180,8 +177,10 @@ def gpt2_sized_config(
     max_position_embeddings: int = 1024,
     latent_size: int = 16,
 ) -> TarFlowLMConfig:
-    """The paper's stack at GPT-2's sizes: three flows with 1/6, 1/6 and 2/3 of the layers, Mix-1
-    with K = 64 (or with `coupling` "mixture_rosenblatt" Mix-d in the first, or "affine" in all).
+    """The paper's stack at GPT-2's sizes: three flows with 1/6, 1/6 and 2/3 of the layers.
+
+    They are Mix-1 with K = 64. With the `coupling` "mixture_rosenblatt" the first is Mix-d; with
+    "affine" all are affine.
 
     Raises:
         ValueError: There is no such size.
@@ -221,8 +220,9 @@ def gpt2_sized_config(
 def figure_7(
     sizes: Sequence[str] = tuple(GPT2_SIZES), patch_sizes: Sequence[int] = PATCH_SIZES, **options
 ) -> dict[str, dict[int, FlopCount]]:
-    """The counts at every size and patch size: the data of the paper's Figure 7. Options of
-    `gpt2_sized_config`.
+    """Counts at every size and patch size: the data of the paper's Figure 7.
+
+    Takes the options of `gpt2_sized_config`.
     """
     return {
         size: {

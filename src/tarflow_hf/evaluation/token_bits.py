@@ -68,9 +68,7 @@ def token_bits(
 
 @contextmanager
 def _terms_of_flows(model: TarFlowLMModel) -> Iterator[list[Tensor]]:
-    """Collects what each flow adds to log p(z) at each position, (B, N), where the model sums over
-    them.
-    """
+    """Collects each flow's term of log p(z) at each position, (B, N), before they are summed."""
     terms: list[Tensor] = []
 
     def listener(layer):
@@ -115,8 +113,9 @@ def what_bits_mean(model: TarFlowLMModel) -> str:
 def bits_of_pieces(
     token_ids: Tensor, bits: Tensor, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[str, float]]:
-    """The text of ids (T,) in the smallest pieces that are whole characters, each with the bits of
-    its tokens.
+    """Cuts the text of ids (T,) into the smallest pieces that are whole characters.
+
+    Each comes with the bits of its tokens.
 
     A piece is one token, but for tokens that are parts of a character (of a byte-level tokenizer),
     which make one.

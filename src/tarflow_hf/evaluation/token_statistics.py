@@ -33,8 +33,9 @@ def ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def distinct_n(sequences: Iterable[Sequence[int]], n: int) -> float:
-    """Share of different n-grams among all n-grams of all sequences (Li et al., 2016). It falls
-    with their number.
+    """Share of different n-grams among all n-grams of all sequences (Li et al., 2016).
+
+    It falls with their number.
 
     Raises:
         ValueError: No sequence has n tokens.
@@ -56,8 +57,9 @@ def distinct_n(sequences: Iterable[Sequence[int]], n: int) -> float:
 
 
 def repetition(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of a sequence's n-grams that have occurred in it before (Welleck et al., 2020); 0 where
-    it has none.
+    """Share of a sequence's n-grams that have occurred in it before (Welleck et al., 2020).
+
+    It is 0 if there are no n-grams.
 
     Example:
         >>> repetition([1, 2, 1, 2, 1], n=2)  # 12, 21, 12, 21
@@ -81,9 +83,10 @@ class TokenStatistics:
 
 
 def token_statistics(sequences: Sequence[Sequence[int]]) -> TokenStatistics:
-    """
+    """Computes the statistics of token sequences.
+
     Raises:
-        ValueError: There is no sequence, or one is empty; or all are shorter than three tokens.
+        ValueError: If there is no sequence, if one is empty, or if all have less than three tokens.
     """
     if not sequences:
         raise ValueError("There is no sequence to describe.")

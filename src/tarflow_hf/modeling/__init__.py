@@ -1,3 +1,1 @@
-"""Everything that travels with a checkpoint: flat files that import torch, transformers and each
-other.
-"""
+"""The files that travel with a checkpoint: they import only torch, transformers and each other."""

@@ -161,9 +161,7 @@ class TarFlowLMConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """Decoder layers of the whole stack, those over the positions: `patch_head_layers` do not
-        count.
-        """
+        """Decoder layers of the whole stack. `patch_head_layers` do not count."""
         return sum(flow["num_hidden_layers"] for flow in self.flows)
 
     def decoder_config(self, num_hidden_layers: int, **changes: Any) -> PreTrainedConfig:

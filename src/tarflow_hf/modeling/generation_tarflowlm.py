@@ -116,8 +116,7 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         infill_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | TarFlowLMGenerateOutput:
-        """Samples sequences: draws noise u ~ N(0, I), inverts the flows from the last to the first,
-        decodes.
+        """Samples sequences: draws noise u ~ N(0, I), inverts the flows, decodes.
 
         With a prompt it continues that; with `infill_mask` it fills gaps in a text. How exact that is:
 

@@ -1,6 +1,4 @@
-"""Training: stages, the loss, one loop on Accelerate that resumes exactly, its log and its
-checkpoints.
-"""
+"""Training: stages, the loss, a loop on Accelerate that resumes exactly, its log, checkpoints."""
 
 from ..baseline import discrete_baseline
 from .batches import check_batches, check_tokenizer

@@ -1,5 +1,6 @@
-"""Checkpoints of a run, written to the side, then renamed: what has the name is whole, whenever a
-run is killed.
+"""Checkpoints of a run. They are written to the side and then renamed.
+
+So a checkpoint is whole, whenever a run is killed.
 """
 
 import json
@@ -97,8 +98,9 @@ def save_model(
     path: str | os.PathLike,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Saves weights, configuration, code and tokenizer to a folder that appears (or is replaced)
-    all at once.
+    """Saves weights, configuration, code and tokenizer to a folder.
+
+    It appears, or is replaced, all at once.
 
     A model whose weights are spread over several processes comes with its gathered `state_dict`.
 

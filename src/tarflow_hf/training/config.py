@@ -126,9 +126,7 @@ FREE_FIELDS |= {"report_to", "gradient_checkpointing"}
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Accelerate's state for a run: precision, accumulation, trackers, and how the data is shared
-    out.
-    """
+    """Makes Accelerate's state for a run: precision, accumulation, trackers, sharing of the data."""
     return Accelerator(
         # A step has all its parts, also where an epoch ends between them.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -147,8 +145,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def share_cores() -> None:
-    """Gives this process its share of the cores, where a launcher has given it one thread because
-    nobody asked.
+    """Gives this process its share of the cores.
+
+    A launcher gives it one thread if nobody asked for more.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(

@@ -13,8 +13,9 @@ from ..baseline import flows_of
 
 
 class FirstFault:
-    """Notes what is not finite on the device, in every step, so that nobody waits for it; `check`
-    looks at the notes.
+    """Notes on the device, in every step, what is not finite. So nobody waits for it.
+
+    `check` looks at the notes.
 
     A step computes the latents, the output of one flow after the other, and the loss; then the
     gradients of the flows, from the last one back, and of the codebook (of a discrete model: the
