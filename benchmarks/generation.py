@@ -1,5 +1,4 @@
-"""Tokens per second of `generate`, side by side with the library's own Llama of the same layers,
-width and vocabulary.
+"""Tokens per second of `generate`, compared with the library's Llama of the same size.
 
     python benchmarks/generation.py --quick                           # minutes on two CPU cores
     python benchmarks/generation.py --output generation.jsonl         # the tables of the README, all sizes
@@ -276,8 +275,9 @@ def whole_stacks(arguments: argparse.Namespace, table: Results) -> None:
 
 
 def patches(arguments: argparse.Namespace, table: Results) -> None:
-    """Each patch size with and without a decoder over the tokens of a patch: likelihood, and speed
-    beside patch 1.
+    """Each patch size with and without a decoder over the tokens of a patch.
+
+    Measured are the likelihood, and the speed compared with patch 1.
     """
     length = min(arguments.num_tokens)
     data = documentation("validation", length)
@@ -332,9 +332,7 @@ def patches(arguments: argparse.Namespace, table: Results) -> None:
 
 
 def trained_flows(model: TarFlowLMModel, arguments: argparse.Namespace, table: Results) -> None:
-    """Each flow of a trained stack, from the noise side: the parallel inverse against the
-    sequential one.
-    """
+    """The parallel and the sequential inverse of each flow of a trained stack, from the noise side."""
     device, length = (
         arguments.device,
         min(max(arguments.num_tokens), model.config.max_position_embeddings),

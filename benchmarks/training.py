@@ -1,5 +1,6 @@
-"""A training step of a TarFlowLM beside one of the library's Llama: same blocks and layers, same
-batch, in one run.
+"""A training step of a TarFlowLM compared with one of the library's Llama.
+
+Both have the same blocks, layers and batch, in one run.
 
     python benchmarks/training.py --quick                                            # the demo, on CPU: a minute
     python benchmarks/training.py --recipe openwebtext_deep --vocab_size 50257 --num_flows 1 --dtype bfloat16
@@ -133,8 +134,9 @@ class Step:
 def make_models(
     arguments: argparse.Namespace, names: tuple[str, ...] = MODELS
 ) -> tuple[dict[str, PreTrainedModel], TarFlowLMConfig, int | None]:
-    """The flow model and the library's, of equal layers; their configuration, and where the stack
-    is cut.
+    """Makes the flow model and the library's, of equal layers.
+
+    Returns them, their configuration, and the number of flows at which the stack is cut.
     """
     fields = json.loads((RECIPES / f"{arguments.recipe}.json").read_text())["config"]
     config = TarFlowLMConfig(**{"vocab_size": arguments.vocab_size, **fields})

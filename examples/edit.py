@@ -1,5 +1,6 @@
-"""Edit a text in the space of the flows: encode it, change its noise (or the state of a flow), and
-decode it again.
+"""Edit a text in the space of the flows.
+
+Encode it, change its noise (or the state of a flow), and decode it again.
 
     python examples/edit.py runs/demo/model "the function returns a list"                  # unedited it comes back
     python examples/edit.py runs/demo/model "the function returns a list" --redraw 4:12    # new noise for these tokens
@@ -37,9 +38,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def interpolate(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """Along the great circle: between two draws of N(0, I), (B, T, d), lies what looks like
-    another.
-    """
+    """Interpolates along the great circle: what lies between two draws of N(0, I) looks like one."""
     angle = torch.acos(torch.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1)).reshape(
         -1, 1, 1
     )

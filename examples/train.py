@@ -89,9 +89,7 @@ class RunConfig:
 
 
 def check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Raises ValueError for the first of the names that is not known, and says what may have been
-    meant.
-    """
+    """Raises ValueError for the first name that is not known, and suggests a known one."""
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=3)

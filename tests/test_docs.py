@@ -1,6 +1,4 @@
-"""The README and the pages of the site: their Python runs, their commands are real, and what they
-name exists.
-"""
+"""The README and the pages: their Python runs, their commands and the things they name exist."""
 
 import json
 import re

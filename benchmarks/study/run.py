@@ -1,5 +1,4 @@
-"""The paper's table in shape, and what moves it: models at equal parameters (or FLOPs), data and
-steps.
+"""A study in the shape of the paper's table: models at equal parameters or FLOPs, data and steps.
 
     python benchmarks/study/run.py --quick                                       # minutes on a CPU: does it run
     python benchmarks/study/run.py --dataset text8.txt --seeds 0 1 2             # 6 layers of width 64
@@ -163,11 +162,11 @@ def run(
 
 
 def score(model: PreTrainedModel, test: PackedTokens, arguments: argparse.Namespace) -> dict:
-    """Bits per character of the test text, all figures on the same sequences and the same draws of
-    the latents.
+    """Scores the test text, in bits per character.
 
-    `bits_after_flows`: of the stack cut after each of its flows. `reconstruction_bits`: of the
-    tokens given their latents, what the overlap of the codebook's Gaussians costs.
+    All figures are from the same sequences and the same draws of the latents. `bits_after_flows`
+    belong to the stack cut after each of its flows. `reconstruction_bits` are those of the tokens
+    given their latents: the cost of the codebook's overlapping Gaussians.
     """
     start = time.perf_counter()
     options = {"max_sequences": arguments.test_sequences}

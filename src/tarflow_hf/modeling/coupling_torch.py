@@ -204,6 +204,7 @@ class MixtureCDFInverse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, logits, loc, log_scale):
+        """Inverts; keeps z for the backward pass."""
         z = _invert(u, torch.log_softmax(logits, -1), loc, log_scale)
         ctx.save_for_backward(z, logits, loc, log_scale)
         return z
@@ -519,6 +520,7 @@ class MixtureRosenblattInverse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, logits, mean, log_scale):
+        """Inverts; keeps z for the backward pass."""
         z = torch.empty_like(u)
         for rows in chunks(len(u), _CHUNK_ELEMENTS // len(mean)):
             log_joint = logits[rows].double()
