@@ -286,7 +286,7 @@ def test_the_vocabulary_cannot_be_resized(saved):
     "options",
     [
         {"num_beams": 2},
-        {"assistant_model": None},
+        {"assistant_model": "a smaller model"},
         {"prompt_lookup_num_tokens": 2},
         {"penalty_alpha": 0.6},
         {"repetition_penalty": 1.2},
