@@ -288,35 +288,23 @@ def test_the_vocabulary_cannot_be_resized(saved):
         {"num_beams": 2},
         {"assistant_model": "a smaller model"},
         {"prompt_lookup_num_tokens": 2},
-        {"penalty_alpha": 0.6},
-        {"repetition_penalty": 1.2},
-        {"logits_processor": []},
-        {"stopping_criteria": []},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"guidance_scale": 1.5},
+        {"output_scores": True},
     ],
     ids=lambda options: next(iter(options)),
 )
 def test_generation_by_next_token_distributions_is_refused(saved, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        saved[0].generate(max_new_tokens=4, **options)
+    model, option = copy.deepcopy(saved[0]), next(iter(options))
+    with pytest.raises(ValueError, match=rf"no options \['{option}'\]"):
+        model.generate(max_new_tokens=4, **options)
 
-
-@pytest.mark.parametrize(
-    ("options", "mode"),
-    [
-        ({"num_beams": 2}, "beam_search"),
-        ({"prompt_lookup_num_tokens": 2}, "assisted_generation"),
-        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search"),
-    ],
-    ids=["beams", "assisted", "contrastive"],
-)
-def test_generation_configs_that_ask_for_them_are_refused_too(saved, options, mode):
-    model = copy.deepcopy(saved[0])
     config = GenerationConfig(max_new_tokens=4, **options)
-    with pytest.raises(ValueError, match=f"asks for {mode}"):
+    with pytest.raises(ValueError, match=rf"no options \['{option}'\]"):
         model.generate(generation_config=config)
 
     model.generation_config = config
-    with pytest.raises(ValueError, match=f"asks for {mode}"):
+    with pytest.raises(ValueError, match=rf"no options \['{option}'\]"):
         model.generate()
 
 

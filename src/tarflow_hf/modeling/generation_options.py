@@ -1,23 +1,76 @@
 """The options of `generate`: one object, which checks itself."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     GenerationConfig,
-    GenerationMode,
     LogitsProcessorList,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 # Fields of a GenerationConfig that describe a tokenizer or a cache, and ask for nothing.
 DESCRIPTIVE = ("bos_token_id", "transformers_version", "use_cache")
+
+# The rest of a batch, which callers hand on together with its ids.
+REST_OF_BATCH = ("labels",)
+
+# Options of the library that process the logits of the next token by what was written before.
+LOGITS_OPTIONS = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "renormalize_logits",
+    "repetition_penalty",
+    "sequence_bias",
+    "suppress_tokens",
+)
+
+# Those of them that read a prompt, if there is one.
+REPETITION_OPTIONS = ("no_repeat_ngram_size", "repetition_penalty")
+
+# Those of them that change when a text ends.
+END_OPTIONS = (
+    "exponential_decay_length_penalty",
+    "forced_eos_token_id",
+    "min_length",
+    "min_new_tokens",
+)
+
+# Options of the library that end a text.
+STOP_OPTIONS = ("max_time", "stop_strings")
+
+# Values with which the library's `generate` leaves an option out, besides None, False, its defaults
+# and what is empty.
+NEUTRAL = {
+    "diversity_penalty": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "guidance_scale": 1,
+    "length_penalty": 1,
+    "min_new_tokens": 0,
+    "num_beam_groups": 1,
+    "num_beams": 1,
+    "penalty_alpha": 0,
+    "prompt_lookup_num_tokens": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -42,8 +95,12 @@ class GenerationOptions:
     mixture_temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
     num_candidates: int = 1
-    eos_token_id: int | list[int] | None = None
+    eos_token_id: int | list[int] | Tensor | None = None
     pad_token_id: int | None = None
     decode: str = "argmax"
     num_flows: int | None = None
@@ -54,6 +111,14 @@ class GenerationOptions:
     output_states: bool = False
     output_inverse_report: bool = False
     return_dict_in_generate: bool = False
+    tokenizer: Any = None
+    stopping_criteria: Sequence[Callable] = ()
+    logits_processor: Sequence[Callable] = ()
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None
+    synced_gpus: bool = False
+
+    # Those of the library's options that ask for something: LOGITS_OPTIONS and STOP_OPTIONS.
+    from_library: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def resolve(
@@ -70,15 +135,14 @@ class GenerationOptions:
             ValueError: If an option is unknown or out of range, or if anything is asked for that a
                 flow does not have.
         """
-        names = [field.name for field in fields(cls)]
-        unknown = sorted(
-            name
-            for name, value in given.items()
-            if name not in names and not _is_neutral(name, value)
-        )
+        own = [entry.name for entry in fields(cls) if entry.name != "from_library"]
+        names = [*own, *LOGITS_OPTIONS, *STOP_OPTIONS]
+        unknown = _unsupported(given, names)
         for source in (config, saved):
-            _check_mode(source)
-            unknown.extend(sorted(set(_unsupported(source, names)) - set(unknown)))
+            if source is not None:
+                unknown += [
+                    name for name in _unsupported(source.to_dict(), names) if name not in unknown
+                ]
 
         if unknown:
             raise ValueError(
@@ -92,7 +156,14 @@ class GenerationOptions:
                     values[name] = value
                     break
 
-        return cls(**values)
+        from_library = {
+            name: values[name]
+            for name in (*LOGITS_OPTIONS, *STOP_OPTIONS)
+            if name in values and not _is_neutral(name, values[name])
+        }
+        return cls(
+            **{name: values[name] for name in own if name in values}, from_library=from_library
+        )
 
     def __post_init__(self) -> None:
         if self.decode not in ("argmax", "sample"):
@@ -115,6 +186,13 @@ class GenerationOptions:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
 
+        if "stop_strings" in self.from_library and self.tokenizer is None:
+            raise ValueError(
+                "stop_strings are searched in decoded text: give the tokenizer, generate(..., tokenizer=tokenizer)."
+            )
+
+        self.warpers()  # the library checks the range of its own
+
     @property
     def returns_dict(self) -> bool:
         return self.output_states or self.output_inverse_report or self.return_dict_in_generate
@@ -125,9 +203,56 @@ class GenerationOptions:
         if self.eos_token_id is None:
             return []
 
-        return torch.as_tensor(self.eos_token_id).flatten().tolist()
+        ids = torch.as_tensor(self.eos_token_id).flatten().tolist()
+        return [token for token in ids if token >= 0]  # -1: no token ends a text
 
-    def logits_processor(self) -> Callable[[Tensor], Tensor] | None:
+    @property
+    def logits_options(self) -> list[str]:
+        """The names of the options that process the logits of the next token."""
+        names = [name for name in LOGITS_OPTIONS if name in self.from_library]
+        if len(self.logits_processor):
+            names.append("logits_processor")
+        if self.prefix_allowed_tokens_fn is not None:
+            names.append("prefix_allowed_tokens_fn")
+
+        return names
+
+    @property
+    def stop_options(self) -> list[str]:
+        """The names of the options that end a text, or keep it from ending, besides its length."""
+        names = [name for name in (*END_OPTIONS, *STOP_OPTIONS) if name in self.from_library]
+        return [*names, "stopping_criteria"] if len(self.stopping_criteria) else names
+
+    def library_config(self, length: int) -> GenerationConfig:
+        """The options that the library's processors and criteria read, for texts of some length."""
+        others = {
+            name: x for name, x in self.from_library.items() if name not in REPETITION_OPTIONS
+        }
+        config = GenerationConfig(**others)
+        config.max_length, config.num_beams = length, 1
+        end_token_ids = self.end_token_ids
+        config._eos_token_tensor = torch.tensor(end_token_ids) if end_token_ids else None
+        return config
+
+    def processors(self) -> LogitsProcessorList:
+        """The processors of one's own, and those that the library warns of without a prompt."""
+        processors = LogitsProcessorList(self.logits_processor)
+        if size := self.from_library.get("no_repeat_ngram_size"):
+            processors.insert(0, NoRepeatNGramLogitsProcessor(size))
+        if penalty := self.from_library.get("repetition_penalty"):
+            processors.insert(0, RepetitionPenaltyLogitsProcessor(penalty))
+
+        return processors
+
+    def allowed_tokens(self, rows: list[int]) -> Callable[[int, Tensor], list[int]] | None:
+        """`prefix_allowed_tokens_fn` for some rows of the batch, which it knows by their numbers."""
+        function = self.prefix_allowed_tokens_fn
+        if function is None:
+            return None
+
+        return lambda index, ids: function(rows[index], ids)
+
+    def warpers(self) -> Callable[[Tensor], Tensor] | None:
         """The library's warpers, in its order, as a map of mixture logits (n, K); None if unused."""
         warpers = LogitsProcessorList()
         if self.mixture_temperature != 1:
@@ -136,34 +261,38 @@ class GenerationOptions:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             warpers.append(TopPLogitsWarper(self.top_p))
+        if self.min_p != 0:
+            warpers.append(MinPLogitsWarper(self.min_p))
+        if self.typical_p != 1:
+            warpers.append(TypicalLogitsWarper(self.typical_p))
+        if self.epsilon_cutoff != 0:
+            warpers.append(EpsilonLogitsWarper(self.epsilon_cutoff))
+        if self.eta_cutoff != 0:
+            warpers.append(EtaLogitsWarper(self.eta_cutoff))
 
         return partial(warpers, None) if warpers else None  # whatever tokens came before
 
 
-def _check_mode(config: GenerationConfig | None) -> None:
-    mode = GenerationMode.SAMPLE if config is None else config.get_generation_mode()
-    if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
-        raise ValueError(
-            f"The generation config asks for {mode.value}, which chooses among distributions of the next "
-            "token. A flow has none: it samples latents, or with do_sample=False takes the noise at its mode."
-        )
-
-
-def _unsupported(config: GenerationConfig | None, names: Sequence[str]) -> list[str]:
-    """The fields of a config that ask for something else than these options."""
-    if config is None:
-        return []
-
-    return [
+def _unsupported(options: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """The names, sorted, of options that ask for something else than some names."""
+    return sorted(
         name
-        for name, value in config.to_dict().items()
-        if name not in (*names, *DESCRIPTIVE)
+        for name, value in options.items()
+        if name not in (*names, *DESCRIPTIVE, *REST_OF_BATCH)
         and not name.startswith("_")
         and not _is_neutral(name, value)
-    ]
+    )
 
 
 def _is_neutral(name: str, value: Any) -> bool:
     """True if the library's own `generate` would do the same without this option."""
-    defaults = GenerationConfig._get_default_generation_params()
-    return value is None or value is False or (name in defaults and value == defaults[name])
+    if value is None or value is False:
+        return True
+    if isinstance(value, (list, tuple, dict, str)):
+        return len(value) == 0 or value == _library_default(name)
+
+    return value == _library_default(name) or value == NEUTRAL.get(name)
+
+
+def _library_default(name: str) -> Any:
+    return GenerationConfig._get_default_generation_params().get(name)

@@ -1,19 +1,23 @@
 """`generate`: noise -> inverse flows -> latents -> tokens."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import (
+    GenerationConfig,
+    GenerationMixin,
+    StoppingCriteriaList,
+)
 from transformers.utils import ModelOutput, logging
 
 from .checks_tarflowlm import check_ids
 from .generation_options import GenerationOptions
+from .generation_writing import ChooseTokens, RowGroup, Text, TextEnds, TokenWriter
 from .inversion_tarflowlm import InverseReport
-from .slots_tarflowlm import Pieces
+from .slots_tarflowlm import Pieces, take
 
 logger = logging.get_logger(__name__)
 
@@ -32,76 +36,6 @@ class TarFlowLMGenerateOutput(ModelOutput):
     elbo: Tensor | None = (
         None  # (B,) nats: with `num_candidates` above 1, the bound by which each was chosen
     )
-
-
-@dataclass
-class Text:
-    """The tokens of a batch, known and new.
-
-    The flows want the real tokens of a sequence in one piece, its padding at the end, wherever it
-    was: `pieces` takes sequences (B, T, ...) there and back.
-    """
-
-    tokens: Tensor  # (B, T): the prompt, or the text with gaps, and 0 at new tokens behind it
-    is_new: Tensor  # (B, T): True at tokens to write
-    first_new: int  # the first of these in any sequence
-    pieces: Pieces
-    ids: Tensor  # pieces (B, n): known tokens, and 0
-    is_known: Tensor  # pieces (B, n)
-    is_real: Tensor  # pieces (B, n)
-    is_infill: bool  # gaps are filled, and the text keeps its length
-
-    @property
-    def attention_mask(self) -> Tensor | None:
-        """The mask (B, n) of the pieces; None if nothing is padded."""
-        return None if self.pieces.order is None else self.is_real
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps some of the sequences, as far as they are read behind the flows."""
-        rows = rows.to(self.tokens.device)
-        self.tokens, self.is_new = self.tokens[rows], self.is_new[rows]
-
-
-class Streaming:
-    """Hands a streamer the prompt, then tokens as the first flow completes them.
-
-    Only a first flow that runs left to right completes the text in the order in which it is read;
-    otherwise all tokens come at the end.
-    """
-
-    def __init__(
-        self,
-        streamer,
-        text: Text,
-        choose_tokens: Callable[[Tensor], Tensor],
-        end_token_ids: list[int],
-        is_in_order: bool,
-    ):
-        if len(text.tokens) != 1:
-            raise ValueError(f"A streamer takes one sequence at a time, not {len(text.tokens)}.")
-
-        self.streamer, self.choose_tokens = streamer, choose_tokens
-        self.end_token_ids, self.is_in_order = end_token_ids, is_in_order
-        self.new_tokens: list[Tensor] = []
-        streamer.put(text.tokens[:, : text.first_new].cpu())
-
-    def put(self, latents: Tensor) -> None:
-        """Takes the latents (1, P, d) of the next position."""
-        self.new_tokens.append(self.choose_tokens(latents))
-        is_after_end = _is_after_end(self.tokens(), self.end_token_ids)[:, -latents.shape[1] :]
-        if not bool(is_after_end.all()):
-            self.streamer.put(self.new_tokens[-1][~is_after_end].cpu())
-
-    def tokens(self) -> Tensor:
-        """All new tokens so far, (1, n)."""
-        return torch.cat(self.new_tokens, 1)
-
-    def end(self, new: Tensor) -> None:
-        """Ends the stream; new (1, n) are all new tokens."""
-        if not self.is_in_order:
-            self.streamer.put(new[~_is_after_end(new, self.end_token_ids)].cpu())
-
-        self.streamer.end()
 
 
 class TarFlowLMGenerationMixin(GenerationMixin):
@@ -189,17 +123,30 @@ class TarFlowLMGenerationMixin(GenerationMixin):
                 what is new given what is known. The candidates of a sequence share the noise of its
                 one-sample estimate.
             do_sample (`bool`): True by default; False puts the noise at its mode, 0.
-            eos_token_id, pad_token_id: After the first end-of-sequence token of a sequence comes
-                padding.
+            eos_token_id (`int`, `list[int]` or `torch.Tensor`), pad_token_id: After the first
+                end-of-sequence token of a sequence comes padding. When all have ended, a first flow
+                that runs left to right stops. -1 ends nothing.
+            stop_strings (`str` or `list[str]`), tokenizer: Strings that end a text, and the
+                tokenizer that decodes it. As in the library, a text ends with the token that
+                completes one.
+            stopping_criteria, max_time: As in the library.
+            bad_words_ids, repetition_penalty, min_new_tokens, logits_processor, ...: The library's
+                processors of the logits of the next token. They process the mixture weights of a
+                first flow that has one component for each token and runs left to right, and a token
+                that they forbid is not decoded either. `LOGITS_OPTIONS` lists them.
+            min_p, typical_p, epsilon_cutoff, eta_cutoff (`float`): As `top_p`.
+            synced_gpus (`bool`): All positions are computed, wherever the texts end.
             return_dict_in_generate (`bool`): Return a [`TarFlowLMGenerateOutput`].
 
         Returns:
             Token ids (B, T), prompt included (with its padding, where latents and states are 0), or
-            a [`TarFlowLMGenerateOutput`].
+            a [`TarFlowLMGenerateOutput`]. They are cut where the last text ends. States are not:
+            those of the latents are 0 behind the position at which the work stopped.
 
         Raises:
             ValueError: If an option is unknown or out of range (as a keyword, in a generation
                 config or saved with the model), mixture weights are steered though no flow has any,
+                the logits of the next token are processed though the first flow has none,
                 `num_candidates` meets `noise` or a streamer, a prompt leaves no room, a prompt or a
                 continuation is no multiple of the patch size, a gap is not of whole patches, or a
                 text has no gap.
@@ -224,44 +171,43 @@ class TarFlowLMGenerationMixin(GenerationMixin):
 
         # 2. Where tokens are known, and where new ones go.
         text = self._lay_out(prompt, is_real, infill_mask, noise, options)
+        self._check_text(text, options, streamer)
 
-        # 3. The noise.
+        # 3. The noise, and what decides between tokens.
         noise = self._draw_noise(text, noise, options, generator)
+        choose_tokens = self._token_choice(text, options, generator)
 
         # 4. What is known conditions the flows.
         known = self._condition(text, noise, options)
 
         # 5. The inverse of the flows, from the last to the first.
-        def choose_tokens(latents: Tensor) -> Tensor:
-            return self._choose_tokens(latents, options.decode, generator).to(text.tokens.device)
-
-        end_token_ids = [] if text.is_infill else options.end_token_ids
-        streaming = self._start_stream(streamer, text, choose_tokens, end_token_ids)
-        flow = self._invert_flows(text, noise, known, options, streaming)
+        ends = self._text_ends(text, options)
+        writer = self._writer(text, options, choose_tokens, ends, streamer)
+        flow = self._invert_flows(text, noise, known, options, writer)
         states = tuple(map(text.pieces.scatter, flow.states))
 
         # 6. Latents to tokens.
-        if streaming is not None and streaming.is_in_order:
-            new = streaming.tokens()
-        else:
-            new = choose_tokens(states[0][:, text.first_new :])
-            is_new = text.is_new[:, text.first_new :]
-            new = torch.where(is_new, new, text.tokens[:, text.first_new :])
+        tokens = self._read_tokens(text, flow.latents, choose_tokens, writer)
+        if ends is not None and (writer is None or writer.ends is None):
+            ends.read_all(text.pieces.gather(tokens))
+
+        is_kept = None if ends is None else self._is_kept(text, ends)
 
         # 7. The best of several candidates.
         elbo = None
         if options.num_candidates > 1:
-            elbo, best = self._choose_best(text, new, known, options, generator)
+            elbo, best = self._choose_best(text, tokens, known, options, generator)
             text.select(best)
-            new = new[best.to(new.device)]
-            states = tuple(state[best.to(state.device)] for state in states)
+            tokens, is_kept, states = _take_rows(best, tokens, is_kept, states)
 
         # 8. Padding behind the end of a sequence.
-        if streaming is not None:
-            streaming.end(new)
+        sequences = tokens if is_kept is None else self._pad(text, tokens, is_kept, options)
+        if streamer is not None:
+            if writer is None or writer.streamer is None:
+                streamer.put(sequences[:, text.first_new :].cpu())
 
-        new = _pad_after_end(new, end_token_ids, options.pad_token_id)
-        sequences = torch.cat([text.tokens[:, : text.first_new], new], 1)
+            streamer.end()
+
         if not options.returns_dict:
             return sequences
 
@@ -314,10 +260,25 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         """Raises a ValueError where options contradict this model, the noise or a streamer."""
         layers = self.flow.layers[: options.num_flows]
         takes_processor = any(layer.head.takes_logits_processor for layer in layers)
-        if options.logits_processor() is not None and not takes_processor:
-            couplings = [flow["coupling"] for flow in self.config.flows[: options.num_flows]]
+        couplings = [flow["coupling"] for flow in self.config.flows[: options.num_flows]]
+        if options.warpers() is not None and not takes_processor:
             raise ValueError(
-                f"mixture_temperature, top_k and top_p steer mixture_rosenblatt flows, but the flows are {couplings}."
+                f"mixture_temperature, top_k and top_p (min_p, typical_p, epsilon_cutoff, eta_cutoff) steer "
+                f"mixture_rosenblatt flows, but the flows are {couplings}."
+            )
+
+        first = self.config.flows[0]
+        has_token_logits = (
+            first["coupling"] == "mixture_rosenblatt"
+            and first["tie_codebook"]
+            and first["direction"] != "right_to_left"
+            and self.config.patch_size == 1
+        )
+        if options.logits_options and not has_token_logits:
+            raise ValueError(
+                f"{', '.join(options.logits_options)} process the logits of the next token. They need a first flow "
+                "that has them: mixture_rosenblatt with the encoder's codebook, left to right, patch_size 1. The first "
+                f"flow is {first['coupling']}, {first['direction']}, and patch_size is {self.config.patch_size}."
             )
 
         num_candidates = options.num_candidates
@@ -406,18 +367,125 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         self._check_directions(text, options.num_flows)
         return {"known": self.encode(text.ids, noise=noise), "known_mask": text.is_known}
 
-    def _start_stream(
-        self,
-        streamer,
-        text: Text,
-        choose_tokens: Callable[[Tensor], Tensor],
-        end_token_ids: list[int],
-    ) -> Streaming | None:
-        if streamer is None:
+    def _check_text(self, text: Text, options: GenerationOptions, streamer) -> None:
+        """Raises a ValueError where options contradict the texts that are to be written."""
+        if streamer is not None and len(text.tokens) != 1:
+            raise ValueError(f"A streamer takes one sequence at a time, not {len(text.tokens)}.")
+        if text.is_infill and options.stop_options:
+            raise ValueError(
+                f"{', '.join(options.stop_options)} end a text, but with infill_mask it keeps its length."
+            )
+
+        methods = options.inverse_method
+        method = methods if isinstance(methods, str) else next(iter(methods), "auto")
+        if options.logits_options and (method == "parallel" or options.capture_step):
+            raise ValueError(
+                f"{', '.join(options.logits_options)} read what was written before: leave out "
+                'capture_step, and inverse_method="parallel" of the first flow.'
+            )
+
+        is_in_time = self._runs_in_order and options.num_candidates == 1 and not options.synced_gpus
+        if "max_time" in options.from_library and not is_in_time:
+            raise ValueError(
+                "max_time stops a first flow that runs left to right, without num_candidates and synced_gpus; "
+                "others have no text until they are done."
+            )
+
+    @property
+    def _runs_in_order(self) -> bool:
+        """True if the first flow completes the tokens in the order in which they are read."""
+        return self.config.flows[0]["direction"] != "right_to_left"
+
+    def _token_choice(
+        self, text: Text, options: GenerationOptions, generator: torch.Generator | None
+    ) -> ChooseTokens:
+        """The map from latents to tokens: the most likely ones, or a sample of p(x | z).
+
+        The sample's uniform numbers are drawn now, one for each token of the sequences: where the
+        work stops, and in how many steps it is done, changes no token.
+        """
+        uniform = None
+        if options.decode == "sample":
+            device = self._home if generator is None else generator.device
+            uniform = torch.rand(text.tokens.shape, generator=generator, device=device)
+            uniform = text.pieces.gather(uniform.to(self._home))
+
+        def choose_tokens(latents: Tensor, places: Tensor, is_forbidden: Tensor | None) -> Tensor:
+            log_prob = self.decode(latents)
+            if is_forbidden is not None:
+                log_prob = log_prob.masked_fill(is_forbidden.unsqueeze(1), -torch.inf)
+            if uniform is None:
+                return log_prob.argmax(-1)
+
+            cumulative = log_prob.exp().cumsum(-1)
+            threshold = take(uniform, places).unsqueeze(-1) * cumulative[..., -1:]
+            tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+            return tokens.clamp(max=self.config.vocab_size - 1)
+
+        return choose_tokens
+
+    def _text_ends(self, text: Text, options: GenerationOptions) -> TextEnds | None:
+        """The ends of the texts, by the library's criteria; None if nothing ends them."""
+        if text.is_infill:
             return None
 
-        is_in_order = not text.is_infill and self.config.flows[0]["direction"] != "right_to_left"
-        return Streaming(streamer, text, choose_tokens, end_token_ids, is_in_order)
+        config = options.library_config(text.tokens.shape[1])
+        config.max_length = None
+        criteria = self._get_stopping_criteria(
+            config, StoppingCriteriaList(options.stopping_criteria), options.tokenizer
+        )
+        return TextEnds(text, criteria) if criteria else None
+
+    def _writer(
+        self,
+        text: Text,
+        options: GenerationOptions,
+        choose_tokens: ChooseTokens,
+        ends: TextEnds | None,
+        streamer,
+    ) -> TokenWriter | None:
+        """The writer of tokens while the first flow is inverted; None if nobody waits for them."""
+        if streamer is not None:
+            streamer.put(text.tokens[:, : text.first_new].cpu())
+
+        if text.is_infill:
+            streamer = None
+        if options.num_candidates > 1 or options.synced_gpus:
+            ends = None
+
+        is_waited_for = options.logits_options or streamer is not None or ends is not None
+        if not self._runs_in_order or not is_waited_for:
+            return None
+
+        # Observed tokens come first, then the missing ones from left to right, padding last.
+        order = torch.where(text.is_known, 0, torch.where(text.is_real, 1, 2))
+        if not self.config.conditional:
+            order = torch.zeros_like(order)
+
+        order = order.argsort(dim=-1, stable=True)
+        groups = self._row_groups(text, order, options) if options.logits_options else []
+        return TokenWriter(text, order, choose_tokens, ends, groups, streamer)
+
+    def _row_groups(self, text: Text, order: Tensor, options: GenerationOptions) -> list[RowGroup]:
+        """The sequences with the library's logits processors, which count from the prompt's end."""
+        orders, num_leading = order.tolist(), text.num_leading
+        members: dict[tuple, list[int]] = {}
+        for row, key in enumerate(zip(num_leading, map(tuple, orders), strict=True)):
+            members.setdefault(key, []).append(row)
+
+        groups = []
+        for (prompt_length, places), rows in members.items():
+            num_new = int((text.is_real & ~text.is_known)[rows[0]].sum())
+            process = self._get_logits_processor(
+                options.library_config(prompt_length + num_new),
+                input_ids_seq_length=prompt_length,
+                prefix_allowed_tokens_fn=options.allowed_tokens(rows),
+                logits_processor=options.processors(),
+                device=self._home,
+            )
+            groups.append(RowGroup(torch.tensor(rows), list(places), process))
+
+        return groups
 
     def _invert_flows(
         self,
@@ -425,17 +493,17 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         noise: Tensor,
         known: dict[str, Tensor],
         options: GenerationOptions,
-        streaming: Streaming | None,
+        writer: TokenWriter | None,
     ) -> ModelOutput:
-        streams = streaming is not None and streaming.is_in_order
         return self.flow(
             noise,
             text.attention_mask,
             reverse=True,
             num_flows=options.num_flows,
             flow_temperatures=options.flow_temperatures,
-            logits_processor=options.logits_processor(),
-            on_position=streaming.put if streams else None,
+            logits_processor=options.warpers(),
+            token_processor=writer.process if options.logits_options else None,
+            on_position=None if writer is None else writer.put,
             inverse_method=options.inverse_method,
             inverse_window=options.inverse_window,
             inverse_tolerance=options.inverse_tolerance,
@@ -443,25 +511,51 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             **known,
         )
 
-    def _choose_tokens(
-        self, latents: Tensor, decode: str, generator: torch.Generator | None
+    def _read_tokens(
+        self,
+        text: Text,
+        latents: Tensor,
+        choose_tokens: ChooseTokens,
+        writer: TokenWriter | None,
     ) -> Tensor:
-        """Latents (B, n, d) to tokens (B, n): the most likely ones, or a sample."""
-        log_prob = self.decode(latents)
-        if decode == "argmax":
-            return log_prob.argmax(-1)
+        """The tokens (B, T) of the sequences, from the pieces' latents (B, n, d) or the writer."""
+        if writer is not None:
+            tokens = writer.tokens
+        else:
+            num_known = int(text.is_known.all(0).long().cumprod(0).sum())
+            places = torch.arange(num_known, latents.shape[1], device=latents.device)
+            places = places.expand(len(latents), -1)
+            new = choose_tokens(latents[:, num_known:], places, None)
+            tokens = torch.cat([text.ids[:, :num_known], new], 1)
 
-        probabilities = log_prob.exp().flatten(0, -2)
-        if generator is not None:
-            probabilities = probabilities.to(generator.device)
+        tokens = text.pieces.scatter(tokens).to(text.tokens.device)
+        return torch.where(text.is_new, tokens, text.tokens)
 
-        tokens = torch.multinomial(probabilities, 1, generator=generator)
-        return tokens.reshape(latents.shape[:-1])
+    def _is_kept(self, text: Text, ends: TextEnds) -> Tensor:
+        """True at the tokens (B, T) of the sequences that are not behind their end."""
+        place = torch.arange(text.ids.shape[1], device=ends.ends.device)
+        is_kept = text.pieces.scatter(place < ends.ends.unsqueeze(-1)).to(text.tokens.device)
+        return is_kept | ~text.is_new
+
+    def _pad(
+        self, text: Text, tokens: Tensor, is_kept: Tensor, options: GenerationOptions
+    ) -> Tensor:
+        """Tokens (B, T) with padding behind each text's end, cut where the last of them ends."""
+        ids = options.pad_token_id, *options.end_token_ids
+        for name in ("pad_token_id", "eos_token_id"):
+            ids = *ids, getattr(options.tokenizer, name, None)
+
+        pad_token_id = next((token for token in ids if token is not None), None)
+        if pad_token_id is not None:
+            tokens = tokens.masked_fill(~is_kept, pad_token_id)
+
+        is_used = (is_kept & text.is_new).any(0)
+        return tokens[:, : max(int(is_used.nonzero().max()) + 1, text.first_new)]
 
     def _choose_best(
         self,
         text: Text,
-        new: Tensor,
+        tokens: Tensor,
         known: dict[str, Tensor],
         options: GenerationOptions,
         generator: torch.Generator | None,
@@ -472,7 +566,6 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         drawn by the same noise.
         """
         num_candidates = options.num_candidates
-        tokens = torch.cat([text.tokens[:, : text.first_new], new], 1)
         ids = text.pieces.gather(tokens.to(self._home))
         attention_mask = text.attention_mask
         if attention_mask is not None:
@@ -581,21 +674,12 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         return length
 
 
-def _is_after_end(tokens: Tensor, end_token_ids: list[int]) -> Tensor:
-    """True at tokens (B, n) behind their sequence's first end-of-sequence token."""
-    if not end_token_ids:
-        return torch.zeros_like(tokens, dtype=torch.bool)
+def _take_rows(
+    rows: Tensor, tokens: Tensor, is_kept: Tensor | None, states: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """Some of the sequences."""
+    if is_kept is not None:
+        is_kept = is_kept[rows.to(is_kept.device)]
 
-    is_end = torch.isin(tokens, torch.as_tensor(end_token_ids, device=tokens.device))
-    return (is_end.cumsum(-1) - is_end.int()) > 0
-
-
-def _pad_after_end(tokens: Tensor, end_token_ids: list[int], pad_token_id: int | None) -> Tensor:
-    """Tokens (B, n) with padding, or the end-of-sequence token again, behind the first such one."""
-    is_after_end = _is_after_end(tokens, end_token_ids)
-    if not bool(is_after_end.any()):
-        return tokens
-
-    return tokens.masked_fill(
-        is_after_end, end_token_ids[0] if pad_token_id is None else pad_token_id
-    )
+    states = tuple(state[rows.to(state.device)] for state in states)
+    return tokens[rows.to(tokens.device)], is_kept, states

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
@@ -61,8 +62,11 @@ class InverseOptions(NamedTuple):
             multiplied before it is inverted. The last one is the noise's standard deviation.
         logits_processor: A map from the mixture logits (n, K), in float32 or better, to other ones
             (-inf leaves a component out), for every flow whose coupling takes one.
+        token_processor: A map like that, for the first flow only, which runs before it. It is
+            called once for each position, in order.
         on_position: Called with the latents (B, P, d) of each position that the first flow
-            completes, in its order.
+            completes, in its order. If it returns True, the positions behind that one are not
+            wanted, and are 0.
     """
 
     inverse_method: str | Sequence[str] = "auto"
@@ -71,7 +75,8 @@ class InverseOptions(NamedTuple):
     capture_step: bool = False
     flow_temperatures: Sequence[float] | None = None
     logits_processor: LogitsProcessor | None = None
-    on_position: Callable[[Tensor], None] | None = None
+    token_processor: LogitsProcessor | None = None
+    on_position: Callable[[Tensor], bool | None] | None = None
 
     def for_flows(
         self, flows: Sequence[nn.Module], u: Tensor, is_differentiable: bool
@@ -108,6 +113,7 @@ class InverseOptions(NamedTuple):
                 inverse_method=method,
                 flow_temperatures=(temperature,),
                 on_position=None,
+                token_processor=None,
                 logits_processor=self.logits_processor
                 if flow.head.takes_logits_processor
                 else None,
@@ -115,16 +121,22 @@ class InverseOptions(NamedTuple):
             for flow, method, temperature in zip(flows, methods, temperatures, strict=True)
         ]
         options[0] = options[0]._replace(on_position=self.on_position)
+        if self.token_processor is not None:
+            options[0] = options[0]._replace(logits_processor=self._process_tokens)
 
         return options
+
+    def _process_tokens(self, logits: Tensor) -> Tensor:
+        logits = self.token_processor(logits)
+        return logits if self.logits_processor is None else self.logits_processor(logits)
 
     def for_slots(self, channels: Channels) -> "InverseOptions":
         """The options for a flow's own order: `on_position` is called with its states (B, 1, D)."""
         if self.on_position is None:
             return self
 
-        def on_slot(h: Tensor) -> None:
-            self.on_position(to_tokens(channels.unshuffle(h), channels.patch_size))
+        def on_slot(h: Tensor) -> bool | None:
+            return self.on_position(to_tokens(channels.unshuffle(h), channels.patch_size))
 
         return self._replace(on_position=on_slot)
 
@@ -280,11 +292,12 @@ def invert_sequentially(
 
         states.append(state)
         num_final.append(1)
-        if options.on_position is not None:
-            options.on_position(state)
+        if options.on_position is not None and options.on_position(state):
+            break
 
-    report = InverseReport("sequential", num_positions - first, 0.0, num_final)
-    return torch.cat(states, 1), report
+    report = InverseReport("sequential", len(num_final) - (first > 0), 0.0, num_final)
+    h = torch.cat(states, 1)
+    return F.pad(h, (0, 0, 0, num_positions - h.shape[1])), report
 
 
 def invert_by_captured_step(
@@ -346,11 +359,13 @@ def invert_by_captured_step(
 
             graph.replay()
 
-        if options.on_position is not None:
-            options.on_position(h[:, n : n + 1].clone())
+        if options.on_position is not None and options.on_position(h[:, n : n + 1].clone()):
+            h[:, n + 1 :] = 0
+            break
 
-    num_final = [first] * (first > 0) + [1] * (num_positions - first)
-    return h, InverseReport("sequential", num_positions - first, 0.0, num_final)
+    num_steps = n + 1 - first
+    num_final = [first] * (first > 0) + [1] * num_steps
+    return h, InverseReport("sequential", num_steps, 0.0, num_final)
 
 
 def invert_in_parallel(
@@ -419,8 +434,10 @@ def invert_in_parallel(
 
         num_final.append(end - first)
         if options.on_position is not None:
-            for n in range(max(first, num_known), end):
-                options.on_position(h[:, n : n + 1])
+            positions = range(max(first, num_known), end)
+            if any(options.on_position(h[:, n : n + 1]) for n in positions):
+                h[:, end:] = 0
+                break
 
         first = end
 

@@ -1,0 +1,159 @@
+"""The tokens of a batch, written one position after another as the first flow completes them.
+
+The library's logits processors and stopping criteria read what was written so far. All of this is
+about texts whose real tokens are in one piece (`Pieces`), so that each sequence of a batch is
+written as it would be alone.
+
+Shapes: B batch, T tokens of the sequences, n of the pieces, P patch size, d latent size, V tokens
+in the vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .slots_tarflowlm import Pieces, take
+
+# Latents (B, m, d), their places (B, m) in the pieces, tokens (B, V) that are forbidden there or
+# None -> tokens (B, m)
+ChooseTokens = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass
+class Text:
+    """The tokens of a batch, known and new.
+
+    The flows want the real tokens of a sequence in one piece, its padding at the end, wherever it
+    was: `pieces` takes sequences (B, T, ...) there and back.
+    """
+
+    tokens: Tensor  # (B, T): the prompt, or the text with gaps, and 0 at new tokens behind it
+    is_new: Tensor  # (B, T): True at tokens to write
+    first_new: int  # the first of these in any sequence
+    pieces: Pieces
+    ids: Tensor  # pieces (B, n): known tokens, and 0
+    is_known: Tensor  # pieces (B, n)
+    is_real: Tensor  # pieces (B, n)
+    is_infill: bool  # gaps are filled, and the text keeps its length
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """The mask (B, n) of the pieces; None if nothing is padded."""
+        return None if self.pieces.order is None else self.is_real
+
+    @property
+    def num_leading(self) -> list[int]:
+        """The number of known tokens in front of the first new one, of each sequence."""
+        return self.is_known.long().cumprod(-1).sum(-1).tolist()
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps some of the sequences, as far as they are read behind the flows."""
+        rows = rows.to(self.tokens.device)
+        self.tokens, self.is_new = self.tokens[rows], self.is_new[rows]
+
+
+class TextEnds:
+    """The ends of the texts of a batch, by the library's stopping criteria.
+
+    Args:
+        text: The batch. Only new tokens end a text.
+        criteria: Maps ids (B, m) and None to True where a text ends with its last token, (B,).
+    """
+
+    def __init__(self, text: Text, criteria: Callable[[Tensor, None], Tensor]):
+        self.criteria = criteria
+        self.is_new = text.is_real & ~text.is_known
+        self.lengths = text.is_real.sum(-1)
+        self.ends = self.lengths.clone()  # (B,): the number of tokens that stay
+        self.has_ended = torch.zeros_like(self.ends, dtype=torch.bool)
+
+    def read(self, tokens: Tensor, place: int) -> None:
+        """Reads the tokens (B, n) up to a place, which is the last that was written."""
+        is_end = self.criteria(tokens[:, : place + 1], None) & self.is_new[:, place]
+        is_end = is_end & ~self.has_ended
+        self.ends = torch.where(is_end, place + 1, self.ends)
+        self.has_ended = self.has_ended | is_end
+
+    def read_all(self, tokens: Tensor) -> None:
+        """Reads whole texts (B, n)."""
+        for place in range(tokens.shape[1]):
+            self.read(tokens, place)
+
+    def are_all_reached(self, num_tokens: int) -> bool:
+        """True if no text goes on behind the first tokens."""
+        return bool((self.has_ended | (self.lengths <= num_tokens)).all())
+
+
+class RowGroup(NamedTuple):
+    """Sequences that are written in step: they have as many known tokens in front."""
+
+    rows: Tensor  # (b,)
+    order: list[int]  # the places in the pieces, as the first flow passes them
+    process: Callable[[Tensor, Tensor], Tensor]  # ids (b, m), logits (b, V) -> logits (b, V)
+
+
+class TokenWriter:
+    """Writes tokens as the first flow completes their latents, and says when it may stop.
+
+    Args:
+        text: The tokens that are known, and where new ones go.
+        order: The places in the pieces, (B, n), as the first flow passes them.
+        choose_tokens: Decodes latents.
+        ends: Ends the work when all texts have ended, if given.
+        groups: The sequences with their logits processors; none if there are none.
+        streamer: Receives new tokens, if given.
+    """
+
+    def __init__(
+        self,
+        text: Text,
+        order: Tensor,
+        choose_tokens: ChooseTokens,
+        ends: TextEnds | None = None,
+        groups: Sequence[RowGroup] = (),
+        streamer=None,
+    ):
+        self.order, self.choose_tokens, self.ends = order, choose_tokens, ends
+        self.groups, self.streamer = groups, streamer
+        self.tokens = text.ids.clone()  # pieces (B, n)
+        self.is_new = text.is_real & ~text.is_known
+        self.is_forbidden: Tensor | None = None  # (B, V) at the next token
+
+        # What is known to all sequences in front, the flow passes over.
+        is_passed = take(~self.is_new, order).all(0)
+        self.num_passed = int(is_passed.long().cumprod(0).sum())
+
+    def process(self, logits: Tensor) -> Tensor:
+        """The logits (B, V) of the next token, processed by what each sequence has before it."""
+        processed = logits.clone()
+        for rows, order, process in self.groups:
+            rows = rows.to(logits.device)
+            before = self.tokens[rows, : order[self.num_passed]]
+            processed[rows] = process(before, logits[rows]).to(logits.dtype)
+
+        self.is_forbidden = processed == -torch.inf
+        return processed
+
+    def put(self, latents: Tensor) -> bool:
+        """Takes the latents (B, P, d) of the next position; returns True if all texts ended."""
+        first = self.num_passed
+        last = self.num_passed = first + latents.shape[1]
+
+        places = self.order[:, first:last]
+        new = self.choose_tokens(latents, places, self.is_forbidden)
+        new = torch.where(take(self.is_new, places), new, take(self.tokens, places))
+        self.tokens.scatter_(1, places, new)
+
+        had_ended = self.ends is not None and bool(self.ends.has_ended.all())
+        if self.ends is not None:
+            for place in range(first, last):
+                self.ends.read(self.tokens, place)
+
+        if self.streamer is not None and not had_ended:
+            end = last if self.ends is None else min(last, int(self.ends.ends[0]))
+            self.streamer.put(self.tokens[0, first:end].cpu())
+
+        return self.ends is not None and self.ends.are_all_reached(last)
