@@ -299,6 +299,9 @@ def test_generation_by_next_token_distributions_is_refused(saved, options):
     with pytest.raises(ValueError, match=rf"no options \['{option}'\]"):
         model.generate(max_new_tokens=4, **options)
 
+    if option == "assistant_model":
+        return  # no field of a config
+
     config = GenerationConfig(max_new_tokens=4, **options)
     with pytest.raises(ValueError, match=rf"no options \['{option}'\]"):
         model.generate(generation_config=config)
