@@ -5,9 +5,10 @@ OLDEST ?= .venv-oldest
 
 .PHONY: train test test-oldest docs check wheel-check gpu-check clean
 
-# Trains the demo: at most five minutes on two CPU cores. More options: see examples/train.py.
+# Trains the demo: at most five minutes on two CPU cores. A run that was stopped goes on. More options: see
+# examples/train.py.
 train: $(VENV)/.installed
-	$(BIN)/accelerate launch examples/train.py
+	$(BIN)/python examples/train.py $(if $(wildcard runs/demo/checkpoint-*),--resume)
 
 # Checks, then runs all tests, in as many processes as there are cores.
 test: check
@@ -43,7 +44,7 @@ gpu-check:
 # The tested versions (constraints.txt) in an environment of their own.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/pip install --constraint constraints.txt --editable ".[test]"
 	touch $@
 
 # Those versions, but for transformers and what goes with it, without the extras that these tests can do without.

@@ -1,12 +1,12 @@
 """Train a TarFlowLM, or the discrete transformer beside it.
 
-    accelerate launch examples/train.py                                    # the demo: five minutes on two CPU cores
-    accelerate launch examples/train.py --recipe demo_ar                   # the discrete baseline, same data
-    accelerate launch examples/train.py --recipe text8_mixd --stage_steps 8000 1000 1000
+    python examples/train.py                                    # the demo: five minutes on two CPU cores
+    python examples/train.py --recipe demo_ar                   # the discrete baseline, same data
+    python examples/train.py --recipe text8_mixd --stage_steps 8000 1000 1000
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py --recipe openwebtext_deep
-    accelerate launch examples/train.py --dataset my.txt --mode progressive --patience 3 --eval_every 100
-    accelerate launch examples/train.py --resume                           # go on where a run stopped
-    accelerate launch examples/train.py --push_to_hub USER/NAME            # publish it at the end
+    python examples/train.py --dataset my.txt --mode progressive --patience 3 --eval_every 100
+    python examples/train.py --resume                           # go on where a run stopped
+    python examples/train.py --push_to_hub USER/NAME            # publish it at the end
 
 A recipe is a file of examples/recipes/, by its name, or any JSON file like these: a model's
 configuration, and options. Options of the command line win over those of the recipe.
@@ -36,7 +36,9 @@ from tarflow_hf.evaluation import WHAT_IS_SCORED, score
 from tarflow_hf.hub import check_access, model_card, publish
 from tarflow_hf.report import likelihood_table
 from tarflow_hf.training import (
+    RunStopped,
     TrainingConfig,
+    check_output_dir,
     discrete_baseline,
     make_accelerator,
     share_cores,
@@ -111,7 +113,7 @@ def read_recipe(name: str) -> dict:
     if not path.is_file():
         check_names("recipe", [name], [path.stem for path in RECIPES.iterdir()])
 
-    recipe = json.loads(path.read_text())
+    recipe = json.loads(path.read_text("utf-8"))
     check_names(f"key in the recipe {name}", recipe, ["description", "config", "options"])
     return recipe
 
@@ -137,7 +139,9 @@ def parse_arguments() -> tuple[RunConfig, TrainingConfig, dict]:
     if unknown:
         raise ValueError(f"There is no option before {unknown[0]!r}.")
 
-    fields = json.loads(Path(run.config).read_text()) if run.config else recipe.get("config", {})
+    fields = (
+        json.loads(Path(run.config).read_text("utf-8")) if run.config else recipe.get("config", {})
+    )
     known = {
         *inspect.signature(TarFlowLMConfig).parameters,
         *TarFlowLMConfig().to_dict(),
@@ -188,6 +192,7 @@ def build(run: RunConfig, fields: dict, tokenizer):
 
 def main():
     run, training, fields = parse_arguments()
+    check_output_dir(training.output_dir, training.resume)  # before anything is read
     accelerator = make_accelerator(training)
     if accelerator.device.type == "cpu":
         share_cores()
@@ -219,7 +224,12 @@ def main():
         f"{run.model}: {model.num_parameters():,} parameters; {run.dataset}: {describe(train_data)}"
     )
 
-    model = train(model, train_data, validation_data, tokenizer, training, accelerator)
+    try:
+        model = train(model, train_data, validation_data, tokenizer, training, accelerator)
+    except RunStopped as stop:
+        accelerator.print(stop)
+        sys.exit(128 + stop.signal)
+
     if accelerator.is_main_process:
         report(model, tokenizer, test_data, run)
         print(f"\nSaved to {training.output_dir}/model")

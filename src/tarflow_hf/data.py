@@ -14,6 +14,7 @@ import random
 import re
 import sysconfig
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -28,6 +29,7 @@ PYTHON_DOCS = "python-docs"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 HELD_OUT = 0.05  # of the text, for each of validation and test
+FINGERPRINT = 64  # sequences of a stream that tell it from another one
 MAX_HELD_OUT_DOCUMENTS = 1000  # of a dataset without these splits; the number taken from a stream
 
 PIECE = 100_000  # characters: longer documents are tokenized in pieces, which bounds the memory this takes
@@ -375,6 +377,14 @@ class PackedTokens(Dataset):
     def __len__(self) -> int:
         return len(self.tokens) // self.sequence_length
 
+    def fingerprint(self) -> dict[str, int]:
+        """Numbers that another text, tokenizer or length changes."""
+        return {
+            "number of sequences": len(self),
+            "sequence length": self.sequence_length,
+            "checksum of the data": zlib.crc32(self.tokens.numpy()),
+        }
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """`{"input_ids": (T,)}`, int64."""
         start = (
@@ -442,6 +452,22 @@ class StreamingPackedTokens(IterableDataset):
     def has_blocks(self, num_blocks: int) -> bool:
         """True if there are this many blocks. Reads that many from the beginning."""
         return sum(1 for _ in islice(self._blocks(), num_blocks)) == num_blocks
+
+    def fingerprint(self) -> dict[str, int]:
+        """Numbers that another text, tokenizer, length or order changes.
+
+        They are those of the first sequences: a stream has no end that one could wait for.
+        """
+        checksum = 0
+        for block in islice(self._blocks(), FINGERPRINT):
+            checksum = zlib.crc32(block.tobytes(), checksum)
+
+        return {
+            "sequence length": self.sequence_length,
+            "shuffle buffer": self.shuffle_buffer,
+            "seed of the order": self.seed,
+            f"checksum of the stream's first {FINGERPRINT} sequences": checksum,
+        }
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()

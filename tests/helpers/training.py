@@ -1,12 +1,14 @@
 """Short trainings of a small model on one sentence."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
 from transformers import set_seed
 
+from helpers import ROOT
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import PackedTokens, character_tokenizer
 from tarflow_hf.training import TrainingConfig, discrete_baseline, train
@@ -49,6 +51,7 @@ def run(tmp_path, data, tokenizer, model_config=None, train_data=None, baseline=
             "batch_size": 4,
             "warmup_steps": 2,
             "log_every": 1,
+            "save_minutes": 0,
             **options,
         }
     )
@@ -79,6 +82,13 @@ STACK = [
 
 def entries(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def subprocess_environment() -> dict[str, str]:
+    """Variables for a process that imports these helpers."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    return environment
 
 
 def run_that_may_be_killed(folder: Path) -> None:

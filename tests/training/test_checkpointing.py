@@ -1,18 +1,16 @@
 """A run resumes exactly, and an interrupted save leaves what was there."""
 
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
-from helpers import ROOT
-from helpers.training import TEXT, assert_same_weights, config, entries, run, run_that_may_be_killed
+from helpers.training import (
+    TEXT,
+    assert_same_weights,
+    config,
+    run,
+)
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import StreamingPackedTokens
 from tarflow_hf.training import save_model
@@ -159,45 +157,3 @@ def test_an_output_folder_that_can_not_be_written(tmp_path, data, tokenizer, mon
     monkeypatch.setattr(module, "compute_loss", lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(OSError, match=f"output_dir {folder} can't be written to: .*Choose another"):
         run(folder, data, tokenizer)
-
-
-def test_a_killed_run_goes_on(tmp_path, one_thread):
-    """SIGKILL at random moments of a run that saves at every step.
-
-    The log is that of a run that nobody killed.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
-    code = "import sys, pathlib, helpers.training as t; t.run_that_may_be_killed(pathlib.Path(sys.argv[1]))"
-    command, draw = [sys.executable, "-c", code, str(tmp_path / "killed")], random.Random()
-    run_that_may_be_killed(tmp_path / "whole")
-
-    for first_step in (0, 15):  # begins after this step's checkpoint
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not newer(tmp_path / "killed", first_step):
-            time.sleep(0.001)
-
-        time.sleep(draw.uniform(0, 0.2))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-
-    run_that_may_be_killed(tmp_path / "killed")
-    for name in ("stage", "loss", "learning_rate", "validation_loss"):
-        a, b = (
-            [(e["step"], e.get(name)) for e in entries(tmp_path / run)]
-            for run in ("whole", "killed")
-        )
-        assert a == b
-
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
-        "checkpoint-40",
-        "log.jsonl",
-        "model",
-    ]
-    a, b = (TarFlowLMModel.from_pretrained(tmp_path / run / "model") for run in ("whole", "killed"))
-    assert_same_weights(a, b)
-
-
-def newer(folder: Path, step: int) -> bool:
-    """Returns True if there is a checkpoint of this step or a later one."""
-    return any(int(path.name.split("-")[1]) >= step for path in folder.glob("checkpoint-*"))

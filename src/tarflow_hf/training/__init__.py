@@ -2,22 +2,36 @@
 
 from ..baseline import discrete_baseline
 from .batches import check_batches, check_tokenizer
-from .checkpointing import save_model
-from .config import TrainingConfig, make_accelerator, share_cores
+from .checkpointing import newest_checkpoint, save_model
+from .config import (
+    FREE_FIELDS,
+    MAY_DIFFER,
+    MAY_MATTER,
+    TrainingConfig,
+    make_accelerator,
+    share_cores,
+)
 from .divergence import FirstFault
+from .folder import check_output_dir
+from .interruption import RunStopped
 from .log import Log
 from .loop import train, validate
 from .loss import RowNoise, StepDraws, compute_loss, draw_observed_mask, draw_step
 from .stages import Stage, make_optimizer, make_stages
 
 __all__ = [
+    "FREE_FIELDS",
+    "MAY_DIFFER",
+    "MAY_MATTER",
     "FirstFault",
     "Log",
     "RowNoise",
+    "RunStopped",
     "Stage",
     "StepDraws",
     "TrainingConfig",
     "check_batches",
+    "check_output_dir",
     "check_tokenizer",
     "compute_loss",
     "discrete_baseline",
@@ -26,6 +40,7 @@ __all__ = [
     "make_accelerator",
     "make_optimizer",
     "make_stages",
+    "newest_checkpoint",
     "save_model",
     "share_cores",
     "train",

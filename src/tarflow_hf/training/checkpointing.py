@@ -1,12 +1,14 @@
 """Checkpoints of a run. They are written to the side and then renamed.
 
-So a checkpoint is whole, whenever a run is killed.
+So a checkpoint is whole, whenever a run is killed. It carries the sizes of its files, so that one
+that was damaged later (copied in part, say) is not taken for whole.
 """
 
 import json
 import os
+import re
 import shutil
-import tempfile
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +18,12 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
+
+from .config import MAY_MATTER
+
+# Fields of a model's configuration that say how it was saved, not what it is.
+NOT_THE_MODEL = {"transformers_version", "architectures", "auto_map", "_name_or_path"}
 
 
 @dataclass
@@ -27,9 +35,12 @@ class Progress:
     stage_step: int = 0  # of them in this stage
     best: float | None = None  # validation of the stage, nats per token
     stale: int = 0  # evaluations since then
+    logged_step: int | None = None  # of the log's last line of losses; None: this one
+    total: float = 0.0  # the sum of the losses since then
+    run_id: str = ""  # the same in all checkpoints of a run
 
     def next_stage(self) -> "Progress":
-        return Progress(self.step, self.stage + 1)
+        return Progress(self.step, self.stage + 1, logged_step=self.step, run_id=self.run_id)
 
 
 class BestWeights:
@@ -58,22 +69,6 @@ class BestWeights:
         self.weights = state
 
 
-def check_output_dir(output_dir: Path) -> None:
-    """Makes the folder.
-
-    Raises:
-        OSError: It can't be made, or nothing can be written to it.
-    """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"output_dir {output_dir} can't be written to: {error}. Choose another one."
-        ) from error
-
-
 @contextmanager
 def _written_aside(aside: Path, path: Path) -> Iterator[None]:
     """Removes the folder `aside` if writing it fails, and says what is to be done.
@@ -84,6 +79,7 @@ def _written_aside(aside: Path, path: Path) -> Iterator[None]:
     """
     try:
         yield
+        _flush(aside)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
@@ -124,8 +120,13 @@ def save_checkpoint(
     progress: Progress,
     description: dict[str, Any],
     keep: int,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """Saves everything that a resumed run needs, and removes all but the `keep` newest checkpoints.
+
+    Those of other runs stay. With `model` and `tokenizer` configuration, code and tokenizer lie
+    beside the weights, so that `from_pretrained` loads the checkpoint.
 
     Raises:
         OSError: It can't be written; older ones are intact.
@@ -135,8 +136,7 @@ def save_checkpoint(
     )
 
     if accelerator.is_main_process:
-        for left_over in output_dir.glob(".checkpoint-*"):  # by a run that was killed
-            shutil.rmtree(left_over)
+        remove_leftovers(output_dir)
 
     accelerator.wait_for_everyone()
     with _written_aside(aside, path):
@@ -145,47 +145,176 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with _written_aside(aside, path):
-            (aside / "run.json").write_text(
-                json.dumps({**asdict(progress), **description}, indent=2)
-            )
+            if model is not None and tokenizer is not None:
+                _save_beside_weights(model, tokenizer, aside)
+
+            run = {**asdict(progress), **description, "files": _sizes(aside)}
+            (aside / "run.json").write_text(json.dumps(run, indent=2, default=str), "utf-8")
+
+        if path.exists() and _run_of(path) != progress.run_id:
+            path.rename(_free_name(path))
 
         _replace(aside, path)
-        for old in _checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
+        _rotate(output_dir, progress, keep)
 
     accelerator.wait_for_everyone()
+
+
+def _save_beside_weights(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Writes what `save_pretrained` writes beside the weights."""
+    model.config.architectures = [type(model).__name__]
+    if model._auto_class is not None:
+        custom_object_save(model, str(folder), config=model.config)
+
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _rotate(output_dir: Path, progress: Progress, keep: int) -> None:
+    """Removes this run's checkpoints up to now but for the `keep` newest ones."""
+    own = [
+        path
+        for path in checkpoints_in(output_dir)
+        if step_of(path) <= progress.step and _run_of(path) == progress.run_id
+    ]
+    for old in own[:-keep]:
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.gone")))
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Removes what a killed run was writing or removing, and puts back what it was replacing."""
+    for old in output_dir.glob(".*.old"):
+        path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if not path.exists():
+            old.rename(path)
+
+    for pattern in (".checkpoint-*.part", ".checkpoint-*.gone", ".checkpoint-*.old"):
+        for left_over in output_dir.glob(pattern):
+            shutil.rmtree(left_over)
 
 
 def newest_checkpoint(
     output_dir: Path, description: dict[str, Any], free_fields: Collection[str]
 ) -> tuple[Path, Progress]:
-    """The newest checkpoint and where it stands.
+    """The newest whole checkpoint and where it stands.
+
+    Warns of a checkpoint that is not whole, and of each difference that may matter.
 
     Raises:
-        FileNotFoundError: There is none. ValueError: Another run made it; says what differs besides
-            the `free_fields`.
+        FileNotFoundError: If there is none.
+        ValueError: If another run made it. The message says what differs besides the `free_fields`.
     """
-    checkpoints = _checkpoints(output_dir)
-    if not checkpoints:
-        raise FileNotFoundError(f"There is no checkpoint to resume from in {output_dir}.")
+    for path in reversed(checkpoints_in(output_dir)):
+        run = _read_run(path) or {}
+        if damage := _damage(path, run):
+            warnings.warn(f"{path} is not whole ({damage}): an older one is taken.", stacklevel=2)
+            continue
 
-    run = json.loads((checkpoints[-1] / "run.json").read_text())
+        differences = _differences(run, description, free_fields)
+        fatal = [text for name, text in differences if name not in MAY_MATTER]
+        if fatal:
+            raise ValueError(
+                f"{path} was made by another run: {'; '.join(fatal)}. Give the options and the data of that run, or "
+                "start this one in another output_dir."
+            )
+
+        for name, text in differences:
+            warnings.warn(f"On resuming, {text}: {MAY_MATTER[name]}.", stacklevel=2)
+
+        fields = asdict(Progress())
+        return path, Progress(**{name: run.get(name, fields[name]) for name in fields})
+
+    raise FileNotFoundError(f"There is no checkpoint to resume from in {output_dir}.")
+
+
+def _differences(
+    run: dict[str, Any], description: dict[str, Any], free_fields: Collection[str]
+) -> list[tuple[str, str]]:
+    """The name and a text for each difference between a checkpoint's run and the one described.
+
+    A field of the data or the environment that one of them does not state is not compared.
+    """
     differences = []
-
     for part, values in description.items():
         now, then = json.loads(json.dumps(values, default=str)), run.get(part, {})
+        is_stated = part in ("model", "training")
+
         for name in sorted(set(now) | set(then)):
-            if name not in free_fields and now.get(name) != then.get(name):
-                differences.append(f"{name} was {then.get(name)!r} and is {now.get(name)!r}")
+            if name in free_fields or (part == "model" and name in NOT_THE_MODEL):
+                continue
+            if not is_stated and (name not in now or name not in then):
+                continue
+            if now.get(name) != then.get(name):
+                text = f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
+                differences.append((name, text))
 
-    if differences:
-        raise ValueError(f"{checkpoints[-1]} was made by another run: {'; '.join(differences)}.")
-
-    return checkpoints[-1], Progress(**{name: run[name] for name in asdict(Progress())})
+    return differences
 
 
-def _checkpoints(output_dir: Path) -> list[Path]:
-    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """The folders `checkpoint-N` in the order of their steps."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+    return sorted((p for p in found if re.fullmatch(r"checkpoint-\d+", p.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _run_of(checkpoint: Path) -> str | None:
+    """The id of the run that made it; "" before runs had one, None if it is none of ours."""
+    run = _read_run(checkpoint)
+    return None if run is None else run.get("run_id", "")
+
+
+def _read_run(checkpoint: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((checkpoint / "run.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _damage(checkpoint: Path, run: dict[str, Any]) -> str | None:
+    """A few words on what is missing in a checkpoint; None for a whole one."""
+    if not run:
+        return "its run.json can't be read"
+
+    for name, size in run.get("files", {}).items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+
+    return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The size in bytes of each file in a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (free := path.with_name(f"{path.name}.other-{number}")).exists():
+        number += 1
+    return free
+
+
+def _flush(folder: Path) -> None:
+    """Waits until a folder's files are on the disk, so that a power failure finds them whole."""
+    if os.name != "posix":
+        return
+
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _replace(aside: Path, path: Path) -> None:

@@ -2,12 +2,11 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import (
-    GradientAccumulationPlugin,
-)
+from accelerate.utils import GradientAccumulationPlugin
 
 MODES = ("joint", "progressive", "progressive_then_joint")
 
@@ -70,11 +69,21 @@ class TrainingConfig:
     )
     eval_sequences: int = field(default=128, metadata={"help": "of the validation split"})
     save_every: int = field(
-        default=0, metadata={"help": "steps between checkpoints; 0: only at the end"}
+        default=0,
+        metadata={"help": "steps between checkpoints; 0: by time, and at the end of a stage"},
+    )
+    save_minutes: float = field(
+        default=10.0,
+        metadata={
+            "help": "the most minutes between checkpoints; fewer where a save takes under 5%% of them; 0: any number"
+        },
     )
     keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints kept"})
     resume: bool = field(
         default=False, metadata={"help": "go on from the newest checkpoint in output_dir"}
+    )
+    finish: bool = field(
+        default=False, metadata={"help": "with resume: take no further step, and save the model"}
     )
     report_to: str | None = field(
         default=None, metadata={"help": "a tracker of Accelerate, such as tensorboard"}
@@ -91,6 +100,12 @@ class TrainingConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
+        for name in ("eval_every", "save_every", "save_minutes", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}.")
+
+        if self.finish and not self.resume:
+            raise ValueError("finish ends a run that is resumed: give resume (--resume), too.")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, not {self.learning_rate}.")
         if not 0 <= self.ema_decay < 1:
@@ -112,17 +127,39 @@ class TrainingConfig:
             )
 
 
-# Fields that a resumed run may change: they leave the loss curve as it is.
-FREE_FIELDS = {
-    "output_dir",
-    "log_every",
-    "eval_every",
-    "eval_sequences",
-    "save_every",
-    "keep_checkpoints",
-    "resume",
+# What may differ when a run is resumed, and why. Nothing comes of these.
+MAY_DIFFER = {
+    "output_dir": "a folder may be moved",
+    "log_every": "it decides what is written down",
+    "eval_every": "evaluating changes nothing; with patience it must stay",
+    "eval_sequences": "evaluating changes nothing; with patience it must stay",
+    "save_every": "saving changes nothing",
+    "save_minutes": "saving changes nothing",
+    "keep_checkpoints": "saving changes nothing",
+    "resume": "it says how the run was started",
+    "finish": "it says when the run ends",
+    "report_to": "it decides what is written down",
+    "gradient_checkpointing": "the same numbers are computed twice",
+    "gradient_accumulation_steps": "the parts make the same step, up to rounding",
+    "mixed_precision": "the precision in use is compared instead, however it was set",
 }
-FREE_FIELDS |= {"report_to", "gradient_checkpointing"}
+
+# These may change the curve: a warning names what differs.
+MAY_MATTER = {
+    "num_steps": "the schedule of learning rates goes on as that of the new number",
+    "stage_steps": "the schedule of learning rates goes on as that of the new numbers",
+    "python": "another version may round otherwise",
+    "torch": "another version may round otherwise",
+    "transformers": "another version may round otherwise",
+    "accelerate": "another version may round otherwise",
+    "tarflow_hf": "another version may round otherwise",
+    "device": "another device rounds otherwise",
+    "processes": "sums are taken in another order",
+    "threads": "sums are taken in another order",
+}
+
+# All else must be as it was: the other options, the fields of the model, the data, the precision.
+FREE_FIELDS = set(MAY_DIFFER)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -145,11 +182,25 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def share_cores() -> None:
-    """Gives this process its share of the cores.
+    """Gives this process its share of the cores that it may use.
 
-    A launcher gives it one thread if nobody asked for more.
+    A launcher starts it with one thread. Nothing changes if there is no launcher, or if someone set
+    `OMP_NUM_THREADS` before the launcher.
     """
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(
-            max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        )
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
+    if not is_launched or os.environ.get("OMP_NUM_THREADS") != "1" or _launcher_was_told():
+        return
+
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    torch.set_num_threads(max(1, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _launcher_was_told() -> bool:
+    """True if the parent process was started with `OMP_NUM_THREADS`, as far as one can see."""
+    try:
+        variables = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+    return any(variable.startswith(b"OMP_NUM_THREADS=") for variable in variables)

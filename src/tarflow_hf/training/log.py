@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..cost import peak_flops, peak_memory
 from ..data import PackedTokens
 from ..evaluation.likelihood import Likelihood
+from .checkpointing import Progress
 from .config import TrainingConfig
 from .stages import Stage
 
@@ -33,20 +34,31 @@ class JsonLines:
         entries = self._read() if first_step and path.exists() else []
         kept = [entry for entry in entries if entry["step"] <= first_step]
 
-        aside = path.with_suffix(".part")
-        aside.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept))
-        aside.replace(path)
+        with self._saying_what_to_do():
+            aside = path.with_suffix(".part")
+            aside.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept), "utf-8")
+            aside.replace(path)
+
+    @contextmanager
+    def _saying_what_to_do(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                f"{self.path} could not be written: {error}. Is the disk full? Make room, then go on from the newest "
+                "checkpoint with resume."
+            ) from error
 
     def _read(self) -> Iterator[dict[str, Any]]:
         """The entries, up to a line that a killed run has not finished."""
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text("utf-8").splitlines():
             try:
                 yield json.loads(line)
             except json.JSONDecodeError:
                 return
 
     def write(self, entry: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with self._saying_what_to_do(), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
 
@@ -61,7 +73,7 @@ class Log:
         self,
         accelerator: Accelerator,
         config: TrainingConfig,
-        first_step: int,
+        progress: Progress,
         num_steps: int,
         validation_data: PackedTokens,
     ):
@@ -69,7 +81,7 @@ class Log:
         self.nats_to_bits_per_character = 1 / (math.log(2) * validation_data.characters_per_token)
         self.sequence_length = validation_data.sequence_length
         self.tokens, self.seconds, self.since = 0, 0.0, time.perf_counter()
-        self.last_step = first_step
+        self.last_step = progress.logged_step or 0
         self.stage: dict[str, Any] = {}
         self.flops = 0
         peak = peak_flops(accelerator.device, accelerator.mixed_precision)
@@ -77,10 +89,14 @@ class Log:
 
         is_main = accelerator.is_main_process
         self.bar = tqdm(
-            total=num_steps, initial=first_step, desc="training", unit="step", disable=not is_main
+            total=num_steps,
+            initial=progress.step,
+            desc="training",
+            unit="step",
+            disable=not is_main,
         )
         path = Path(config.output_dir) / "log.jsonl"
-        self.lines = JsonLines(path, first_step) if is_main else None
+        self.lines = JsonLines(path, progress.step) if is_main else None
         if config.report_to:
             accelerator.init_trackers("tarflow_hf", _plain(config))
 
@@ -97,7 +113,7 @@ class Log:
     def losses(self, step: int, total: float, learning_rate: float) -> None:
         """Writes an entry of training: `total` is the sum of the losses since the one before."""
         loss = total / (step - self.last_step)
-        self.bar.update(step - self.last_step)
+        self.bar.update(step - self.bar.n if not self.bar.disable else 0)
         self.last_step = step
         tokens_per_second = self.tokens / (self.seconds + time.perf_counter() - self.since)
         self.tokens, self.seconds, self.since = 0, 0.0, time.perf_counter()

@@ -1,8 +1,12 @@
 """The training loop, on Accelerate. A resumed run goes on exactly as the uninterrupted one."""
 
 import math
-import zlib
+import platform
+import signal
+import time
+import uuid
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from .. import __version__
 from ..cost import training_flops
 from ..data import PackedTokens
 from ..evaluation.likelihood import Likelihood, Scoring, score_batch
@@ -21,16 +25,24 @@ from .batches import TrainingData, check_batches, check_tokenizer, endless, make
 from .checkpointing import (
     BestWeights,
     Progress,
-    check_output_dir,
+    checkpoints_in,
     newest_checkpoint,
+    remove_leftovers,
     save_checkpoint,
     save_model,
 )
 from .config import FREE_FIELDS, TrainingConfig, make_accelerator
 from .divergence import FirstFault
+from .folder import check_output_dir, locked
+from .interruption import RunStopped, StopRequest
 from .log import Log
 from .loss import RowNoise, StepDraws, compute_loss, draw_step, mean_missing_tokens
 from .stages import Stage, make_optimizer, make_stages
+
+# The most steps between two looks at what was asked of any of several processes.
+STEPS_BETWEEN_LOOKS = 10
+FEWEST_SECONDS = 10  # between two saves by time
+SAVE, END = 1, 2  # what may be asked for between two steps
 
 
 def train(
@@ -63,7 +75,9 @@ def train(
             if the stages do not fit the model or the tokenizer not the vocabulary, if weights are
             sharded and to be averaged, frozen or kept, or if a resumed run differs from the one
             that made the checkpoint.
-        OSError: If `output_dir`, or a checkpoint, can't be written.
+        OSError: If `output_dir`, or a checkpoint, can't be written; if another run works in
+            `output_dir`, or has left checkpoints or a model there and is not resumed.
+        RunStopped: After the step in which SIGINT or SIGTERM came. The run is saved then.
         FloatingPointError: If something is not finite. The message says what, in which step and
             batch; no checkpoint is made of it.
     """
@@ -72,25 +86,32 @@ def train(
     check_batches(train_data, config, accelerator)
     check_tokenizer(model, tokenizer)
 
-    # 1. What a run keeps from stage to stage; on a resume, where it stands.
-    run = Run(model, train_data, validation_data, stages, config, accelerator)
+    check_output_dir(config.output_dir, config.resume)
 
-    for stage in stages[run.progress.stage :]:
-        # 2. A stage: what it trains, and with what.
-        run.begin(stage)
+    with locked(config.output_dir, accelerator), StopRequest() as request:
+        # 1. What a run keeps from stage to stage; on a resume, where it stands.
+        run = Run(
+            model, train_data, validation_data, tokenizer, stages, config, accelerator, request
+        )
 
-        while not run.is_stage_over():
-            # 3. A step.
-            run.step()
+        for stage in stages[run.progress.stage :]:
+            # 2. A stage: what it trains, and with what.
+            run.begin(stage)
 
-            # 4. Looking, and keeping.
-            run.look()
+            while not run.is_stage_over():
+                # 3. A step.
+                run.step()
 
-        # 5. The next stage stands on what was evaluated, the best of it if that was kept.
-        run.end_stage()
+                # 4. Looking, and keeping.
+                run.look()
 
-    # 6. The model, evaluated and saved as it is returned.
-    return run.finish(tokenizer)
+            # 5. The next stage stands on what was evaluated, the best of it if that was kept.
+            run.end_stage()
+            if config.finish:
+                break
+
+        # 6. The model, evaluated and saved as it is returned.
+        return run.finish()
 
 
 class Run:
@@ -108,35 +129,58 @@ class Run:
         model: PreTrainedModel,
         train_data: TrainingData,
         validation_data: PackedTokens,
+        tokenizer: PreTrainedTokenizerBase,
         stages: list[Stage],
         config: TrainingConfig,
         accelerator: Accelerator,
+        request: StopRequest,
     ):
-        self.model, self.stages = model, stages
-        self.config, self.accelerator = config, accelerator
+        self.model, self.tokenizer, self.stages = model, tokenizer, stages
+        self.config, self.accelerator, self.request = config, accelerator, request
         self.validation_data, self.length = validation_data, train_data.sequence_length
         self.output_dir = Path(config.output_dir)
 
-        self.description = describe(model, train_data, config)
+        self.description = describe(model, train_data, validation_data, config, accelerator)
         self.checkpoint, self.progress = self._where_it_stands()
-        check_output_dir(self.output_dir)
+        self.saved_at, self.save_seconds = time.perf_counter(), 0.0
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            recompute_activations(model)
 
         self._register_what_is_kept()
         self._prepare_batches(train_data)
-        num_steps = sum(stage.num_steps for stage in stages)
-        self.log = Log(accelerator, config, self.progress.step, num_steps, validation_data)
+        self.log = Log(accelerator, config, self.progress, self._num_steps(), validation_data)
         self.fault = FirstFault(model, accelerator)
         self.origins: dict[int, str] = {}
 
     def _where_it_stands(self) -> tuple[Path | None, Progress]:
+        """The checkpoint to go on from, if any, and the point that the run has reached."""
+        if self.accelerator.is_main_process:
+            remove_leftovers(self.output_dir)
+
+        self.accelerator.wait_for_everyone()
+        new = Progress(logged_step=0, run_id=uuid.uuid4().hex)
         if not self.config.resume:
-            return None, Progress()
+            return None, new
+
+        if not checkpoints_in(self.output_dir):
+            self.accelerator.print(
+                f"The run in {self.output_dir} was ended before its first checkpoint: it begins anew."
+            )
+            return None, new
 
         # With patience, when and on what it is evaluated decides what is trained.
         fixed = {"eval_every", "eval_sequences"} if self.config.patience else set()
-        return newest_checkpoint(self.output_dir, self.description, FREE_FIELDS - fixed)
+        path, progress = newest_checkpoint(self.output_dir, self.description, FREE_FIELDS - fixed)
+        self.accelerator.print(f"Going on from step {progress.step}, saved in {path}.")
+        if progress.logged_step is None:
+            progress.logged_step = progress.step
+
+        return path, progress
+
+    def _num_steps(self) -> int:
+        """The steps at the end of the run: those taken, and the budgets of what is left."""
+        left = sum(stage.num_steps for stage in self.stages[self.progress.stage :])
+        return self.progress.step - self.progress.stage_step + left
 
     def _register_what_is_kept(self) -> None:
         """Makes the average and the best weights a part of every checkpoint, in this order."""
@@ -186,16 +230,29 @@ class Run:
         )
 
         if self.checkpoint is not None:
-            accelerator.load_state(str(self.checkpoint))
-            self.checkpoint = None
+            self._load()
 
         self.log.begin_stage(stage, training_flops(self.model, self.length, stage.num_flows))
-        self.total = torch.zeros((), device=accelerator.device)
+        self.total = torch.tensor(self.progress.total, device=accelerator.device)
+
+    def _load(self) -> None:
+        """Loads the checkpoint; learning rates are those of the schedule as it is now."""
+        self.accelerator.load_state(str(self.checkpoint))
+        self.checkpoint = None
+        self.accelerator.step = self.progress.step * self.parts
+
+        schedule = self.scheduler.scheduler
+        schedule._last_lr = [
+            rate * factor(schedule.last_epoch)
+            for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
 
     def is_stage_over(self) -> bool:
         """True if the stage's budget is used up, or validation has stopped improving."""
         is_used_up = self.progress.stage_step >= self.stage.num_steps
-        return is_used_up or 0 < self.config.patience <= self.progress.stale
+        return self.config.finish or is_used_up or 0 < self.config.patience <= self.progress.stale
 
     def end_stage(self) -> None:
         """Leaves the model with the weights that were evaluated; before another stage, unwrapped."""
@@ -285,6 +342,7 @@ class Run:
     def look(self) -> None:
         """Logs, evaluates and saves what is due after a step; all of it at the end of a stage."""
         config, step = self.config, self.progress.step
+        asked = self._asked_for()
         is_evaluation_due = is_due(step, config.eval_every) or self.is_stage_over()
         is_save_due = is_due(step, config.save_every)
 
@@ -295,21 +353,79 @@ class Run:
             with self.log.pause():
                 self._evaluate()
 
-        if is_save_due or self.is_stage_over():  # an evaluation may have ended the stage
+        is_over = self.is_stage_over()  # an evaluation may have ended the stage
+        if is_save_due or asked or is_over:
             with self.log.pause():
-                save_checkpoint(
-                    self.accelerator,
-                    self.output_dir,
-                    self.progress,
-                    self.description,
-                    config.keep_checkpoints,
-                )
+                self._save()
 
-    def _log_losses(self) -> None:
+        is_last = self.progress.stage + 1 == len(self.stages)
+        if asked == END and not (is_over and is_last):
+            self._stop()
+
+    def _asked_for(self) -> int:
+        """Returns `END` after a signal, `SAVE` when it is time to, else 0.
+
+        All processes give the same answer. They would have to wait for each other to find it, so
+        several of them look only every few steps.
+        """
+        config, num_processes = self.config, self.accelerator.num_processes
+        asked = END if self.request.signal is not None else SAVE * self._is_time_to_save()
+        if num_processes == 1:
+            return asked
+
+        if self.progress.step % min(STEPS_BETWEEN_LOOKS, config.log_every):
+            return 0
+
+        return int(
+            self.accelerator.gather(torch.tensor([asked], device=self.accelerator.device)).max()
+        )
+
+    def _is_time_to_save(self) -> bool:
+        """True after `save_minutes`, or sooner if saving takes no more than 5% of the time."""
+        longest = 60 * self.config.save_minutes
+        seconds = min(longest, max(FEWEST_SECONDS, 20 * self.save_seconds))
+        return longest > 0 and time.perf_counter() - self.saved_at >= seconds
+
+    def _save(self) -> None:
+        self._check_faults()
+        self.progress.total = self.accelerator.reduce(self.total, "mean").item()
+        begin = time.perf_counter()
+        save_checkpoint(
+            self.accelerator,
+            self.output_dir,
+            self.progress,
+            self.description,
+            self.config.keep_checkpoints,
+            self.model,
+            self.tokenizer,
+        )
+        self.saved_at = time.perf_counter()
+        self.save_seconds = self.saved_at - begin
+
+    def _stop(self) -> None:
+        """Ends the run after a signal.
+
+        Raises:
+            RunStopped: Always.
+        """
+        self.log.close()
+        self.fault.close()
+        step = self.progress.step
+        raise RunStopped(
+            f"Stopped after step {step}, saved in {self.output_dir / f'checkpoint-{step}'}. To go on, give the same "
+            "command with --resume; to end here with a model, with --resume --finish.",
+            self.request.signal or signal.SIGTERM,
+        )
+
+    def _check_faults(self) -> None:
         self.fault.check(self.origins)
         self.origins.clear()
+
+    def _log_losses(self) -> None:
+        self._check_faults()
         total = self.accelerator.reduce(self.total, "mean").item()
         self.log.losses(self.progress.step, total, self.learning_rate)
+        self.progress.logged_step = self.progress.step
         self.total.zero_()
 
     def _evaluate(self) -> None:
@@ -334,7 +450,7 @@ class Run:
             named = self.model.named_parameters()
             self.best.keep(self.evaluated, {name for name, p in named if p.requires_grad})
 
-    def finish(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    def finish(self) -> PreTrainedModel:
         """Saves the model with its tokenizer, and returns it in evaluation mode."""
         state_dict = None
         if self.accelerator.distributed_type == DistributedType.FSDP:
@@ -345,28 +461,46 @@ class Run:
         self.model.requires_grad_(True)
 
         if self.accelerator.is_main_process:
-            save_model(self.evaluated, tokenizer, self.output_dir / "model", state_dict)
+            save_model(self.evaluated, self.tokenizer, self.output_dir / "model", state_dict)
 
         self.accelerator.wait_for_everyone()
         return self.evaluated.eval()
 
 
 def describe(
-    model: PreTrainedModel, train_data: TrainingData, config: TrainingConfig
+    model: PreTrainedModel,
+    train_data: TrainingData,
+    validation_data: PackedTokens,
+    config: TrainingConfig,
+    accelerator: Accelerator,
 ) -> dict[str, dict[str, Any]]:
     """The description of a run in its checkpoints, with which a run that resumes must agree."""
-    description: dict[str, dict[str, Any]] = {
+    data = train_data.fingerprint()
+    if config.patience:
+        held_out = validation_data.fingerprint()
+        data |= {f"{name}, validation": value for name, value in held_out.items()}
+
+    return {
         "model": model.config.to_diff_dict(),
         "training": asdict(config),
+        "data": data,
+        "precision": {"precision": accelerator.mixed_precision},
+        "environment": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "accelerate")},
+            "tarflow_hf": __version__,
+            "device": accelerator.device.type,
+            "processes": accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+        },
     }
 
-    if not isinstance(train_data, IterableDataset):
-        description["data"] = {
-            "number of sequences": len(train_data),
-            "checksum of the data": zlib.crc32(train_data.tokens[: 2**20].numpy()),
-        }
 
-    return description
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Turns on checkpointing of activations, by the name that the installed library has for it."""
+    new_name = "activation_checkpointing_enable"
+    enable = new_name if hasattr(model, new_name) else "gradient_checkpointing_enable"
+    getattr(model, enable)()
 
 
 def is_due(step: int, every: int) -> bool:
