@@ -638,11 +638,14 @@ def trained(tmp_path_factory):
 
 
 def replay(model, call):
-    """Returns the model's own loss on the batch and with the noise of a recorded call."""
+    """Returns the model's own loss on the batch and with the noise of a recorded call.
+
+    It is the batch's share of a step's mean over all tokens.
+    """
     inputs, random_state = call
     torch.set_rng_state(random_state)
     out = model(**inputs)
-    torch.testing.assert_close(out.loss, -out.elbo.sum() / inputs["attention_mask"].sum())
+    torch.testing.assert_close(out.loss, -out.elbo.sum() / inputs["num_items_in_batch"])
     return out.loss
 
 
@@ -652,7 +655,10 @@ def test_trainer_logs_the_models_loss_and_descends_it(trained):
     assert any((inputs["labels"] == -100).any() for inputs, _ in calls[:6])
 
     for step in range(3):
-        loss = (replay(model, calls[2 * step]) + replay(model, calls[2 * step + 1])) / 2
+        parts = calls[2 * step : 2 * step + 2]
+        num_tokens = sum(inputs["attention_mask"].sum() for inputs, _ in parts)
+        assert all(inputs["num_items_in_batch"] == num_tokens for inputs, _ in parts)
+        loss = sum(replay(model, part) for part in parts)
         assert trainer.state.log_history[step]["loss"] == pytest.approx(
             float(loss.detach()), rel=1e-5
         )

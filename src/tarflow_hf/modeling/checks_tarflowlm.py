@@ -1,5 +1,7 @@
 """Checks of what the model is given. Each raises a ValueError that says what is allowed."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -64,11 +66,55 @@ def check_ids(
     return input_ids
 
 
-def check_labels(labels: Tensor, input_ids: Tensor, is_scored: Tensor | None) -> None:
-    """Raises a ValueError unless the labels are the ids (B, T) at all tokens that are scored."""
+def check_labels(
+    labels: Tensor, input_ids: Tensor, is_scored: Tensor | None, pad_token_id: int | None = None
+) -> None:
+    """Raises a ValueError unless the labels are the ids (B, T) at all tokens that are scored.
+
+    A collator that takes every token of the id of padding for padding writes -100 there: that is
+    no other label.
+    """
+    if labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, not {tuple(labels.shape)}."
+        )
+
     is_label = labels == input_ids
+    if pad_token_id is not None:
+        is_label = is_label | ((labels == -100) & (input_ids == pad_token_id))
+
     require(
         (is_label if is_scored is None else is_label | ~is_scored).all(),
         "labels must equal input_ids at every real token, because the bound is that of whole sequences: give "
-        "labels=input_ids, or give a collator that writes -100 a padding token of its own.",
+        "labels=input_ids, or set config.pad_token_id if a collator writes -100 wherever that token stands. A model "
+        "with conditional=True can leave out a prompt: its -100 are what is observed.",
     )
+
+
+def check_positions(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Raises a ValueError unless the positions (B, T) count real tokens from 0."""
+    if position_ids is None:
+        return
+
+    expected = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    is_counted = position_ids == expected
+    if attention_mask is not None and attention_mask.shape == position_ids.shape:
+        is_counted = is_counted | (attention_mask == 0)
+
+    require(
+        is_counted.all(),
+        "position_ids must count the tokens of each sequence from 0, as the model does without them. Sequences that "
+        "are packed into one row cannot be told apart: give each a row of its own, with an attention_mask.",
+    )
+
+
+def check_not_given(options: dict[str, Any]) -> None:
+    """Raises a TypeError if arguments that the model does not have ask for something."""
+    given = {name: value for name, value in options.items() if value is not None}
+    unknown = sorted(name for name, value in given.items() if value is not False)
+    if unknown:
+        hint = ""
+        if "inputs_embeds" in unknown:
+            hint = " It reads ids and draws their latents, which can be given as latents=..."
+
+        raise TypeError(f"TarFlowLMModel.forward() has no arguments {unknown}.{hint}")

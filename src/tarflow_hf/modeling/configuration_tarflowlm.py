@@ -90,6 +90,7 @@ class TarFlowLMConfig(PreTrainedConfig):
         "posterior_log_prob",
         "latents",
         "noise",
+        "hidden_states",
     ]
 
     def __init__(
@@ -163,6 +164,17 @@ class TarFlowLMConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """Decoder layers of the whole stack. `patch_head_layers` do not count."""
         return sum(flow["num_hidden_layers"] for flow in self.flows)
+
+    @property
+    def has_token_logits(self) -> bool:
+        """True if the first flow predicts token after token by mixture weights of the vocabulary."""
+        first = self.flows[0]
+        return (
+            first["coupling"] == "mixture_rosenblatt"
+            and first["tie_codebook"]
+            and first["direction"] != "right_to_left"
+            and self.patch_size == 1
+        )
 
     def decoder_config(self, num_hidden_layers: int, **changes: Any) -> PreTrainedConfig:
         """The block config at another depth, with other changes of its fields."""

@@ -268,13 +268,7 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             )
 
         first = self.config.flows[0]
-        has_token_logits = (
-            first["coupling"] == "mixture_rosenblatt"
-            and first["tie_codebook"]
-            and first["direction"] != "right_to_left"
-            and self.config.patch_size == 1
-        )
-        if options.logits_options and not has_token_logits:
+        if options.logits_options and not self.config.has_token_logits:
             raise ValueError(
                 f"{', '.join(options.logits_options)} process the logits of the next token. They need a first flow "
                 "that has them: mixture_rosenblatt with the encoder's codebook, left to right, patch_size 1. The first "

@@ -17,20 +17,29 @@ References:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
-from .checks_tarflowlm import check_ids, check_labels, check_length, require
+from .checks_tarflowlm import (
+    check_ids,
+    check_labels,
+    check_length,
+    check_not_given,
+    check_positions,
+    require,
+)
 from .codebook import Codebook, Gaussians
 from .configuration_tarflowlm import TarFlowLMConfig
 from .coupling_heads import COUPLING_HEADS
 from .decoder_tarflowlm import FlowDecoder
+from .evaluation_noise import Evaluation, fixed_noise
 from .generation_tarflowlm import TarFlowLMGenerationMixin
 from .inversion_tarflowlm import InverseOptions, InverseReport, invert
 from .normal import normal_log_prob
@@ -366,6 +375,26 @@ class TarFlowLMOutput(ModelOutput):
     posterior_log_prob: Tensor | None = None  # (B,) log q(z | x)
     latents: Tensor | None = None  # (B, T, d)
     noise: Tensor | None = None  # (B, T, d)
+    hidden_states: tuple[Tensor, ...] | None = None  # each flow's state, (B, T, d), if asked for
+
+    @property
+    def logits(self) -> Tensor:
+        """The log-weights (B, T, V) of each next token, given the latents of those before it.
+
+        They are computed when they are read. Only a model that is one Mix-d flow which runs left to
+        right, with the encoder's codebook and patch size 1, has any.
+        """
+        make_logits = vars(self).get("_make_logits")
+        if make_logits is None:
+            raise AttributeError(
+                "There are no logits of the next token: only a model that is one mixture_rosenblatt flow, left to "
+                "right and with patch_size 1, has them. model.decode(latents) gives log p(x | z)."
+            )
+
+        return make_logits()
+
+    def __getitem__(self, key):
+        return self.logits if key == "logits" else super().__getitem__(key)
 
 
 class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, GenerationMixin):
@@ -394,6 +423,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
     def __init__(self, config: TarFlowLMConfig):
         super().__init__(config)
         self.flow = FlowStack(config)
+        self._evaluation: Evaluation | None = None
         # Set explicitly: `pipeline` has its own default temperature for models that set none.
         self.generation_config.update(do_sample=True, temperature=1.0)
         # Otherwise saving forgets the options that are this model's own.
@@ -415,8 +445,13 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         output_noise: bool = False,
         observed_mask: Tensor | None = None,
         latent_noise: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
         **not_given: None,
-    ) -> TarFlowLMOutput:
+    ) -> TarFlowLMOutput | tuple[Tensor, ...]:
         """The evidence lower bound of each sequence, from one sample of its latents.
 
         With `observed_mask`, in a conditional model, it bounds log p(x_missing | x_observed), and
@@ -426,7 +461,11 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             input_ids: Token ids (B, T), T a multiple of the patch size.
             attention_mask: (B, T), 1 for real tokens and 0 for padding on the right.
             labels: Asks for the loss: `input_ids`, where padding and observed tokens may be -100.
-                The bound is that of whole sequences, so no other token can be left out of it.
+                In a conditional model without an `observed_mask`, the real tokens of label -100 are
+                the observed ones: a prompt, for example. A collator that masks by the id of padding
+                may hide real tokens of the same id (an end token): behind the beginning of a
+                sequence they count as real. No other token can be left out of the bound, which is
+                that of whole sequences.
             latents: Latents (B, T, d) to take instead of a sample of q(z | x).
             generator: Source of the sample's noise.
             num_flows: Score the stack cut after its first flows.
@@ -434,9 +473,18 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             observed_mask: In a conditional model, 1 (or True) at the tokens that are given, (B, T),
                 whole patches.
             latent_noise: The N(0, I) noise (B, T, d) of the sample of q(z | x), in place of the
-                generator's.
+                generator's. Without any of `latents`, `generator` and `latent_noise`, a model in
+                training draws it from the global generator. In eval mode each row has noise that
+                follows from its tokens, so that equal weights give equal losses.
+            num_items_in_batch: The number of labels other than -100 in all batches of an
+                optimiser's step, by which `Trainer` asks to divide.
+            position_ids: Taken if they count the real tokens of each sequence from 0, as the model
+                itself does.
+            output_hidden_states: Return the states of the flows as `hidden_states`.
+            return_dict: If False, returns a tuple.
+            use_cache: Taken, and without effect.
             not_given: Arguments that wrappers such as PEFT's hand to every model
-                (`inputs_embeds=None`, `return_dict=None`).
+                (`inputs_embeds=None`), None or False.
 
         Returns:
             [`TarFlowLMOutput`]. The loss is the mean over the missing tokens.
@@ -445,21 +493,27 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             ValueError: If ids are outside the vocabulary, labels are not the ids, a sequence is
                 empty, too long or no multiple of the patch size, a mask is not right padding, or
                 `observed_mask` covers parts of patches or a whole sequence, or is given to a model
-                that is not conditional.
-            TypeError: If another argument is given, and is not None.
+                that is not conditional, or positions are not counted from 0.
+            TypeError: If another argument is given, and is neither None nor False.
         """
-        if unknown := sorted(name for name, value in not_given.items() if value is not None):
-            raise TypeError(f"TarFlowLMModel.forward() has no arguments {unknown}.")
+        check_not_given(not_given)
+        check_positions(position_ids, attention_mask)
 
         # 1. Which tokens are scored.
         input_ids = check_ids(input_ids, self.config, attention_mask)
+        if labels is not None and observed_mask is None and self.config.conditional:
+            observed_mask = self._observed_by(labels, input_ids, attention_mask)
+
         is_scored = _is_scored(attention_mask, observed_mask)
         if labels is not None:
-            check_labels(labels, input_ids, is_scored)
+            check_labels(labels, input_ids, is_scored, self.config.pad_token_id)
 
         # 2. Tokens to latents.
         codebook = self.codebook()
         if latents is None:
+            if latent_noise is None and generator is None and not self.training:
+                latent_noise = fixed_noise(input_ids, self.config.latent_size, attention_mask)
+
             latents = codebook.sample(input_ids, generator, latent_noise)
 
         # 3. Latents to noise.
@@ -467,7 +521,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             latents,
             attention_mask,
             num_flows=num_flows,
-            output_noise=output_noise,
+            output_noise=output_noise or bool(output_hidden_states),
             observed_ids=input_ids,
             observed_mask=observed_mask,
             codebook=codebook,
@@ -477,21 +531,79 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         posterior = zero_unless(is_scored, codebook.log_prob(latents, input_ids)).sum(-1)
         difference = -zero_unless(is_scored, codebook.log_total(latents)).sum(-1)
         elbo = flow.log_prob + difference
+        if self.config.conditional and observed_mask is None and torch.is_grad_enabled():
+            elbo = elbo + self._zero_of_unused()
 
-        loss = None
-        if labels is not None:
-            num_tokens = input_ids.numel() if is_scored is None else is_scored.sum()
-            loss = -elbo.sum() / num_tokens
-
-        return TarFlowLMOutput(
-            loss=loss,
+        output = TarFlowLMOutput(
+            loss=_loss(elbo, labels, is_scored, num_items_in_batch),
             elbo=elbo,
             reconstruction_log_prob=difference + posterior,
             prior_log_prob=flow.log_prob,
             posterior_log_prob=posterior,
             latents=latents,
             noise=flow.noise,
+            hidden_states=flow.states if output_hidden_states else None,
         )
+        if self._evaluation is not None:
+            self._evaluation.has_begun = True
+        if observed_mask is None and not torch.compiler.is_compiling():
+            output._make_logits = self._logits_maker(latents, codebook, num_flows)
+
+        return output.to_tuple() if return_dict is False else output
+
+    def train(self, mode: bool = True) -> "TarFlowLMModel":
+        """Switches between training and evaluation, after which training goes on as without.
+
+        Every loop over a `DataLoader` draws a seed from the global generator. Those that the loops
+        of an evaluation drew are taken back.
+        """
+        was_training = self.training
+        super().train(mode)
+        if was_training and not mode:
+            self._evaluation = Evaluation(torch.get_rng_state())
+        elif mode and not was_training and self._evaluation is not None:
+            self._evaluation.take_back_seeds()
+            self._evaluation = None
+
+        return self
+
+    def _observed_by(
+        self, labels: Tensor, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> Tensor | None:
+        """The observed tokens (B, T) that labels of -100 mean; None if they are the ids themselves."""
+        if labels is input_ids or labels.shape != input_ids.shape:
+            return None
+
+        is_hidden = labels == -100
+        if attention_mask is not None:
+            is_hidden = is_hidden & (attention_mask != 0)
+        if self.config.pad_token_id is not None:
+            is_leading = is_hidden.long().cumprod(-1) == 1
+            is_hidden = is_hidden & (is_leading | (input_ids != self.config.pad_token_id))
+
+        return is_hidden
+
+    def _zero_of_unused(self) -> Tensor:
+        """0, with the parameters that only observed tokens use: DDP wants all in every step."""
+        embeddings = (layer.observed_embedding for layer in self.flow.layers)
+        return 0.0 * sum(p.sum() for embedding in embeddings for p in embedding.parameters())
+
+    def _logits_maker(
+        self, latents: Tensor, codebook: Gaussians, num_flows: int | None
+    ) -> Callable[[], Tensor] | None:
+        """Returns a function that computes the log-weights (B, T, V) of each next token, if any."""
+        if len(self.flow.layers[:num_flows]) > 1 or not self.config.has_token_logits:
+            return None
+
+        layer = self.flow.layers[0]
+
+        def make_logits() -> Tensor:
+            end = latents.new_zeros(len(latents), 1, latents.shape[2])  # its own slot is not read
+            context = layer.context(layer.inputs(torch.cat([latents, end], 1), codebook))
+            ((weight, bias),) = layer.head.projection()
+            return F.linear(context[:, 1:], weight, bias)
+
+        return make_logits
 
     def resize_token_embeddings(self, *args, **kwargs):
         """Refused: the latents of the tokens share one space, which the flows were trained for.
@@ -544,8 +656,33 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             raise ValueError(f"num_samples must be at least 1, not {num_samples}.")
 
         options = {"generator": generator, "num_flows": num_flows, "observed_mask": observed_mask}
-        samples = [self(input_ids, attention_mask, **options).elbo for _ in range(num_samples)]
+        samples = []
+        for index in range(num_samples):
+            if generator is None and not self.training:
+                sizes = self.config.latent_size, attention_mask, index
+                options["latent_noise"] = fixed_noise(input_ids, *sizes)
+
+            samples.append(self(input_ids, attention_mask, **options).elbo)
+
         return torch.logsumexp(torch.stack(samples), 0) - math.log(num_samples)
+
+
+def _loss(
+    elbo: Tensor,
+    labels: Tensor | None,
+    is_scored: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+) -> Tensor | None:
+    """The mean of -elbo (B,) over scored tokens, or a batch's share of it; None without labels."""
+    if labels is None:
+        return None
+
+    loss = -elbo.sum() / (labels.numel() if is_scored is None else is_scored.sum())
+    if num_items_in_batch is None:
+        return loss
+
+    # Scored tokens without a label, and labels that are not scored, count as the others do.
+    return loss * (labels != -100).sum() / num_items_in_batch
 
 
 def _is_scored(attention_mask: Tensor | None, observed_mask: Tensor | None) -> Tensor | None:

@@ -16,8 +16,8 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    # The loss is a mean over this batch's real tokens; Trainer averages the batches.
-    accepts_loss_kwargs = False
+    # Trainer counts the labels of all batches of a step, and `forward` divides by them.
+    accepts_loss_kwargs = True
     _no_split_modules = ["FlowLayer"]
     _keep_in_fp32_modules_strict = ["codebook"]  # its scales are far finer than bfloat16's steps
     _supports_sdpa = True
