@@ -10,7 +10,7 @@ implicit function theorem. Nothing here runs in low precision under autocast.
 - "reference" is plain PyTorch, `coupling_torch.py`, and runs anywhere.
 - "triton" stands for kernels of the mixture couplings, in float32 on a GPU.
 - "auto" takes the kernels for tensors on a GPU if they can run, `coupling_newton.py` for inverses
-  of mixtures in float32 on a CPU, and the reference otherwise.
+  of mixtures on a CPU, and the reference otherwise.
 
 References:
     Zhang et al., *Flexible Language Modeling in Continuous Space with Transformer-based
@@ -59,7 +59,7 @@ class _Implementations(NamedTuple):
 
     torch: Callable
     triton: Callable
-    newton: Callable | None = None  # an inverse in float32 on a CPU
+    newton: Callable | None = None  # an inverse on a CPU
 
 
 # ------------------------------------------------------------------------------------------- affine
@@ -550,7 +550,7 @@ def _runs_on_triton(implementation: str, *tensors: Tensor, num_components: int =
 
 def _runs_newton(implementation: str, u: Tensor) -> bool:
     """True if `coupling_newton.py` should invert u, which is cast already and not for kernels."""
-    return implementation == "auto" and u.device.type == "cpu" and u.dtype == torch.float32
+    return implementation == "auto" and u.device.type == "cpu"
 
 
 def _check(**tensors: Tensor) -> None:
