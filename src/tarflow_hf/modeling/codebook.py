@@ -119,6 +119,11 @@ class Codebook(nn.Module):
         self.mean = nn.Parameter(torch.randn(num_entries, latent_size))
         self.log_scale = nn.Parameter(torch.zeros(num_entries))
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """The means, (V, d), by the name of a token table's weight."""
+        return self.mean
+
     def forward(self) -> Gaussians:
         dtype = torch.promote_types(self.mean.dtype, torch.float32)
         return Gaussians(self.mean.to(dtype), self.log_scale.to(dtype))

@@ -14,6 +14,24 @@ CONTEXTS = ("latent", "posterior")
 # The options of a flow with any coupling; those of each coupling are its head's.
 FLOW_OPTIONS = ("coupling", "direction", "num_hidden_layers", "context")
 
+# Fields that follow from block_config where that is given.
+DECODER_FIELDS = ("hidden_size", "num_attention_heads", "intermediate_size")
+
+# Fields that are checked together.
+CHECKED_FIELDS = (
+    "vocab_size",
+    "latent_size",
+    "patch_size",
+    "max_position_embeddings",
+    *DECODER_FIELDS,
+    "flows",
+    "block_config",
+    "conditional",
+    "posterior_top_k",
+    "initializer_range",
+    "initial_log_scale",
+)
+
 
 class TarFlowLMConfig(PreTrainedConfig):
     """Configuration of a [`TarFlowLMModel`].
@@ -164,6 +182,58 @@ class TarFlowLMConfig(PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """Decoder layers of the whole stack. `patch_head_layers` do not count."""
         return sum(flow["num_hidden_layers"] for flow in self.flows)
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int) -> None:
+        if "flows" not in vars(self) or value != self.num_hidden_layers:
+            raise ValueError(
+                "num_hidden_layers is the sum over the flows: set the num_hidden_layers of each flow in flows."
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets a field; one that others follow from, or contradict, makes or checks them anew.
+
+        Raises:
+            ValueError: If the value is out of range or contradicts another field.
+        """
+        is_complete = "flows" in vars(self)
+        if name not in CHECKED_FIELDS or not is_complete or vars(self).get(name) == value:
+            super().__setattr__(name, value)
+            return
+
+        fields = {key: vars(self)[key] for key in CHECKED_FIELDS}
+        for key in DECODER_FIELDS:  # they follow from block_config
+            fields.pop(key)
+
+        if name == "vocab_size":
+            fields |= self._without_vocabulary()
+        if name == "max_position_embeddings" and isinstance(value, int):
+            fields["block_config"] = self._block_of_length(value)
+
+        checked = type(self)(**fields | {name: value})
+        for key in CHECKED_FIELDS:
+            super().__setattr__(key, vars(checked)[key])
+
+    def _without_vocabulary(self) -> dict[str, Any]:
+        """The fields that follow from vocab_size, without what followed from the present one."""
+        flows = [dict(flow) for flow in self.flows]
+        for flow in flows:
+            is_mixture = flow["coupling"] == "mixture_rosenblatt"
+            if is_mixture and flow["num_components"] == self.vocab_size:
+                del flow["num_components"]
+
+        default = 8 if self.vocab_size > 256 else None
+        top_k = None if self.posterior_top_k == default else self.posterior_top_k
+        return {"flows": flows, "posterior_top_k": top_k}
+
+    def _block_of_length(self, max_position_embeddings: int) -> dict[str, Any]:
+        """The block config, with room for more tokens if it counts them."""
+        fields = self.block_config.to_dict()
+        positions = -(-max_position_embeddings // self.patch_size)
+        if (fields.get("max_position_embeddings") or positions) < positions:
+            fields["max_position_embeddings"] = positions
+
+        return fields
 
     @property
     def has_token_logits(self) -> bool:

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput, logging
 from .checks_tarflowlm import check_ids
 from .generation_options import GenerationOptions
 from .generation_writing import ChooseTokens, RowGroup, Text, TextEnds, TokenWriter
-from .inversion_tarflowlm import InverseReport
+from .inversion_tarflowlm import InverseReport, check_finite
 from .slots_tarflowlm import Pieces, take
 
 logger = logging.get_logger(__name__)
@@ -183,7 +183,9 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         # 5. The inverse of the flows, from the last to the first.
         ends = self._text_ends(text, options)
         writer = self._writer(text, options, choose_tokens, ends, streamer)
+        self._check_weights(options.num_flows)
         flow = self._invert_flows(text, noise, known, options, writer)
+        self._check_states(flow.states)
         states = tuple(map(text.pieces.scatter, flow.states))
 
         # 6. Latents to tokens.
@@ -504,6 +506,29 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             capture_step=options.capture_step,
             **known,
         )
+
+    def _check_weights(self, num_flows: int | None) -> None:
+        """Raises a ValueError if a weight that decides on states or tokens is not finite.
+
+        A search for the inverse would hide it. Weights that are not at hand (offloaded, quantised)
+        are passed over.
+        """
+        parts = {"flow.codebook": self.flow.codebook}
+        for index, layer in enumerate(self.flow.layers[:num_flows]):
+            parts[f"flow.layers.{index}.head"] = layer.head
+
+        for part, module in parts.items():
+            for name, parameter in module.named_parameters():
+                is_at_hand = parameter.is_floating_point() and parameter.device.type != "meta"
+                if is_at_hand and not bool(parameter.sum(dtype=torch.float32).isfinite()):
+                    raise ValueError(f"{part}.{name} has a weight that is not finite.")
+
+    def _check_states(self, states: tuple[Tensor, ...]) -> None:
+        """Raises a ValueError if a flow's state (B, n, d) is not finite, naming the first of them."""
+        for index in reversed(range(len(states) - 1)):
+            is_reversed = self.config.flows[index]["direction"] == "right_to_left"
+            what = f"The inverse of flow {index} (flow.layers.{index})"
+            check_finite(states[index], what, is_reversed)
 
     def _read_tokens(
         self,

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .inversion_tarflowlm import check_finite
 from .slots_tarflowlm import Pieces, take
 
 # Latents (B, m, d), their places (B, m) in the pieces, tokens (B, V) that are forbidden there or
@@ -141,6 +142,9 @@ class TokenWriter:
         """Takes the latents (B, P, d) of the next position; returns True if all texts ended."""
         first = self.num_passed
         last = self.num_passed = first + latents.shape[1]
+
+        if self.ends is not None or self.streamer is not None:  # they wait for tokens anyway
+            check_finite(latents, f"The latent of token {first}, of the first flow's inverse,")
 
         places = self.order[:, first:last]
         new = self.choose_tokens(latents, places, self.is_forbidden)

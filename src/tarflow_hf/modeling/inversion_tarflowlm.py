@@ -19,7 +19,8 @@ References:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -221,6 +222,34 @@ def choose_inverse_methods(
     ]
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode: no dropout, and no checkpointing, which drops the caches."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def check_finite(states: Tensor, what: str, is_reversed: bool = False) -> None:
+    """Raises a ValueError if some states (B, N, D) are not finite; it names the first position."""
+    is_bad = ~states.isfinite().all(-1).all(0)  # (N,)
+    if not bool(is_bad.any()):
+        return
+
+    positions = is_bad.nonzero().flatten().tolist()
+    position = positions[-1] if is_reversed else positions[0]
+    raise ValueError(
+        f"{what} is not finite, first at position {position}. The weights may be broken (NaN), or the activations "
+        f"too large for the decoder's dtype: float16 overflows above 65,504, bfloat16 and float32 do not."
+    )
+
+
 # --------------------------------------------------------------------------------------------------
 # The three ways
 # --------------------------------------------------------------------------------------------------
@@ -268,7 +297,7 @@ def invert_sequentially(
     first = _num_known(known)
 
     # Not a static cache, which attends over all N slots at every step.
-    cache = _make_cache(flow.decoder.config, num_positions)
+    cache = make_cache(flow.decoder.config, num_positions)
 
     # States are a list: gradients pass through it.
     states = [] if first == 0 else [known.states[:, :first]]
@@ -504,7 +533,8 @@ class LayerWithRoom(DynamicLayer):
         return self.keys, self.values
 
 
-def _make_cache(config: PreTrainedConfig, num_slots: int) -> DynamicCache:
+def make_cache(config: PreTrainedConfig, num_slots: int) -> DynamicCache:
+    """A cache for the sequential form, with room for all slots where no gradients are wanted."""
     cache = DynamicCache(config=config)
     if not torch.is_grad_enabled():  # gradients do not pass through what is written in place
         cache.layers = [

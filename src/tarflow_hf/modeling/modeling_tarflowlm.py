@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
+from .causality import check_decoders
 from .checks_tarflowlm import (
     check_ids,
     check_labels,
@@ -41,7 +42,12 @@ from .coupling_heads import COUPLING_HEADS
 from .decoder_tarflowlm import FlowDecoder
 from .evaluation_noise import Evaluation, fixed_noise
 from .generation_tarflowlm import TarFlowLMGenerationMixin
-from .inversion_tarflowlm import InverseOptions, InverseReport, invert
+from .inversion_tarflowlm import (
+    InverseOptions,
+    InverseReport,
+    evaluating,
+    invert,
+)
 from .normal import normal_log_prob
 from .pretrained_tarflowlm import TarFlowLMPreTrainedModel
 from .slots_tarflowlm import (
@@ -164,11 +170,14 @@ class FlowLayer(FlowDecoder):
         self, u: Tensor, context: Tensor, codebook: Gaussians, options: InverseOptions
     ) -> Tensor:
         """The states (B, n, D) that the coupling maps to u (B, n, D), from contexts (B, n, w)."""
-        if options.logits_processor is None:
-            return self.head(u, context, codebook, task="inverse")
+        processor = {}
+        if options.logits_processor is not None:
+            processor["logits_processor"] = options.logits_processor
 
-        processor = options.logits_processor
-        return self.head(u, context, codebook, task="inverse", logits_processor=processor)
+        state = self.head(u, context, codebook, task="inverse", **processor)
+        # A search for the inverse can end at a finite state whatever it is given. Noise or a context
+        # that is not finite makes NaN of it, which `generate` finds.
+        return state + 0 * (u + context.sum(-1, keepdim=True, dtype=state.dtype))
 
     def order(self, h: Tensor, layout: Layout = Layout()) -> Order:  # noqa: B008
         """The order in which this flow passes the positions of h (B, N, D)."""
@@ -321,9 +330,12 @@ class FlowStack(nn.Module):
             (temperature,) = options[index].flow_temperatures
             h = h if temperature == 1 else temperature * h
             states.append(h)
-            h, report = layers[index](
-                h, codebook, layout, known[index], options[index], reverse=True
-            )
+
+            with evaluating(layers[index]):
+                h, report = layers[index](
+                    h, codebook, layout, known[index], options[index], reverse=True
+                )
+
             reports.append(report)
 
         states.append(h)
@@ -429,6 +441,11 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         # Otherwise saving forgets the options that are this model's own.
         self.generation_config._from_model_config = False
         self.post_init()
+        self.check_decoders()
+
+    def check_decoders(self) -> None:
+        """Raises a ValueError if a decoder of a flow looks ahead, or cannot be run slot by slot."""
+        check_decoders([layer.decoder for layer in self.flow.layers])
 
     @property
     def codebook(self) -> Codebook:
@@ -604,6 +621,13 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             return F.linear(context[:, 1:], weight, bias)
 
         return make_logits
+
+    def get_input_embeddings(self) -> Codebook:
+        """The codebook, whose `weight` (V, d) are the means of the tokens' latents."""
+        return self.codebook
+
+    def enable_input_require_grads(self) -> None:
+        """Has no work to do: gradients reach the flows through their own inputs."""
 
     def resize_token_embeddings(self, *args, **kwargs):
         """Refused: the latents of the tokens share one space, which the flows were trained for.

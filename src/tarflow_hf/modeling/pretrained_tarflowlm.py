@@ -43,6 +43,7 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        model.check_decoders()
         if output_loading_info:
             return model, info
 
