@@ -1,4 +1,4 @@
-"""What would go wrong without a word: NaN, decoders that look ahead, overridden fields, wrappers."""
+"""Faults that would pass without a word: NaN, decoders that look ahead, overridden fields, wrappers."""
 
 import copy
 import math
