@@ -142,7 +142,7 @@ def recomputing_loop(model: TarFlowLMModel, noise: Tensor) -> Tensor:
 
 def build(arguments: argparse.Namespace, patch_size: int, **options: int) -> TarFlowLMModel:
     """A stack with random weights, long enough for what is asked; with options of its Mix-d flows."""
-    fields = json.loads(Path(arguments.config).read_text())
+    fields = json.loads(Path(arguments.config).read_text(encoding="utf-8"))
     fields = {"vocab_size": arguments.vocab_size, **fields.get("config", fields)}
     fields["max_position_embeddings"] = max(
         *arguments.num_tokens, fields.get("max_position_embeddings", 1024)

@@ -69,7 +69,7 @@ def peak_resident_memory() -> int:
 
     (`getrusage` begins with its parent's.)
     """
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
@@ -111,7 +111,7 @@ class Results:
         print(Table(self.head, [cells]).to_text(self.widths).split("\n")[1], flush=True)
 
         if self.output is not None:
-            with self.output.open("a") as file:
+            with self.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**self.facts, **values}) + "\n")
 
 

@@ -138,7 +138,9 @@ def make_models(
 
     Returns them, their configuration, and the number of flows at which the stack is cut.
     """
-    fields = json.loads((RECIPES / f"{arguments.recipe}.json").read_text())["config"]
+    fields = json.loads((RECIPES / f"{arguments.recipe}.json").read_text(encoding="utf-8"))[
+        "config"
+    ]
     config = TarFlowLMConfig(**{"vocab_size": arguments.vocab_size, **fields})
 
     num_flows = arguments.stage or arguments.num_flows
@@ -288,7 +290,7 @@ def main():
     print_rows(arguments, rows)
 
     if arguments.output:
-        with arguments.output.open("a") as file:
+        with arguments.output.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 

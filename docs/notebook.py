@@ -92,9 +92,9 @@ def to_markdown(notebook: dict[str, Any]) -> str:
 
 def main():
     path = Path(sys.argv[1])
-    notebook = json.loads(path.read_text())
+    notebook = json.loads(path.read_text(encoding="utf-8"))
     run(notebook)
-    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
+from tarflow_hf.data import checked_ids, say_what_is_lost
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,10 +55,11 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
 
     texts = [
-        tokenizer(text).input_ids
+        checked_ids(tokenizer, text)
         for text in (arguments.text, arguments.towards)
         if text is not None
     ]
+    say_what_is_lost(tokenizer, [arguments.text, arguments.towards or ""])
     length = min(map(len, texts)) // model.config.patch_size * model.config.patch_size
     latents = model.encode(torch.tensor([ids[:length] for ids in texts]))
     states = model.flow(latents, num_flows=arguments.num_flows).noise  # of the stack cut there

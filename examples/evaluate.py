@@ -67,8 +67,11 @@ def main():
     )
     print(evaluation_text(evaluation, rows))
     print(WHAT_IS_SCORED)
+    if note := text.note():
+        print(note)
+
     if arguments.output is not None:
-        arguments.output.write_text(evaluation.to_json())
+        arguments.output.write_text(evaluation.to_json(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,8 @@ def main():
     documents = held_out_documents(arguments.data)
     text = PackedTokens(documents, tokenizer, length)
     reference_sequences(text, arguments.num_samples)
+    if note := text.note():
+        print(note)
 
     # 2. Samples.
     names = ("temperature", "mixture_temperature", "top_k", "top_p")
@@ -115,7 +117,7 @@ def main():
     evaluation = evaluate_samples(samples, text, tokenizer, judge, origin, sampling)
     print(sample_text(evaluation))
     if arguments.output is not None:
-        arguments.output.write_text(evaluation.to_json())
+        arguments.output.write_text(evaluation.to_json(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@
     accelerate launch examples/finetune.py USER/NAME my.txt --output_dir runs/mine --num_train_epochs 1 --bf16
     python examples/finetune.py USER/NAME my.txt --output_dir runs/mine --push_to_hub --hub_model_id USER/MINE
 
-Takes all options of `TrainingArguments`. Its losses are nats per token: minus the ELBO.
+Takes all options of `TrainingArguments`; `--resume_from_checkpoint true` goes on from the newest
+checkpoint. Its losses are nats per token: minus the ELBO.
 """
 
-import sys
+from os.path import isdir
 
 import torch
 from transformers import (
@@ -17,6 +18,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.data import PackedTokens, load_splits
@@ -28,13 +30,29 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": input_ids}
 
 
-def main():
-    checkpoint, path, *options = sys.argv[1:]
-    (training,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(options)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+def find_checkpoint(training: TrainingArguments) -> str | None:
+    """The checkpoint to go on from; with none, the folder must be free of another run's."""
+    given, folder = training.resume_from_checkpoint, training.output_dir
+    newest = get_last_checkpoint(folder) if isdir(folder) else None
+    if given is None and newest is not None:
+        raise FileExistsError(
+            f"{folder} holds another run ({newest}). Go on with it by --resume_from_checkpoint true, or choose another "
+            "--output_dir."
+        )
 
-    splits = load_splits(path)
+    return newest if given in ("true", "True") else given
+
+
+def main():
+    parser = HfArgumentParser(TrainingArguments)
+    parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
+    parser.add_argument("data", help="a text file, a folder of them, or a dataset of the Hub")
+    training, given = parser.parse_args_into_dataclasses()
+    resume = find_checkpoint(training)
+    tokenizer = AutoTokenizer.from_pretrained(given.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(given.checkpoint, dtype=torch.float32)
+
+    splits = load_splits(given.data)
     length = model.config.max_position_embeddings
     train, validation = (
         PackedTokens(splits[name], tokenizer, length) for name in ("train", "validation")
@@ -48,7 +66,7 @@ def main():
         processing_class=tokenizer,
     )
     before = trainer.evaluate()["eval_loss"]
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     print(
         f"Validation, nats per token: {before:.4f} before, {trainer.evaluate()['eval_loss']:.4f} after"
     )

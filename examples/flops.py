@@ -50,7 +50,9 @@ def main():
     arguments = parse_arguments()
     if arguments.checkpoint or arguments.recipe:
         if arguments.recipe:
-            config = TarFlowLMConfig(**json.loads(arguments.recipe.read_text())["config"])
+            config = TarFlowLMConfig(
+                **json.loads(arguments.recipe.read_text(encoding="utf-8"))["config"]
+            )
         else:
             config = AutoConfig.from_pretrained(arguments.checkpoint)
 

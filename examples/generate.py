@@ -9,9 +9,11 @@ python examples/generate.py runs/demo/model --show_states          # the text th
 
 import argparse
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
+from tarflow_hf.data import checked_ids, say_what_is_lost
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,9 +62,11 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
 
-    prompt = (
-        tokenizer(arguments.prompt, return_tensors="pt").input_ids if arguments.prompt else None
-    )
+    prompt = None
+    if arguments.prompt:
+        prompt = torch.tensor([checked_ids(tokenizer, arguments.prompt, "the prompt")])
+        say_what_is_lost(tokenizer, [arguments.prompt], "the prompt")
+
     out = model.generate(
         prompt,
         max_new_tokens=arguments.max_new_tokens,

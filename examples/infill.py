@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
+from tarflow_hf.data import say_what_is_lost, token_ids
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,10 +38,11 @@ def main():
 
     ids, is_gap = [], []
     for piece in re.findall("_+|[^_]+", arguments.text):
-        piece_ids = [0] * len(piece) if piece[0] == "_" else tokenizer(piece).input_ids
+        piece_ids = [0] * len(piece) if piece[0] == "_" else token_ids(tokenizer, piece)
         ids += piece_ids
         is_gap += [piece[0] == "_"] * len(piece_ids)
 
+    say_what_is_lost(tokenizer, [arguments.text.replace("_", "")])
     filled = model.generate(
         torch.tensor([ids]),
         infill_mask=torch.tensor([is_gap]),

@@ -75,7 +75,9 @@ def main():
     if arguments.output is not None:
         origin = provenance_of(model, arguments.checkpoint, arguments.data, documents)
         measures = {name: asdict(evolution) for name, evolution in evolutions.items()}
-        arguments.output.write_text(json.dumps(origin | measures, indent=2) + "\n")
+        arguments.output.write_text(
+            json.dumps(origin | measures, indent=2) + "\n", encoding="utf-8"
+        )
 
     if arguments.figure is not None:
         directions = [flow["direction"] for flow in model.config.flows]

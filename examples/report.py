@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tarflow_hf.baseline import flows_of
-from tarflow_hf.data import PackedTokens, held_out_documents
+from tarflow_hf.data import PackedTokens, held_out_documents, token_ids
 from tarflow_hf.evaluation import (
     Judge,
     Sampling,
@@ -214,7 +214,7 @@ def show_passes(arguments, model, tokenizer, text):
         add(f"Sample with seed {seed}", max_new_tokens=size, seed=seed)
 
     given = tokenizer.decode(text[0]["input_ids"][:size], clean_up_tokenization_spaces=False)
-    if len(tokenizer(given).input_ids) % model.config.patch_size == 0:
+    if len(token_ids(tokenizer, given)) % model.config.patch_size == 0:
         title = "The beginning of the text, from its own noise"
         add(title, text=given, seed=arguments.seed)
 

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
+from tarflow_hf.data import checked_ids, say_what_is_lost
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,7 +37,10 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
 
     patch_size = model.config.patch_size
-    texts = [torch.tensor(tokenizer(text).input_ids) for text in arguments.texts]
+    texts = [
+        torch.tensor(checked_ids(tokenizer, text, f"text {number}"))
+        for number, text in enumerate(arguments.texts, 1)
+    ]
     texts = [ids[: len(ids) // patch_size * patch_size] for ids in texts]  # whole patches
     input_ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     lengths = torch.tensor([len(ids) for ids in texts])
@@ -46,6 +50,7 @@ def main():
     bound = model.importance_weighted_bound(
         input_ids, attention_mask, arguments.num_samples, generator
     )
+    say_what_is_lost(tokenizer, arguments.texts)
     for row in (-bound / lengths).argsort().tolist():
         nats, text = -bound[row].item(), tokenizer.decode(texts[row])
         print(f"{nats:9.3f} nats, {nats / lengths[row].item():.4f} per token: {text}")

@@ -58,7 +58,8 @@ def main():
 
     if arguments.html is not None:
         arguments.html.write_text(
-            passes_page(passes, tokenizer, f"From noise to text: {arguments.checkpoint}")
+            passes_page(passes, tokenizer, f"From noise to text: {arguments.checkpoint}"),
+            encoding="utf-8",
         )
 
 

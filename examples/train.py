@@ -31,6 +31,8 @@ from tarflow_hf.data import (
     StreamingPackedTokens,
     character_tokenizer,
     load_splits,
+    token_with_highest_id,
+    vocabulary_size,
 )
 from tarflow_hf.evaluation import WHAT_IS_SCORED, score
 from tarflow_hf.hub import check_access, model_card, publish
@@ -42,6 +44,7 @@ from tarflow_hf.training import (
     discrete_baseline,
     make_accelerator,
     share_cores,
+    slow_vocabulary,
     train,
 )
 
@@ -180,10 +183,12 @@ def data(run: RunConfig, sequence_length: int, tokenizer, seed: int):
 
 def build(run: RunConfig, fields: dict, tokenizer):
     """The model, from the fields of its configuration and the tokenizer's vocabulary."""
-    config = TarFlowLMConfig(**{"vocab_size": len(tokenizer), **fields})
-    if config.vocab_size < len(tokenizer):
+    needed = vocabulary_size(tokenizer)
+    config = TarFlowLMConfig(**{"vocab_size": needed, **fields})
+    if config.vocab_size < needed:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the configuration only {config.vocab_size}."
+            f"The tokenizer has {len(tokenizer)} tokens, the configuration only {config.vocab_size}: "
+            f"{token_with_highest_id(tokenizer)!r} has id {needed - 1}. Leave vocab_size out of the configuration."
         )
 
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -223,6 +228,7 @@ def main():
     accelerator.print(
         f"{run.model}: {model.num_parameters():,} parameters; {run.dataset}: {describe(train_data)}"
     )
+    say_beforehand(run, config, train_data, validation_data, accelerator)
 
     try:
         model = train(model, train_data, validation_data, tokenizer, training, accelerator)
@@ -235,6 +241,17 @@ def main():
         print(f"\nSaved to {training.output_dir}/model")
         if run.push_to_hub:
             push(run, training, tokenizer)
+
+
+def say_beforehand(run: RunConfig, config, train_data, validation_data, accelerator) -> None:
+    """Prints how much of the text is lost, and warns of a setting that will be slow."""
+    is_stream = isinstance(train_data, StreamingPackedTokens)
+    packed, name = (validation_data, "validation") if is_stream else (train_data, "training")
+    notes = [packed.note(f"the {name} text")]
+    if run.model != "ar":
+        notes.append(slow_vocabulary(config))
+
+    accelerator.print(*(note for note in notes if note), sep="\n", end="\n" if any(notes) else "")
 
 
 def describe(train_data) -> str:

@@ -23,13 +23,13 @@ VOCABULARY_SIZES = {"text8": 27, "gpt2": 50257}  # of the recipes' tokenizers
 
 def recipe_card(name: str) -> ModelCard | None:
     """The card of a recipe's model. A discrete model has none: it is the library's own."""
-    recipe = json.loads((RECIPES / f"{name}.json").read_text())
+    recipe = json.loads((RECIPES / f"{name}.json").read_text(encoding="utf-8"))
     options = recipe["options"]
     if options.get("model") == "ar":
         return None
 
     results = RESULTS / f"{name}.json"
-    evaluation = json.loads(results.read_text()) if results.exists() else None
+    evaluation = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
     return model_card(
         TarFlowLMConfig(vocab_size=VOCABULARY_SIZES[options["tokenizer"]], **recipe["config"]),
         {**options, "command": f"accelerate launch examples/train.py --recipe {name}"},

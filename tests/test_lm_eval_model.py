@@ -154,9 +154,41 @@ def test_greedy_is_what_generate_writes():
     )
     assert {len(text) for text in drawn} == {9} and len(set(drawn)) == 3
 
-    # A text that is too long loses its beginning; one of another length keeps to the patches.
+    # A text that is too long loses its beginning, but keeps half of the 18 positions.
     (text,) = lm.generate_until(requests("g", ("abcde" * 10, {"max_gen_toks": 300})), True)
-    assert len(text) == 17
+    assert len(text) == 9
+    assert text == lm.generate_until(requests("g", (("abcde" * 10)[-9:], {"max_gen_toks": 9})))[0]
+    (text,) = lm.generate_until(requests("g", ("abc", {"max_gen_toks": 300})), True)
+    assert len(text) == 15
+
+
+def test_an_answer_follows_from_seed_and_prompt():
+    """Whatever stands beside it; a prompt that comes again gets an answer of its own."""
+    model, options = make(STACKS["mix-d"]), {"max_gen_toks": 9, "do_sample": True}
+    asked = [(prompt, options) for prompt in ("ab", "abc", "ba", "ab", "")]
+    answers = evaluator(model).generate_until(requests("g", *asked), True)
+    assert answers[0] != answers[3]
+
+    for first in (1, 2, 4):
+        alone = evaluator(model, batch_size=1).generate_until(requests("g", asked[first]), True)
+        assert alone == [answers[first]]
+    assert evaluator(model).generate_until(requests("g", *asked[::-1]), True)[0] == answers[4]
+    assert evaluator(model, seed=1).generate_until(requests("g", *asked), True) != answers
+
+
+def test_what_the_tokenizer_drops_is_said(caplog, monkeypatch):
+    """Once; a text of which nothing is left is an error that names the document."""
+    from tarflow_hf import lm_eval_model as module
+
+    monkeypatch.setattr(module.logger, "propagate", True)
+    lm = evaluator(make(STACKS["mix-d"], vocab_size=27), character_tokenizer())
+    for _ in range(2):
+        lm.loglikelihood_rolling(requests("r", ("größe",)), True)
+
+    said = [record.getMessage() for record in caplog.records if "dropped" in record.getMessage()]
+    assert len(said) == 1 and "'ö', 'ß'" in said[0]
+    with pytest.raises(ValueError, match=r"Nothing is left of document 0's text: .*'привет'"):
+        lm.generate_until([Instance("g", {}, ("привет", {}), 0, ("task", 0, 1))], True)
 
 
 def test_bad_input(flow_folder):

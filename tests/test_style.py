@@ -77,6 +77,26 @@ def test_lines_are_short_and_bodies_have_room(folder):
     assert num_blank >= 0.05 * len(bodies)
 
 
+def names_no_encoding(node):
+    """True of a call that opens a file as text and leaves its encoding to the locale."""
+    name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+    is_method = isinstance(node.func, ast.Attribute) and ast.unparse(node.func) != "os.open"
+    if not (name == "open" and not isinstance(node.func, ast.Attribute)) and not (
+        is_method and name in ("read_text", "write_text", "open")
+    ):
+        return False
+
+    named = [*map(ast.unparse, node.args), *(each.arg for each in node.keywords)]
+    is_binary = name == "open" and any("b" in mode for mode in named if len(mode) <= 5)
+    return not is_binary and not {"encoding", "'utf-8'"} & set(named)
+
+
+@pytest.mark.parametrize("folder", sorted({*FOLDERS} - {"tests"}))
+def test_text_files_are_utf_8_whatever_the_locale(folder):
+    calls = [each for each in nodes_of(folder, ast.Call) if names_no_encoding(each[1])]
+    assert [(file, node.lineno) for file, node in calls] == []
+
+
 def test_the_hall_is_no_heap():
     """The package has at most 10 modules beside its folders."""
     modules = {path.stem for path in SOURCE.glob("*.py")} - {"__init__"}

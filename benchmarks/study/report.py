@@ -156,10 +156,10 @@ def main():
     parser.add_argument("rows", type=Path)
     parser.add_argument("--output", type=Path, default=Path("docs/study.md"))
     arguments = parser.parse_args()
-    rows = [json.loads(text) for text in arguments.rows.read_text().splitlines()]
+    rows = [json.loads(text) for text in arguments.rows.read_text(encoding="utf-8").splitlines()]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     before = (
-        arguments.output.read_text().partition(MARK)[0]
+        arguments.output.read_text(encoding="utf-8").partition(MARK)[0]
         if arguments.output.is_file()
         else "# The study\n\n"
     )
@@ -171,7 +171,9 @@ def main():
     ]
     steps = next(iter(lengths))
     shown = f"![Bits per character of every run of {steps:,} steps, and the training curves]({image.name})"
-    arguments.output.write_text("\n\n".join([f"{before}{MARK}", shown, *sections]) + "\n")
+    arguments.output.write_text(
+        "\n\n".join([f"{before}{MARK}", shown, *sections]) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

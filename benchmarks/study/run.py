@@ -135,7 +135,9 @@ def run(
         resume=any(folder.glob("checkpoint-*")),
     )
     model = train(model, data["train"], data["validation"], tokenizer, training)
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    entries = [
+        json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     steps = [entry for entry in entries if "loss" in entry]
     model.requires_grad_(True)
 
@@ -212,7 +214,7 @@ def finished(arguments: argparse.Namespace) -> dict[tuple[str, int], dict]:
     """The rows of the output file that these settings have made, by case and seed."""
     if not arguments.output.is_file():
         return {}
-    rows = [json.loads(line) for line in arguments.output.read_text().splitlines()]
+    rows = [json.loads(line) for line in arguments.output.read_text(encoding="utf-8").splitlines()]
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     return {(row["case"], row["seed"]): row for row in rows if settings.items() <= row.items()}
 
@@ -234,7 +236,7 @@ def main():
 
             print(f"{case}, seed {seed}", flush=True)
             rows[case, seed] = run(case, seed, arguments, data, tokenizer)
-            with arguments.output.open("a") as file:
+            with arguments.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[case, seed]) + "\n")
 
     print(tables([rows[case, seed] for case in arguments.cases for seed in arguments.seeds]))

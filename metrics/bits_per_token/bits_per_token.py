@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
+from tarflow_hf.data import CharacterCount, is_of_characters, token_ids
 from tarflow_hf.evaluation import cut_text, likelihood, longest_sequence
 
 _DESCRIPTION = """\
@@ -25,7 +26,10 @@ Args:
 
 Returns:
     bits_per_token, bits_per_character, nats_per_token, standard_error (of nats_per_token, over the texts' sequences;
-    None of a single one), perplexity (per token), num_tokens.
+    None of a single one), perplexity (per token), num_tokens, num_characters, num_dropped_characters.
+
+    Bits per character divide by num_characters: the characters of the texts, or for a tokenizer of
+    single characters those that it makes of them.
 
 Example:
     >>> metric = evaluate.load("metrics/bits_per_token")
@@ -53,6 +57,17 @@ class BitsPerToken(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2507.00425"],
         )
 
+    def add_batch(self, *, predictions=None, references=None, **options):
+        """Adds texts.
+
+        Raises:
+            TypeError: If it is one string, whose characters would be taken for texts.
+        """
+        if isinstance(predictions, str):
+            raise TypeError("predictions is one string; give a list of texts, [text].")
+
+        return super().add_batch(predictions=predictions, references=references, **options)
+
     def _compute(
         self,
         predictions: list[str],
@@ -65,12 +80,16 @@ class BitsPerToken(evaluate.Metric):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         model = AutoModelForCausalLM.from_pretrained(checkpoint)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        sequences = []
+        sequences, characters = [], CharacterCount(tokenizer)
 
-        for text in predictions:
-            ids = tokenizer(text, add_special_tokens=False).input_ids
+        for number, text in enumerate(predictions):
+            ids = token_ids(tokenizer, text)
+            characters.add(text)
             if not ids:
-                raise ValueError(f"A text without tokens has no bits: {text!r}.")
+                raise ValueError(
+                    f"A text without tokens has no bits: prediction {number} (the first is 0), "
+                    f"{text[:40]!r}. Leave it out."
+                )
 
             sequences += cut_text(
                 torch.tensor(ids), longest_sequence(model), getattr(model.config, "patch_size", 1)
@@ -79,13 +98,17 @@ class BitsPerToken(evaluate.Metric):
         result = likelihood(
             model, sequences, batch_size=batch_size, num_samples=num_samples, seed=seed
         )
+        num_characters = characters.num_characters
+        if is_of_characters(tokenizer):
+            num_characters = result.num_tokens
+
         return {
             "bits_per_token": result.bits_per_token,
-            "bits_per_character": result.bits_per_character(
-                sum(map(len, predictions)) / result.num_tokens
-            ),
+            "bits_per_character": result.bits_per_character(num_characters / result.num_tokens),
             "nats_per_token": result.nats_per_token,
             "standard_error": result.standard_error if len(sequences) > 1 else None,
             "perplexity": result.perplexity,
             "num_tokens": result.num_tokens,
+            "num_characters": num_characters,
+            "num_dropped_characters": characters.num_lost,
         }

@@ -39,6 +39,17 @@ class GenerativePerplexity(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("string")}),
         )
 
+    def add_batch(self, *, predictions=None, references=None, **options):
+        """Adds texts.
+
+        Raises:
+            TypeError: If it is one string, whose characters would be taken for texts.
+        """
+        if isinstance(predictions, str):
+            raise TypeError("predictions is one string; give a list of texts, [text].")
+
+        return super().add_batch(predictions=predictions, references=references, **options)
+
     def _compute(
         self,
         predictions: list[str],

@@ -30,6 +30,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedTokenizerBase
 
 from .cards import model_card
+from .data import token_with_highest_id, vocabulary_size
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
 __all__ = ["PublishError", "check_access", "model_card", "publish"]
@@ -138,9 +139,10 @@ def _check_model(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase) -> N
             "or distributed; a model of the library's own is published by its push_to_hub."
         )
 
-    if len(tokenizer) > model.config.vocab_size:
+    if vocabulary_size(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}."
+            f"The tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}: "
+            f"{token_with_highest_id(tokenizer)!r} has id {vocabulary_size(tokenizer) - 1}."
         )
 
 
@@ -327,7 +329,7 @@ def nats_per_token(model, tokenizer, text: str) -> float:
     Its source also runs in the clean room: it uses nothing but its arguments and torch.
     """
     # The text `patch_size` times over, so that patches are whole.
-    ids = tokenizer(text).input_ids * model.config.patch_size
+    ids = tokenizer(text, add_special_tokens=False).input_ids * model.config.patch_size
     ids = ids[: model.config.max_position_embeddings]
     if not ids:
         raise ValueError(f"The tokenizer makes no token of {text!r}: choose another probe_text.")

@@ -16,12 +16,16 @@ What its numbers are:
   bound on log p(answer | question), the one it was trained for. Of any other model it is a
   DIFFERENCE OF TWO BOUNDS, bound(question, answer) - bound(question), which may lie on either side
   of the truth. The results' `config` says which of the two it was.
-- `generate_until`: what `generate` continues, with all it says of exactness.
+- `generate_until`: what `generate` continues, with all it says of exactness. The noise of an
+  answer follows from the seed and the prompt, whatever stands beside it.
 
-A tokenizer that loses something of a text, as that of text8, is scored on what is left of it.
+A tokenizer that loses something of a text, as that of text8, is scored on what is left of it. How
+many characters it drops is said once; a text of which nothing is left is an error. The harness's
+bits per byte divide by the bytes of the original text.
 """
 
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +42,7 @@ try:
 except ImportError as error:
     raise ImportError("The evaluation harness is missing: `pip install lm-eval`.") from error
 
+from .data import CharacterCount, checked_ids, token_ids
 from .evaluation import cut_text, elbo_samples, latent_noise, log_mean_exp
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
@@ -117,6 +122,7 @@ class TarFlowLMEvaluator(LM):
         )
         self.num_samples, self.seed, self.check_greedy = num_samples, seed, check_greedy
         self.max_gen_toks = max_gen_toks
+        self.characters, self.is_said = CharacterCount(tokenizer), False
         self.patch_size, self.max_length = (
             model.config.patch_size,
             model.config.max_position_embeddings,
@@ -136,9 +142,27 @@ class TarFlowLMEvaluator(LM):
         }
 
     def encode(self, text: str) -> list[int]:
-        return (
-            self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else []
-        )
+        return token_ids(self.tokenizer, text)
+
+    def _look_at(self, requests: list[Instance]) -> None:
+        """Says once which characters of the requests' texts the tokenizer drops.
+
+        Raises:
+            ValueError: If nothing is left of a context, or of a text to score. The message names
+                the document.
+        """
+        for request in requests:
+            context = request.args[0]
+            if context.strip():
+                checked_ids(self.tokenizer, context, f"document {request.doc_id}'s text")
+
+            texts = [text for text in request.args[:2] if isinstance(text, str)]
+            self.characters.add("".join(texts))
+
+        if note := self.characters.note("the requests so far"):
+            if not self.is_said:
+                logger.warning(note)
+            self.is_said = True
 
     # -------------------------------------------------------------------------------------- scoring
 
@@ -146,6 +170,7 @@ class TarFlowLMEvaluator(LM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Returns bounds on log p(text), in nats; 0 for an empty text."""
+        self._look_at(requests)
         pieces, totals = [], [0.0] * len(requests)
         for index, request in enumerate(requests):
             tokens = torch.tensor(self.encode(request.args[0]), dtype=torch.long)
@@ -175,6 +200,7 @@ class TarFlowLMEvaluator(LM):
         if not self.model.config.conditional:
             logger.warning_once(f"loglikelihood is {DIFFERENCE}: this model is not conditional.")
 
+        self._look_at(requests)
         pairs = [self._encode_pair(*request.args) for request in requests]
         is_conditional = self.model.config.conditional
         contexts = [torch.tensor(context, dtype=torch.long) for context, _ in pairs]
@@ -316,6 +342,7 @@ class TarFlowLMEvaluator(LM):
         Raises:
             ValueError: There are others.
         """
+        self._look_at(requests)
         prompts, num_new, texts = [], [], [""] * len(requests)
         groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
         stops = []
@@ -325,13 +352,10 @@ class TarFlowLMEvaluator(LM):
             options: dict[str, Any] = dict(request.args[1])
             until = options.pop("until", None) or []
             stops.append([until] if isinstance(until, str) else list(until))
-            length = min(
-                options.pop("max_gen_toks", self.max_gen_toks), self.max_length - self.patch_size
+            prompt, length = self._share_positions(
+                self.encode(context), options.pop("max_gen_toks", self.max_gen_toks)
             )
-            length = max(length // self.patch_size, 1) * self.patch_size
-            tokens = self.encode(context)
-            room = min(len(tokens), self.max_length - length) // self.patch_size * self.patch_size
-            prompts.append(tokens[len(tokens) - room :])
+            prompts.append(prompt)
             num_new.append(length)
             options = {"do_sample": False, **options}
             if unknown := sorted(set(options) - {"do_sample", "temperature", "top_k", "top_p"}):
@@ -359,6 +383,26 @@ class TarFlowLMEvaluator(LM):
 
         return texts
 
+    def _share_positions(self, tokens: list[int], num_new: int) -> tuple[list[int], int]:
+        """Returns the prompt and the number of new tokens, which fit the model together.
+
+        Where they do not fit, the prompt keeps at least half of the positions, and loses its first
+        tokens only if it needs more than the new tokens leave.
+        """
+        patch = self.patch_size
+        half = max(self.max_length // 2 // patch, 1) * patch
+        kept = len(tokens) // patch * patch
+        length = max(min(num_new, self.max_length - min(kept, half)) // patch, 1) * patch
+        kept = min(kept, self.max_length - length)
+
+        if kept < len(tokens) // patch * patch or length < num_new // patch * patch:
+            logger.warning_once(
+                f"The model takes {self.max_length} tokens: some prompts lose their first tokens, or some answers get "
+                "fewer new ones than the task's max_gen_toks. A prompt keeps at least half of the positions."
+            )
+
+        return tokens[len(tokens) - kept :], length
+
     def _generate(
         self,
         prompts: Sequence[list[int]],
@@ -375,31 +419,40 @@ class TarFlowLMEvaluator(LM):
         for i, (prompt, length) in enumerate(zip(prompts, num_new, strict=True)):
             groups.setdefault((len(prompt), length), []).append(i)
 
-        generator = torch.Generator(self._device).manual_seed(self.seed)
+        seeds = self._seeds_of(prompts)
         with tqdm(total=len(prompts), desc="generating", disable=disable_tqdm) as bar:
             for (size, length), group in groups.items():
                 for batch in (
                     group[start : start + self.batch_size]
                     for start in range(0, len(group), self.batch_size)
                 ):
-                    sizes: dict[str, Any] = {"max_new_tokens": length}
-                    ids = (
-                        torch.tensor([prompts[i] for i in batch], device=self._device)
-                        if size
-                        else None
-                    )
-                    if ids is None:
-                        sizes["num_return_sequences"] = len(batch)
-
-                    tokens = self.model.generate(ids, generator=generator, **sizes, **options)[
-                        :, size:
-                    ]
+                    ids = torch.tensor([prompts[i] for i in batch], device=self._device)
+                    noise = latent_noise(self.model, size + length, [seeds[i] for i in batch])[0]
+                    scale = options.get("temperature", 1.0) if options["do_sample"] else 0.0
+                    tokens = self.model.generate(
+                        ids if size else None, noise=scale * noise, **options
+                    )[:, size:]
                     for i, row in zip(batch, tokens.tolist(), strict=True):
                         outputs[i] = row
 
                     bar.update(len(batch))
 
         return outputs
+
+    def _seeds_of(self, prompts: Sequence[list[int]]) -> list[tuple[int, int, int]]:
+        """Returns a seed for each prompt's noise, by its tokens.
+
+        Prompts that occur again, as in a task that repeats, are told apart by their count.
+        """
+        counts: Counter[tuple[int, ...]] = Counter()
+        seeds = []
+        for prompt in prompts:
+            tokens = tuple(prompt)
+            words = torch.tensor(prompt, dtype=torch.long)
+            seeds.append((self.seed, self._seed(words), counts[tokens]))
+            counts[tokens] += 1
+
+        return seeds
 
 
 if __name__ == "__main__":

@@ -91,8 +91,13 @@ def subprocess_environment() -> dict[str, str]:
     return environment
 
 
-def run_that_may_be_killed(folder: Path) -> None:
-    options = {"mode": "progressive", "stage_steps": [20, 20], "save_every": 1, "eval_sequences": 2}
+def run_that_may_be_killed(folder: Path, steps: int = 20) -> None:
+    options = {
+        "mode": "progressive",
+        "stage_steps": [steps] * 2,
+        "save_every": 1,
+        "eval_sequences": 2,
+    }
     tokenizer = character_tokenizer()
     resume = any(folder.glob("checkpoint-*"))
     run(

@@ -4,7 +4,7 @@ score(model, sequences, num_samples=16)  ->  `Scores`  ->  `Likelihood`
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -185,8 +185,7 @@ def score(model: PreTrainedModel, sequences: Iterable[dict[str, Tensor]], **opti
     nats, num_tokens = [], []
 
     batches = batches_of_equal_length(islice(sequences, scoring.max_sequences), scoring.batch_size)
-    hidden = not scoring.progress
-    for batch in tqdm(batches, desc="scoring", unit="batch", disable=hidden, leave=False):
+    for batch in _with_progress(batches, sequences, scoring):
         ids = torch.stack([sequence["input_ids"] for sequence in batch]).to(model.device)
         nats.append(score_batch(model, ids, len(num_tokens), scoring).cpu().double())
         num_tokens.extend(int(sequence.get("num_tokens", ids.shape[1])) for sequence in batch)
@@ -197,6 +196,21 @@ def score(model: PreTrainedModel, sequences: Iterable[dict[str, Tensor]], **opti
     scores = Scores(torch.cat(nats, 1), torch.tensor(num_tokens), is_discrete(model))
     _check_finite(scores.nats)
     return scores
+
+
+def _with_progress(
+    batches: Iterable[list], sequences: Iterable, scoring: Scoring
+) -> Iterator[list]:
+    """Yields the batches, with a bar that counts sequences; its total is known if theirs is."""
+    total = len(sequences) if isinstance(sequences, Sized) else None
+    if total is not None and scoring.max_sequences is not None:
+        total = min(total, scoring.max_sequences)
+
+    hidden = not scoring.progress
+    with tqdm(total=total, desc="scoring", unit="sequence", disable=hidden, leave=False) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch))
 
 
 def _check_finite(nats: Tensor) -> None:

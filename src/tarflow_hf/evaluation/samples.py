@@ -109,11 +109,11 @@ def sample_to_file(
 
     lines = [json.dumps(header)] + [json.dumps(vars(sample)) for sample in samples]
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text("".join(f"{line}\n" for line in lines))
+    aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     aside.replace(path)
 
     model.eval()
-    with path.open("a") as file, _bar(sampling, len(samples)) as bar:
+    with path.open("a", encoding="utf-8") as file, _bar(sampling, len(samples)) as bar:
         while len(samples) < sampling.num_samples:
             end = len(samples) + sampling.batch_size
             end = end if is_whole else min(end, sampling.num_samples)
@@ -178,7 +178,7 @@ def read_samples(path: str | os.PathLike, header: dict[str, Any] | None = None) 
         return []
 
     # Text behind the last line break was begun by a run that was killed.
-    lines = path.read_text().split("\n")[:-1]
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
 
     try:
         found, *samples = (json.loads(line) for line in lines)

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..data import checked_ids
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from .page import printable, render
 
@@ -182,7 +183,7 @@ def draw_passes(
 
     generator = torch.Generator(model.device).manual_seed(seed)
     given = text or prompt
-    ids = tokenizer(given, return_tensors="pt").input_ids.to(model.device) if given else None
+    ids = torch.tensor([checked_ids(tokenizer, given)], device=model.device) if given else None
 
     if text:
         states = model.flow(model.encode(ids, generator=generator)).states

@@ -17,7 +17,7 @@ from .interruption import RunStopped
 from .log import Log
 from .loop import train, validate
 from .loss import RowNoise, StepDraws, compute_loss, draw_observed_mask, draw_step
-from .stages import Stage, make_optimizer, make_stages
+from .stages import Stage, make_optimizer, make_stages, slow_vocabulary
 
 __all__ = [
     "FREE_FIELDS",
@@ -43,6 +43,7 @@ __all__ = [
     "newest_checkpoint",
     "save_model",
     "share_cores",
+    "slow_vocabulary",
     "train",
     "validate",
 ]

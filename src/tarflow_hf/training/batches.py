@@ -10,7 +10,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..baseline import text_vocab_size
-from ..data import PackedTokens, StreamingPackedTokens
+from ..data import (
+    PackedTokens,
+    StreamingPackedTokens,
+    token_with_highest_id,
+    vocabulary_size,
+)
 from .config import TrainingConfig
 
 TrainingData: TypeAlias = PackedTokens | StreamingPackedTokens
@@ -63,11 +68,11 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         ValueError: If it does not.
     """
-    vocab_size = text_vocab_size(model)
-    if len(tokenizer) > vocab_size:
+    vocab_size, needed = text_vocab_size(model), vocabulary_size(tokenizer)
+    if needed > vocab_size:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size, "
-            f"{vocab_size}."
+            f"The tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size, {vocab_size}: "
+            f"{token_with_highest_id(tokenizer)!r} has id {needed - 1}. Give the model a vocab_size of {needed}."
         )
 
 

@@ -17,7 +17,7 @@ LOG = "log.jsonl"
 
 
 def check_output_dir(output_dir: str | os.PathLike, resume: bool) -> None:
-    """Checks that a run may write to a folder, and makes it.
+    """Checks that a run may write to a folder.
 
     A folder with another run's checkpoints or model is for `resume` only. A log without a
     checkpoint is no obstacle: nothing of it could be continued.
@@ -25,7 +25,6 @@ def check_output_dir(output_dir: str | os.PathLike, resume: bool) -> None:
     Raises:
         FileExistsError: If a new run would write over another one.
         FileNotFoundError: If there is nothing to resume.
-        OSError: If it can't be made, or nothing can be written to it.
     """
     output_dir = Path(output_dir)
     kept = [path.name for path in checkpoints_in(output_dir)]
@@ -49,6 +48,14 @@ def check_output_dir(output_dir: str | os.PathLike, resume: bool) -> None:
             "another --output_dir, or move the model away. It has no checkpoint, so --resume can't go on with it."
         )
 
+
+def make_output_dir(output_dir: str | os.PathLike) -> None:
+    """Makes a run's folder.
+
+    Raises:
+        OSError: If it can't be made, or nothing can be written to it.
+    """
+    output_dir = Path(output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):

@@ -33,7 +33,7 @@ from .checkpointing import (
 )
 from .config import FREE_FIELDS, TrainingConfig, make_accelerator
 from .divergence import FirstFault
-from .folder import check_output_dir, locked
+from .folder import check_output_dir, locked, make_output_dir
 from .interruption import RunStopped, StopRequest
 from .log import Log
 from .loss import RowNoise, StepDraws, compute_loss, draw_step, mean_missing_tokens
@@ -87,6 +87,7 @@ def train(
     check_tokenizer(model, tokenizer)
 
     check_output_dir(config.output_dir, config.resume)
+    make_output_dir(config.output_dir)
 
     with locked(config.output_dir, accelerator), StopRequest() as request:
         # 1. What a run keeps from stage to stage; on a resume, where it stands.

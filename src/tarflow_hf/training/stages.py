@@ -6,7 +6,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..baseline import flows_of
+from ..modeling.configuration_tarflowlm import TarFlowLMConfig
 from .config import TrainingConfig
+
+SLOW_VOCABULARY = 500  # tokens, from which flows above a Mix-d flow take most of a step
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,25 @@ def make_stages(model: PreTrainedModel, config: TrainingConfig) -> list[Stage]:
         Stage(name, cut, num_steps, rate, is_joint=name == "joint")
         for (name, cut), num_steps, rate in zip(cuts.items(), steps, rates, strict=True)
     ]
+
+
+def slow_vocabulary(config: TarFlowLMConfig) -> str | None:
+    """A warning of a stack whose first flow has to transform at a large vocabulary; else None.
+
+    A Mix-d flow with the codebook's components gives its density at the cost of one matrix product.
+    Its transform, which flows above it need, takes every component in every dimension.
+    """
+    first, *above = config.flows
+    is_mix_d = first["coupling"] == "mixture_rosenblatt"
+    if not (is_mix_d and above and config.vocab_size >= SLOW_VOCABULARY):
+        return None
+
+    return (
+        f"This will be slow: with {config.vocab_size:,} tokens, the {len(above)} flows above the first take most of "
+        "each step, sample and score: the first flow must then compute its transform, not only its density. A stack "
+        "of one flow is much faster: --recipe demo_one_flow, or one flow in the file of --config. --test_samples 1 and "
+        "a smaller --test_sequences shorten the closing table."
+    )
 
 
 def _share_evenly(num_steps: int, num_stages: int) -> list[int]:

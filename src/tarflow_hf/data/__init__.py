@@ -18,12 +18,44 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .characters import (
+    CharacterCount,
+    checked_ids,
+    is_of_characters,
+    say_what_is_lost,
+    token_ids,
+    token_ids_of_all,
+    token_with_highest_id,
+    vocabulary_size,
+)
+
+__all__ = [
+    "PYTHON_DOCS",
+    "CharacterCount",
+    "PackedTokens",
+    "StreamingPackedTokens",
+    "character_tokenizer",
+    "checked_ids",
+    "held_out_documents",
+    "is_of_characters",
+    "load_splits",
+    "python_documentation",
+    "read_text",
+    "say_what_is_lost",
+    "split_documents",
+    "split_text",
+    "token_ids",
+    "token_with_highest_id",
+    "vocabulary_size",
+]
 
 PYTHON_DOCS = "python-docs"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -159,7 +191,8 @@ def load_splits(
 
             - `"python-docs"`: see `python_documentation` and `split_documents`;
             - the path of a UTF-8 text file, read without the `datasets` library: see `split_text`;
-            - a dataset on the Hub, or a folder of data files. Its own splits are used; where it has
+            - a folder of such files, `*.txt`, each of them a document: see `split_files`;
+            - a dataset on the Hub, or a folder of other data files. Its own splits are used; where it has
               no "validation" or no "test", these are its first rows (5%, at most 1,000; of a stream
               1,000), and "train" is the rest.
         text_column: Column of a dataset that holds the text.
@@ -181,22 +214,10 @@ def load_splits(
         return split_documents(python_documentation())
     if Path(source).is_file():
         return split_text(read_text(source))
+    if source and (files := _text_files(Path(source))):
+        return split_files(Path(source), files)
 
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        message = (
-            f"{source!r} is not a text file here. To load it as a dataset, `pip install datasets`."
-        )
-        raise ImportError(message) from error
-
-    try:
-        splits = dict(load_dataset(source, dataset_config, streaming=streaming))
-    except (OSError, ValueError) as error:  # DatasetNotFoundError and ConnectionError are OSErrors
-        raise ValueError(
-            f"{source!r} is neither {PYTHON_DOCS!r}, nor a file or folder here, nor a dataset that loads: {error}"
-        ) from error
-
+    splits = _load_dataset(source, dataset_config, streaming)
     if "train" not in splits:
         raise ValueError(
             f"the dataset {source!r} has no split 'train', only {', '.join(map(repr, splits))}."
@@ -212,20 +233,170 @@ def load_splits(
         )
 
     missing = [name for name in ("validation", "test") if name not in splits]
-    rows = MAX_HELD_OUT_DOCUMENTS
+    num_rows = MAX_HELD_OUT_DOCUMENTS
 
     if missing and not streaming:
-        rows = min(rows, int(HELD_OUT * len(splits["train"])))
-        if rows == 0:
+        num_rows = min(num_rows, int(HELD_OUT * len(splits["train"])))
+        if num_rows == 0:
             raise ValueError(
                 f"the dataset {source!r} has no split {missing[0]!r}, and its {len(splits['train'])} training rows "
                 f"are too few to hold out {HELD_OUT:.0%} of them."
             )
 
+    first = dict.fromkeys(splits, 0)
     for name in missing:
-        splits[name], splits["train"] = splits["train"].take(rows), splits["train"].skip(rows)
+        splits[name], splits["train"] = (
+            splits["train"].take(num_rows),
+            splits["train"].skip(num_rows),
+        )
+        first[name], first["train"] = first["train"], first["train"] + num_rows
 
-    return {name: splits[name][text_column] for name in ("train", "validation", "test")}
+    return {
+        name: _Rows(
+            splits[name], source, "train" if name in missing else name, text_column, first[name]
+        )
+        for name in ("train", "validation", "test")
+    }
+
+
+def _load_dataset(source: str, dataset_config: str | None, streaming: bool) -> dict[str, Any]:
+    """The splits of a dataset; of a folder whose files can't be read, an error that names one."""
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        message = (
+            f"{source!r} is not a text file here. To load it as a dataset, `pip install datasets`."
+        )
+        raise ImportError(message) from error
+
+    try:
+        if not source:
+            raise ValueError("the name is empty")
+        return dict(load_dataset(source, dataset_config, streaming=streaming))
+    except (OSError, ValueError, DatasetsError) as error:
+        # DatasetNotFoundError and ConnectionError are OSErrors. A file that can't be read is the
+        # cause of a DatasetsError.
+        if (file := _first_that_is_not_utf_8(Path(source))) is not None:
+            read_text(file)
+
+        raise ValueError(
+            f"{source!r} is neither {PYTHON_DOCS!r}, nor a file or folder here, nor a dataset that loads: "
+            f"{error.__cause__ or error}"
+        ) from error
+
+
+def _first_that_is_not_utf_8(folder: Path) -> Path | None:
+    """The first file of text, lines or tables in a folder that is not UTF-8."""
+    suffixes = {".txt", ".json", ".jsonl", ".csv", ".tsv"}
+    files = sorted(folder.rglob("*")) if str(folder) != "." and folder.is_dir() else []
+    for path in files:
+        if path.suffix in suffixes:
+            try:
+                path.read_bytes().decode("utf-8")
+            except UnicodeDecodeError:
+                return path
+
+    return None
+
+
+class _Rows:
+    """The texts of a split, in their order, as often as one likes.
+
+    Raises:
+        TypeError: In an iteration, at a row without a text. The message names the row.
+        ValueError: In an iteration, if all rows are held out for other splits, or if a file is not
+            UTF-8.
+    """
+
+    def __init__(self, rows: Any, source: str, split: str, column: str, first: int):
+        self.rows, self.source, self.split = rows.select_columns([column]), source, split
+        self.column, self.first = column, first
+
+    def __iter__(self) -> Iterator[str]:
+        number = self.first - 1
+        for number, row in enumerate(self._read(), self.first):
+            text = row[self.column]
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"{self.source}, split {self.split!r}, row {number} (the first one is 0): {self.column!r} is "
+                    f"{text!r:.80}, not a text. Leave the row out, or choose another text column."
+                )
+            yield text
+
+        if number < self.first and self.first:
+            raise ValueError(
+                f"{self.source}, split {self.split!r}, has no row behind the first {self.first:,}, which are held out "
+                "for validation and test. Give it splits of these names, or read it without streaming."
+            )
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self.rows
+        except UnicodeDecodeError:
+            if (file := _first_that_is_not_utf_8(Path(self.source))) is not None:
+                read_text(file)
+            raise
+
+
+TEXT_FILE_SPLITS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "val", "dev"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """The text files of a folder and its subfolders; none if it has data files of another kind."""
+    if not folder.is_dir():
+        return []
+
+    hidden = re.compile(r"(^|/)[._]")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in files if not hidden.search(path.relative_to(folder).as_posix())]
+    others = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".py"}
+    if any(path.suffix in others for path in files):
+        return []
+
+    return [path for path in files if path.suffix == ".txt"]
+
+
+def split_files(folder: Path, files: list[Path]) -> dict[str, list[str]]:
+    """The texts of UTF-8 files in three splits. Each file is a document.
+
+    A file belongs to the split that its name, or that of a folder over it, says ("train",
+    "validation", "test" and the like). Where there is no file for validation or test, whole files
+    are held out by `split_documents`. Where those are too few, each file is cut by `split_text`.
+
+    Raises:
+        ValueError: If a file is empty, binary or not UTF-8, or if files are named for some splits
+            but none for training. The message names it.
+    """
+    named: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    unnamed = []
+
+    for path in files:
+        words = set(
+            re.split(r"[^a-z]+", path.relative_to(folder).with_suffix("").as_posix().lower())
+        )
+        split = next((name for name, keys in TEXT_FILE_SPLITS.items() if words & keys), None)
+        (named[split] if split else unnamed).append(read_text(path))
+
+    if not named["train"]:
+        named["train"] = unnamed
+    if not named["train"]:
+        raise ValueError(f"{folder} has text files for held-out text only, and none to train on.")
+
+    missing = [name for name in ("validation", "test") if not named[name]]
+    if not missing:
+        return named
+
+    held_out = split_documents(named["train"])
+    if not all(held_out.values()):
+        pieces = [split_text(text) for text in named["train"]]
+        held_out = {name: [text for piece in pieces for text in piece[name]] for name in named}
+
+    return {name: held_out[name] if name in ("train", *missing) else named[name] for name in named}
 
 
 def held_out_documents(source: str) -> Iterable[str]:
@@ -328,6 +499,8 @@ class PackedTokens(Dataset):
         num_characters (int): Characters that the N tokens stand for: those of the documents, or for
             a tokenizer of single characters those that it makes of them, so that there each token
             is a character.
+        characters (CharacterCount): The characters of the documents, and those that the tokenizer
+            drops.
         num_words (int): Words that the N tokens stand for, of the same text: what stands between
             spaces.
 
@@ -345,17 +518,19 @@ class PackedTokens(Dataset):
     def __init__(
         self, documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int
     ):
-        encoded = list(_encode(documents, tokenizer))
+        self.characters = CharacterCount(tokenizer)
+        encoded = list(_encode(documents, tokenizer, self.characters))
         # An empty array in front, for a text without tokens; NumPy's promotion leaves the type to
         # the others.
         tokens = np.concatenate([np.empty(0, np.uint8), *(tokens for tokens, *_ in encoded)])
-        _check_length(len(tokens), sequence_length)
+        _check_length(len(tokens), sequence_length, self.characters)
         self.tokens = torch.from_numpy(tokens)
         self.num_characters = sum(characters for _, characters, _ in encoded)
         self.num_words = sum(words for *_, words in encoded)
 
         vocabulary = tokenizer.get_vocab()
-        if " " in vocabulary and _is_of_characters(vocabulary):
+        self.is_of_characters = is_of_characters(tokenizer)
+        if " " in vocabulary and self.is_of_characters:
             is_space = tokens == vocabulary[" "]
             self.num_words = int((~is_space[1:] & is_space[:-1]).sum() + (not is_space[0]))
 
@@ -365,6 +540,17 @@ class PackedTokens(Dataset):
     def characters_per_token(self) -> float:
         """The mean number of characters in a token: bits per token / this = bits per character."""
         return self.num_characters / len(self.tokens)
+
+    def note(self, what: str = "the text") -> str | None:
+        """A sentence on the characters that were dropped, and on those that are counted."""
+        note = self.characters.note(what)
+        if note is None or not self.is_of_characters:
+            return note
+
+        return (
+            f"{note} Bits per character are those of the {self.num_characters:,} characters that it makes of "
+            "the text."
+        )
 
     @property
     def tokens_per_word(self) -> float | None:
@@ -483,7 +669,8 @@ class StreamingPackedTokens(IterableDataset):
 
     def _blocks(self) -> Iterator[np.ndarray]:
         length, total, rest = self.sequence_length, 0, np.empty(0, np.uint8)
-        for tokens, *_ in _encode(self.documents, self.tokenizer):
+        characters = CharacterCount(self.tokenizer)
+        for tokens, *_ in _encode(self.documents, self.tokenizer, characters):
             total += len(tokens)
             rest = np.concatenate([rest, tokens])
             while len(rest) >= length > 0:
@@ -492,7 +679,7 @@ class StreamingPackedTokens(IterableDataset):
                 ].copy()  # a view in the shuffle buffer would keep the whole batch alive
                 rest = rest[length:]
 
-        _check_length(total, length)
+        _check_length(total, length, characters)
 
     def _shuffled(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         draw = random.Random(f"{self.seed} {self.epoch}")
@@ -508,35 +695,36 @@ class StreamingPackedTokens(IterableDataset):
         yield from buffer
 
 
-def _check_length(num_tokens: int, sequence_length: int) -> None:
-    if not 1 <= sequence_length <= num_tokens:
-        raise ValueError(
-            f"no sequence of {sequence_length} tokens can be cut from a text of {num_tokens} tokens."
-        )
+def _check_length(num_tokens: int, sequence_length: int, characters: CharacterCount) -> None:
+    if 1 <= sequence_length <= num_tokens:
+        return
 
+    reason = ""
+    if characters.num_characters:
+        reason = f" The text has {characters.num_characters:,} characters."
+    if note := characters.note():
+        reason = f" {note} Choose a tokenizer that knows these characters."
 
-def _is_of_characters(vocabulary: Iterable[str]) -> bool:
-    return all(len(token) == 1 for token in vocabulary)
+    raise ValueError(
+        f"no sequence of {sequence_length} tokens can be cut from a text of {num_tokens} tokens.{reason}"
+    )
 
 
 def _encode(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, count: CharacterCount
 ) -> Iterator[tuple[np.ndarray, int, int]]:
     """Yields the tokens of all documents in order, a batch at a time.
 
-    With them come the numbers of characters and words that they stand for.
+    With them come the numbers of characters and words that they stand for. `count` is told of every
+    text.
     """
-    vocabulary = tokenizer.get_vocab()
-    dtype = next(
-        kind
-        for kind in (np.uint8, np.int16, np.int32)
-        if max(vocabulary.values()) <= np.iinfo(kind).max
-    )
-    each_a_character = _is_of_characters(vocabulary)
+    highest = vocabulary_size(tokenizer) - 1
+    kinds = (np.uint8, np.int16, np.int32)
+    dtype = next(kind for kind in kinds if highest <= np.iinfo(kind).max)
+    each_a_character = is_of_characters(tokenizer)
 
     def encode(texts: list[str]) -> list[list[int]]:
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        return tokenizer(texts, **options)["input_ids"]
+        return token_ids_of_all(tokenizer, texts)
 
     eos = tokenizer.eos_token_id
     between = [eos] if eos is not None else encode([" "])[0]
@@ -560,6 +748,9 @@ def _encode(
             last = (ids or between)[-1]
 
         tokens = np.concatenate(chunks)
+        for text in texts:
+            count.add(text)
+
         num_words = sum(len(text.split()) for text in texts)
         yield tokens, len(tokens) if each_a_character else sum(map(len, texts)), num_words
 
@@ -587,10 +778,11 @@ def _pieces(documents: Iterable[str], encode: Callable) -> Iterator[tuple[str, b
             "documents is one string; give a list of strings."
         )  # else each character is a document
 
-    for document in documents:
+    for number, document in enumerate(documents):
         if not isinstance(document, str):
             raise TypeError(
-                f"a document is a string, not {type(document).__name__}: {document!r:.80}"
+                f"a document is a string, not {type(document).__name__}: {document!r:.80}, document number {number} "
+                "(the first one is 0)."
             )
 
         start = 0

@@ -1,0 +1,159 @@
+"""From text to tokens, and what a tokenizer loses on the way.
+
+token_ids(tokenizer, text)          # the tokens of a text: the same in training, scoring and sampling
+characters = CharacterCount(tokenizer)
+characters.add(text)
+characters.note()                   # None, or a sentence on what was lost
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+SAMPLE_SIZE = 8  # characters that a note shows
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns the tokens of a text, without a special token in front or behind.
+
+    Training packs these, so scores, prompts and gaps are made of these.
+
+    Example:
+        >>> from tarflow_hf.data import character_tokenizer
+        >>> token_ids(character_tokenizer(), "Ab c")
+        [1, 2, 0, 3]
+    """
+    return tokenizer(text, **OPTIONS)["input_ids"] if text else []
+
+
+def token_ids_of_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Returns `token_ids` of each text, in one call of the tokenizer."""
+    return tokenizer(texts, **OPTIONS)["input_ids"] if texts else []
+
+
+OPTIONS = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+
+
+def checked_ids(tokenizer: PreTrainedTokenizerBase, text: str, name: str = "the text") -> list[int]:
+    """Returns the tokens of a text of which something is left.
+
+    Args:
+        name: Says in the error which text it is, such as "text 3".
+
+    Raises:
+        ValueError: If the text has no tokens, or only white space is left of it.
+    """
+    ids = token_ids(tokenizer, text)
+    characters = CharacterCount(tokenizer)
+    characters.add(text)
+
+    if not ids or characters.is_all_lost:
+        raise ValueError(
+            f"Nothing is left of {name}: the tokenizer knows none of its {len(text):,} characters ({text[:40]!r}). "
+            "Give other text, or a model with a tokenizer for it."
+        )
+
+    return ids
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the smallest vocabulary that has all of a tokenizer's ids: the highest one + 1.
+
+    It is more than `len(tokenizer)` where ids are left out.
+
+    Example:
+        >>> from tarflow_hf.data import character_tokenizer
+        >>> vocabulary_size(character_tokenizer())
+        27
+    """
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+
+
+def token_with_highest_id(tokenizer: PreTrainedTokenizerBase) -> str:
+    vocabulary = tokenizer.get_vocab()
+    return max(vocabulary, key=vocabulary.__getitem__)
+
+
+def is_of_characters(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True if each token is a single character."""
+    return all(len(token) == 1 for token in tokenizer.get_vocab())
+
+
+def say_what_is_lost(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], what: str = "the text"
+) -> None:
+    """Writes to stderr how many characters of the texts the tokenizer drops, if any."""
+    characters = CharacterCount(tokenizer)
+    for text in texts:
+        characters.add(text)
+
+    if note := characters.note(what):
+        print(note, file=sys.stderr)
+
+
+@dataclass
+class CharacterCount:
+    """Counts the characters of texts, and those of them that a tokenizer drops.
+
+    A character is dropped if it has no tokens, an unknown one, or only white space comes back.
+    One that comes back otherwise (in small letters, spelled out) is not. White space does not
+    count as dropped.
+
+    Attributes:
+        num_characters: The number of characters in all.
+        lost: How often each dropped character occurred.
+
+    Example:
+        >>> from tarflow_hf.data import character_tokenizer
+        >>> characters = CharacterCount(character_tokenizer())
+        >>> characters.add("Größe 7")
+        >>> characters.note()
+        "2 of 7 characters of the text (28.6%) are dropped by the tokenizer, such as 'ö', 'ß'."
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    num_characters: int = 0
+    lost: Counter[str] = field(default_factory=Counter)
+    _num_blank: int = 0
+    _is_lost: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def num_lost(self) -> int:
+        return self.lost.total()
+
+    @property
+    def is_all_lost(self) -> bool:
+        """True if there was something, and nothing but white space is left of it."""
+        return 0 < self.num_lost == self.num_characters - self._num_blank
+
+    def add(self, text: str) -> None:
+        counts = Counter(text)
+        self._learn([character for character in counts if character not in self._is_lost])
+        self.num_characters += len(text)
+        self._num_blank += sum(n for character, n in counts.items() if character.isspace())
+        self.lost.update({c: n for c, n in counts.items() if self._is_lost[c]})
+
+    def _learn(self, characters: list[str]) -> None:
+        unknown, decode = self.tokenizer.unk_token_id, self.tokenizer.decode
+
+        for character, ids in zip(
+            characters, token_ids_of_all(self.tokenizer, characters), strict=True
+        ):
+            is_known = bool(ids) and (unknown is None or unknown not in ids)
+            is_kept = character.isspace() or (is_known and decode(ids).strip() != "")
+            self._is_lost[character] = not is_kept
+
+    def note(self, what: str = "the text") -> str | None:
+        """A sentence on what was dropped, with a sample; None if nothing was."""
+        if not self.num_lost:
+            return None
+
+        sample = ", ".join(repr(character) for character, _ in self.lost.most_common(SAMPLE_SIZE))
+        share = self.num_lost / self.num_characters
+        return (
+            f"{self.num_lost:,} of {self.num_characters:,} characters of {what} ({share:.1%}) are dropped by the "
+            f"tokenizer, such as {sample}."
+        )
