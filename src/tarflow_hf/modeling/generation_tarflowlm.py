@@ -236,6 +236,8 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             raise ValueError("Give the prompt as inputs or as input_ids, not as both.")
 
         prompt = inputs if input_ids is None else input_ids
+        if prompt is not None and prompt.ndim == 2 and prompt.shape[1] == 0:
+            prompt = prompt.long()  # a tokenizer makes numbers of an empty text
         attention_mask = kwargs.pop("attention_mask", None)
         if attention_mask is not None and (prompt is None or attention_mask.shape != prompt.shape):
             shape = None if prompt is None else tuple(prompt.shape)
