@@ -785,3 +785,23 @@ def test_unknown_implementation(name, suffix):
         getattr(coupling, case.kind + suffix)(*draw(case), implementation="auto"),
         getattr(coupling, case.kind + suffix)(*draw(case)),
     )
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["logits", "loc", "log_scale"])
+def test_nan_in_a_parameter_is_nan_in_the_inverse(name, implementation):
+    u = torch.randn(2)
+    parameters = {key: torch.zeros(2, 3) for key in ("logits", "loc", "log_scale")}
+    parameters[name][1, 2] = torch.nan
+    z = coupling.mixture_cdf_inverse(u, **parameters, implementation=implementation)
+    assert z.isnan().tolist() == [False, True]
+
+    logits = parameters["logits"]
+    z = coupling.mixture_rosenblatt_inverse(
+        u[:, None].expand(2, 4),
+        logits,
+        torch.zeros(3, 4),
+        torch.zeros(3),
+        implementation=implementation,
+    )
+    assert z.isnan().any(-1).tolist() == [False, name == "logits"]

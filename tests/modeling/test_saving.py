@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -854,3 +855,48 @@ def test_code_that_travels_touches_neither_files_nor_the_system(file):
 )
 def test_what_does_touch_them_would_be_found(line):
     assert list(forbidden_names(ast.parse(line)))
+
+
+# ---------------------------------------------------------------------------- the shipped checkpoint
+
+SHIPPED = Path(__file__).parents[2] / "checkpoints" / "python-docs"
+
+LOAD_SHIPPED = """
+import sys
+
+sys.modules["tarflow_hf"] = None
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+noise = torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(0))
+print(type(model).__module__, repr(tokenizer.decode(model.generate(noise=noise)[0])))
+"""
+
+
+def test_the_shipped_checkpoint_has_the_present_code():
+    """Its code is links to the package's: a new file wants a new one, by `ln -s`."""
+    code = {path.name: path.read_text() for path in SHIPPED.glob("*.py")}
+    assert code == {name: path.read_text() for name, path in CODE.items()}
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_the_shipped_checkpoint_runs_without_the_package(is_copied, tmp_path):
+    folder = shutil.copytree(SHIPPED, tmp_path / "copy") if is_copied else SHIPPED
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD_SHIPPED, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr
+    module, text = run.stdout.strip().splitlines()[-1].split(" ", 1)
+    assert module.startswith("transformers_modules.")
+
+    model, tokenizer = AutoModel.from_pretrained(SHIPPED), character_tokenizer()
+    noise = torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(0))
+    assert text == repr(tokenizer.decode(model.generate(noise=noise)[0]))

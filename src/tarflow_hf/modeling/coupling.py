@@ -160,7 +160,7 @@ def mixture_cdf_inverse(
         mixture_cdf_inverse_torch, mixture_cdf_inverse_triton, mixture_cdf_inverse_newton
     )
     tensors = dict(u=u, logits=logits, loc=loc, log_scale=log_scale)
-    return _run_mixture_cdf(by, implementation, **tensors)
+    return _with_nan(_run_mixture_cdf(by, implementation, **tensors), logits + loc + log_scale)
 
 
 def mixture_cdf_log_prob(
@@ -298,7 +298,8 @@ def mixture_rosenblatt_inverse(
         mixture_rosenblatt_inverse_newton,
     )
     tensors = dict(u=u, logits=logits, mean=mean, log_scale=log_scale)
-    return _run_rosenblatt(by, implementation, **tensors)
+    z = _run_rosenblatt(by, implementation, **tensors)
+    return _with_nan(z, logits.unsqueeze(-2))
 
 
 def mixture_rosenblatt_log_prob(
@@ -588,6 +589,18 @@ def _check_network(u: Tensor, from_context: Tensor, network: AutoregressiveNetwo
         raise ValueError(
             f"u, from_context and the network's weights do not fit together: {_shapes(**tensors)}."
         )
+
+
+def _with_nan(z: Tensor, parameters: Tensor) -> Tensor:
+    """z (...) of an inverse, and NaN where any of its parameters (..., K) is.
+
+    The search for z ends at a finite number whatever it is given. Gradients are not asked: theirs
+    are NaN already.
+    """
+    if z.requires_grad:
+        return z
+
+    return torch.add(z, parameters.detach().amax(-1).to(z.dtype), alpha=0)
 
 
 def _cast(*tensors: Tensor) -> list[Tensor]:
