@@ -65,7 +65,9 @@ class TarFlowLMConfig(PreTrainedConfig):
             - `patch_head_layers` ("mixture_rosenblatt", default 0): depth of a second decoder, over
               the tokens of each patch. A token's mixture weights then see the latents before it in
               its patch, too; without it the tokens of a patch are independent given the patches
-              before. Half of `num_hidden_layers` is a good depth.
+              before. Half of `num_hidden_layers` is a good depth;
+            - `projection_bias` ("mixture_rosenblatt", default True): give the projection to mixture
+              weights a bias.
 
             A coupling of one's own brings its own options, see `CouplingHead`.
         block_config (`PreTrainedConfig` or `dict` with a `model_type`, *optional*): Full
@@ -82,6 +84,13 @@ class TarFlowLMConfig(PreTrainedConfig):
             Its means are drawn from N(0, I).
         bos_token_id, eos_token_id, pad_token_id (`int`, *optional*): Special tokens, for
             `generate`.
+        start_token_id (`int`, *optional*): The token whose embedding stands before the first
+            position of a first flow with a "posterior" context. By default that is a learned
+            vector.
+        embedding_scale (`float`, defaults to 1): The factor by which that flow multiplies its
+            embeddings.
+        tie_word_embeddings (`bool`, defaults to False): True if the first flow's embeddings are
+            also the weight of its projection to mixture weights.
 
     Raises:
         ValueError: If a field contradicts itself or another one; the message names it, its value
@@ -129,6 +138,9 @@ class TarFlowLMConfig(PreTrainedConfig):
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
+        start_token_id: int | None = None,
+        embedding_scale: float = 1.0,
+        tie_word_embeddings: bool = False,
         **kwargs,
     ):
         self.vocab_size = at_least_one("vocab_size", vocab_size)
@@ -170,6 +182,10 @@ class TarFlowLMConfig(PreTrainedConfig):
             raise ValueError(f"flows must be a list of at least one flow, not {flows!r}.")
 
         self.flows = [self._flow(index, flow) for index, flow in enumerate(flows)]
+        self.start_token_id = start_token_id
+        self.embedding_scale = embedding_scale
+        self.tie_word_embeddings = true_or_false("tie_word_embeddings", tie_word_embeddings)
+        self._check_embeddings()
 
         kwargs.setdefault("auto_map", {
             "AutoConfig": "configuration_tarflowlm.TarFlowLMConfig",
@@ -249,13 +265,11 @@ class TarFlowLMConfig(PreTrainedConfig):
     def decoder_config(self, num_hidden_layers: int, **changes: Any) -> PreTrainedConfig:
         """The block config at another depth, with other changes of its fields."""
         fields = self.block_config.to_dict()
-        for name in (
-            "model_type",
-            "layer_types",
-            "dtype",
-            "transformers_version",
-        ):  # made anew for the depth
+        for name in ("model_type", "dtype", "transformers_version"):
             fields.pop(name, None)
+
+        if num_hidden_layers != getattr(self.block_config, "num_hidden_layers", None):
+            fields.pop("layer_types", None)  # made anew for the depth
 
         fields |= {"num_hidden_layers": num_hidden_layers, **changes}
         return CONFIG_MAPPING[self.block_config.model_type](**fields)
@@ -314,6 +328,32 @@ class TarFlowLMConfig(PreTrainedConfig):
             )
 
         return block_config
+
+    def _check_embeddings(self) -> None:
+        """Raises a ValueError where an option of the first flow's embeddings meets none of them."""
+        first = self.flows[0]
+        start = self.start_token_id
+        if start is not None and not (type(start) is int and 0 <= start < self.vocab_size):
+            raise ValueError(
+                f"start_token_id must be in 0, ..., vocab_size - 1 = {self.vocab_size - 1}, not {start!r}."
+            )
+
+        scale = self.embedding_scale
+        if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+            raise ValueError(f"embedding_scale must be positive and finite, not {scale!r}.")
+
+        is_used = start is not None or scale != 1 or self.tie_word_embeddings
+        if is_used and (first["context"] != "posterior" or self.patch_size > 1):
+            raise ValueError(
+                "start_token_id, embedding_scale and tie_word_embeddings need a first flow of context posterior, "
+                f"and patch_size 1: {first['context']}, {self.patch_size}."
+            )
+
+        if self.tie_word_embeddings and not first.get("tie_codebook"):
+            raise ValueError(
+                "tie_word_embeddings needs a first flow of mixture_rosenblatt with tie_codebook: its projection "
+                "has a row for each token."
+            )
 
     def _flow(self, index: int, flow: dict[str, Any]) -> dict[str, Any]:
         """One flow's entry, checked, with its defaults filled in."""

@@ -77,8 +77,8 @@ class FlowDecoder(nn.Module):
     """The part of a flow that reads positions: position n is predicted from those before it.
 
     The decoder reads either a projection of the latents, or, in the flow next to the data, an
-    embedding averaged under p(token | latent). A learned start vector stands before the first
-    position.
+    embedding averaged under p(token | latent). A start vector stands before the first position: a
+    learned one, or the embedding of the config's `start_token_id`.
 
     In a conditional model some positions are observed: they are no variables of the flow, but
     context. The decoder reads them first, then passes the missing positions in the flow's
@@ -92,6 +92,8 @@ class FlowDecoder(nn.Module):
         self.embedding, self.input_projection = None, None
         if flow["context"] == "posterior":
             self.posterior_top_k = config.posterior_top_k
+            self.start_token_id = config.start_token_id
+            self.embedding_scale = config.embedding_scale
             # A table for each token of a patch: a projection of embeddings, two small factors,
             # would learn too slowly.
             num_entries = config.patch_size * config.vocab_size
@@ -100,12 +102,16 @@ class FlowDecoder(nn.Module):
             size = config.patch_size * config.latent_size
             self.input_projection = nn.Linear(size, config.hidden_size)
 
-        self.start = nn.Parameter(torch.empty(config.hidden_size))
+        self.start = None
+        if self.embedding is None or self.start_token_id is None:
+            self.start = nn.Parameter(torch.empty(config.hidden_size))
+
         self.decoder = make_decoder(config, flow["num_hidden_layers"])
         self.observed_embedding = ObservedEmbedding(config) if config.conditional else None
 
     def init_weights(self, std: float) -> None:
-        init.normal_(self.start, std=std)
+        if self.start is not None:
+            init.normal_(self.start, std=std)
         if self.embedding is not None:
             init.normal_(self.embedding, std=std)
 
@@ -125,17 +131,25 @@ class FlowDecoder(nn.Module):
         start vector.
         """
         last = h.shape[1] if last is None else last
-        inputs = [self.start.expand(len(h), 1, -1)] if first == 0 else []
+        start = self.start_vector()
+        inputs = [start.expand(len(h), 1, -1)] if first == 0 else []
         if last > max(first, 1):
             inputs.append(self._embed(h[:, max(first - 1, 0) : last - 1], codebook))
 
         inputs = torch.cat(inputs, 1)
         if observed is not None:
             slots = torch.arange(first, last, device=h.device).unsqueeze(-1)  # (n, 1)
-            inputs = torch.where(slots == observed.count, self.start, inputs)
+            inputs = torch.where(slots == observed.count, start, inputs)
             inputs = torch.where(slots < observed.count, observed.inputs[:, first:last], inputs)
 
         return inputs
+
+    def start_vector(self) -> Tensor:
+        """The vector (w,) that the decoder reads before the first position."""
+        if self.start is not None:
+            return self.start
+
+        return self._scaled(self.embedding[self.start_token_id])
 
     def context(
         self,
@@ -161,4 +175,14 @@ class FlowDecoder(nn.Module):
 
         tokens = h.unflatten(-1, (self.patch_size, -1))
         average = codebook.posterior_average(tokens, self.embedding, self.posterior_top_k)
-        return average.to(self.start.dtype)
+        return self._scaled(average.to(self.embedding.dtype))
+
+    def _scaled(self, embeddings: Tensor) -> Tensor:
+        """The embeddings times the config's `embedding_scale`, rounded to their dtype first.
+
+        The library's own embeddings that scale round so, too.
+        """
+        if self.embedding_scale == 1:
+            return embeddings
+
+        return embeddings * embeddings.new_full((), self.embedding_scale)

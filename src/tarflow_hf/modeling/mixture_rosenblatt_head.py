@@ -31,7 +31,12 @@ class MixtureRosenblattHead(CouplingHead):
     """
 
     title = "Mix-d (Rosenblatt)"
-    options = {"num_components": None, "tie_codebook": None, "patch_head_layers": None}
+    options = {
+        "num_components": None,
+        "tie_codebook": None,
+        "patch_head_layers": None,
+        "projection_bias": None,
+    }
     takes_logits_processor = True
 
     # At once: those of a large vocabulary are made, used, and made again in the backward pass.
@@ -43,7 +48,9 @@ class MixtureRosenblattHead(CouplingHead):
         self.num_components = flow["num_components"]
         self.patch_decoder = PatchDecoder(config, flow) if flow.get("patch_head_layers") else None
         num_mixtures = config.patch_size if self.patch_decoder is None else 1
-        self.projection = MixtureLogits(config.hidden_size, num_mixtures, self.num_components)
+        has_bias = flow.get("projection_bias", True)
+        sizes = config.hidden_size, num_mixtures, self.num_components
+        self.projection = MixtureLogits(*sizes, has_bias)
         self.codebook = None
 
         if not flow["tie_codebook"]:
@@ -150,6 +157,7 @@ class MixtureRosenblattHead(CouplingHead):
                 )
 
         at_least_one(f"{where}.num_components", flow["num_components"])
+        true_or_false(f"{where}.projection_bias", flow.get("projection_bias", True))
         patch_head_layers = flow.get("patch_head_layers", 0)
         if patch_head_layers != 0:
             at_least_one(f"{where}.patch_head_layers", patch_head_layers)
@@ -224,17 +232,22 @@ class MixtureLogits(nn.Module):
     a `Codebook` are; what it returns is `[(weight (K, w), bias (K,)), ...]`.
     """
 
-    def __init__(self, hidden_size: int, num_mixtures: int, num_components: int):
+    def __init__(
+        self, hidden_size: int, num_mixtures: int, num_components: int, has_bias: bool = True
+    ):
         super().__init__()
         self.num_components = num_components
-        self.weight = nn.Parameter(torch.empty(num_mixtures * num_components, hidden_size))
-        self.bias = nn.Parameter(torch.empty(num_mixtures * num_components))
+        num_rows = num_mixtures * num_components
+        self.weight = nn.Parameter(torch.empty(num_rows, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_rows)) if has_bias else None
 
     def init_weights(self, std: float) -> None:
         init.normal_(self.weight, std=std)
-        init.zeros_(self.bias)
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
+        bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
         weights = self.weight.split(self.num_components)
-        biases = self.bias.split(self.num_components)
+        biases = bias.split(self.num_components)
         return list(zip(weights, biases, strict=True))

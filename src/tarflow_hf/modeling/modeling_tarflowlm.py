@@ -64,6 +64,7 @@ from .slots_tarflowlm import (
     to_tokens,
     zero_unless,
 )
+from .vocabulary_tarflowlm import add_tokens
 
 # --------------------------------------------------------------------------------------------------
 # One flow
@@ -629,16 +630,46 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
     def enable_input_require_grads(self) -> None:
         """Has no work to do: gradients reach the flows through their own inputs."""
 
-    def resize_token_embeddings(self, *args, **kwargs):
-        """Refused: the latents of the tokens share one space, which the flows were trained for.
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Codebook:
+        """Adds tokens to the vocabulary: codebook entries far from all others, and rows of tables.
+
+        Every old token's likelihood stays as it was but for the new tokens' share. A new row of a
+        table is the mean of the old ones, and so a new token begins as likely as an average one; in
+        a stack with flows above the first, e^12 times less likely, so that these see the same.
+
+        Args:
+            new_num_tokens: The new size of the vocabulary. None changes nothing.
+            pad_to_multiple_of: Rounds the new size up.
+            mean_resizing: True, as in the library; there is no other way.
+
+        Returns:
+            The codebook.
 
         Raises:
-            NotImplementedError: Always.
+            ValueError: If the vocabulary would shrink, or `mean_resizing` is False.
         """
-        raise NotImplementedError(
-            "A trained vocabulary is fixed: its codebook is what the flows model. Make a TarFlowLMConfig with another "
-            "vocab_size, and train it."
-        )
+        vocab_size = self.config.vocab_size
+        num_tokens = vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            num_tokens = -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
+
+        if not mean_resizing:
+            raise ValueError("mean_resizing must be True: new rows are the mean of the old ones.")
+        if num_tokens < vocab_size:
+            raise ValueError(
+                f"The vocabulary has {vocab_size} tokens and cannot shrink to {num_tokens}: the flows give each of "
+                "its tokens a share of the probability."
+            )
+
+        if num_tokens > vocab_size:
+            add_tokens(self, num_tokens - vocab_size)
+
+        return self.codebook
 
     def encode(
         self,

@@ -20,6 +20,8 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = True
     _no_split_modules = ["FlowLayer"]
     _keep_in_fp32_modules_strict = ["codebook"]  # its scales are far finer than bfloat16's steps
+    # Only where the config says so (`tie_word_embeddings`).
+    _tied_weights_keys = {"flow.layers.0.head.projection.weight": "flow.layers.0.embedding"}
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

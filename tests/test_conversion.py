@@ -1,0 +1,219 @@
+"""Causal language models become flows and come back, exactly or with a reason."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from helpers.causal_lms import CAUSAL_LMS, TIED, VOCABULARY, tiny_causal_lm
+from helpers.checkpoints import MIX_D, make
+from tarflow_hf import TarFlowLMModel
+from tarflow_hf.conversion import from_causal_lm, next_token_log_probs, probe, to_causal_lm
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+START = 1
+BOTH = [(name, {}) for name in CAUSAL_LMS] + [
+    (name, TIED) for name in ("llama", "gemma", "granite", "cohere", "opt", "phi3")
+]
+
+
+def draw_ids(batch_size=2, length=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (batch_size, length), generator=generator)
+
+
+def with_start(ids):
+    return torch.cat([torch.full_like(ids[:, :1], START), ids], 1)
+
+
+def nats(source, ids):
+    """The source's log-likelihood (B,) of ids behind the start token, in nats."""
+    with torch.no_grad():
+        log_prob = source(with_start(ids)).logits[:, :-1].log_softmax(-1)
+
+    return log_prob.gather(-1, ids.unsqueeze(-1)).sum((-1, -2))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_causal_lm("llama", **TIED)
+
+
+# --------------------------------------------------------------------------------------------------
+# Exactness, of each architecture
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "options"), BOTH, ids=lambda value: value or "untied")
+def test_there_and_back_is_exact(name, options):
+    source = tiny_causal_lm(name, **options)
+    ids = draw_ids()
+    with torch.no_grad():
+        logits = source(with_start(ids)).logits
+        assert logits.log_softmax(-1).std() > 0.1  # a model with something to get wrong
+
+    model = from_causal_lm(source)
+    with torch.no_grad():
+        log_prob = next_token_log_probs(model, ids)
+        torch.testing.assert_close(log_prob, logits[:, :-1].log_softmax(-1), rtol=0, atol=1e-3)
+        elbo = model(ids).elbo
+
+    torch.testing.assert_close(elbo / 12, nats(source, ids) / 12, rtol=0, atol=1e-4)
+
+    back = to_causal_lm(model)
+    assert type(back) is type(source)
+    with torch.no_grad():
+        torch.testing.assert_close(back(with_start(ids)).logits, logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3_text"])
+def test_a_left_padded_batch_is_continued_as_each_prompt_alone(name):
+    model = from_causal_lm(tiny_causal_lm(name))
+    prompts = draw_ids()[:, :6]
+    mask = torch.ones_like(prompts)
+    mask[0, :3] = 0
+    noise = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0))
+    together = model.generate(prompts, attention_mask=mask, noise=noise)
+    first = model.generate(prompts[:1, 3:], noise=noise[:1, 3:])
+    second = model.generate(prompts[1:], noise=noise[1:])
+    for row, alone in ((together[:1, 3:], first), (together[1:], second)):
+        assert torch.equal(row[:, : alone.shape[1]], alone)  # which ends where its text does
+        assert (row[:, alone.shape[1] :] == 0).all()
+
+
+def test_the_sources_dtype_stays(llama):
+    source = tiny_causal_lm("llama", torch.bfloat16)
+    model = from_causal_lm(source)
+    dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
+    assert {dtypes[name] for name in dtypes if "codebook" in name} == {torch.float32}
+    assert {dtypes[name] for name in dtypes if "codebook" not in name} == {torch.bfloat16}
+    assert source.dtype == torch.bfloat16 and model.dtype == torch.bfloat16
+
+    found = probe(source, model, draw_ids())
+    assert found.elbo_nats == pytest.approx(found.source_nats, abs=1e-2)
+    back = to_causal_lm(model)
+    assert back.dtype == torch.bfloat16
+    assert torch.equal(back(draw_ids()).logits, source(draw_ids()).logits)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is refused
+# --------------------------------------------------------------------------------------------------
+
+
+def refused(name, **options):
+    if name == "t5":
+        sizes = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
+        return AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes))
+    if name == "bert":
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes |= {"vocab_size": 32, "intermediate_size": 16, **options}
+        config = AutoConfig.for_model("bert", **sizes)
+        return AutoModelForCausalLM.from_config(config)
+    if name == "llama's body":
+        return AutoModel.from_config(tiny_causal_lm("llama").config)
+
+    return tiny_causal_lm(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("gemma2", {}, "soft"),
+        ("t5", {}, "encoder-decoder"),
+        ("bert", {}, "is not causal"),
+        ("bert", {"is_decoder": True}, "decoder's output"),
+        ("llama's body", {}, "base model"),
+    ],
+)
+def test_what_a_flow_does_not_express_is_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        from_causal_lm(refused(name, **options), start_token_id=START)
+
+
+def test_a_codebook_that_overlaps_is_refused(llama):
+    with pytest.raises(ValueError, match=r"codebook overlaps: latent_size=1 .* larger latent_size"):
+        from_causal_lm(llama, latent_size=1)
+    with pytest.raises(ValueError, match=r"smaller log_scale"):
+        from_causal_lm(llama, latent_size=2, log_scale=-1.0)
+
+    assert from_causal_lm(llama, latent_size=4, log_scale=-5.0).config.latent_size == 4
+
+
+def test_a_start_token_is_found_given_or_missed():
+    source = tiny_causal_lm("llama", bos_token_id=None, eos_token_id=7)
+    source.generation_config.bos_token_id = None
+    assert from_causal_lm(source).config.start_token_id == 7
+    assert from_causal_lm(source, start_token_id=9).config.start_token_id == 9
+
+    source.config.eos_token_id = source.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="start_token_id"):
+        from_causal_lm(source)
+    with pytest.raises(ValueError, match=r"0, \.\.\., 95"):
+        from_causal_lm(source, start_token_id=VOCABULARY)
+
+
+def test_models_that_are_no_causal_language_models_do_not_go_back(llama):
+    with pytest.raises(ValueError, match=r"No causal language model .*conditional=True"):
+        to_causal_lm(from_causal_lm(llama, conditional=True))
+    with pytest.raises(ValueError, match="flows above the first, and a learned start"):
+        to_causal_lm(make(flows=[MIX_D, {**MIX_D, "num_components": 4}]))
+    with pytest.raises(ValueError, match="patches"):
+        to_causal_lm(make(flows=[MIX_D], patch_size=2))
+
+    model = from_causal_lm(llama)
+    with torch.no_grad():
+        model.codebook.log_scale.fill_(0.0)
+    with pytest.raises(ValueError, match="codebook overlaps"):
+        to_causal_lm(model)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tied tables
+# --------------------------------------------------------------------------------------------------
+
+
+def assert_tied(model):
+    flow = model.flow.layers[0]
+    assert flow.embedding is flow.head.projection.weight
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "cohere"])
+def test_tied_tables_stay_tied(name, tmp_path):
+    source = tiny_causal_lm(name, **TIED)
+    model = from_causal_lm(source)
+    num_added = model.codebook.mean.numel() + model.codebook.log_scale.numel()
+    assert model.num_parameters() == source.num_parameters() + num_added
+    assert_tied(model)
+
+    ids = draw_ids()
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert_tied(model.eval())
+
+    model.save_pretrained(tmp_path)
+    loaded = TarFlowLMModel.from_pretrained(tmp_path)
+    assert_tied(loaded)
+    assert loaded.num_parameters() == model.num_parameters()
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size < 4 * model.num_parameters() + 20_000
+
+    latents = model.encode(ids)
+    torch.testing.assert_close(
+        loaded(ids, latents=latents).elbo, model(ids, latents=latents).elbo, rtol=0, atol=1e-4
+    )
+    torch.testing.assert_close(
+        to_causal_lm(loaded)(with_start(ids)).logits[:, :-1].log_softmax(-1),
+        next_token_log_probs(model, ids),
+        rtol=0,
+        atol=1e-4,
+    )
+
+
+def test_untied_tables_stay_apart():
+    source = tiny_causal_lm("llama")
+    model = from_causal_lm(source)
+    num_added = model.codebook.mean.numel() + model.codebook.log_scale.numel()
+    assert model.num_parameters() == source.num_parameters() + num_added
