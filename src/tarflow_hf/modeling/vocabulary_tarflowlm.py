@@ -58,6 +58,7 @@ def add_tokens(model: nn.Module, num_new: int) -> None:
     head = flow.head
     vocab_size = config.vocab_size
     is_tied = config.tie_word_embeddings
+    averages_all = config.posterior_top_k is None
 
     codebook.mean, codebook.log_scale = _codebook_with(num_new, codebook)
     if flow.embedding is not None:
@@ -80,14 +81,13 @@ def add_tokens(model: nn.Module, num_new: int) -> None:
             head.patch_decoder.embedding = _with_rows(table, num_new, vocab_size)
 
         head.num_components = head.projection.num_components = vocab_size + num_new
-        config.flows[0]["num_components"] = vocab_size + num_new
         if is_tied:
             head.projection.weight = flow.embedding
 
-    if config.posterior_top_k is None:
-        config.posterior_top_k = vocab_size + num_new  # all of them, however many
-
+    # The number of the first flow's components follows from it.
     config.vocab_size = model.flow.vocab_size = vocab_size + num_new
+    if averages_all:
+        config.posterior_top_k = vocab_size + num_new  # however many
 
 
 def _codebook_with(num_new: int, codebook: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
