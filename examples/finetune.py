@@ -8,7 +8,7 @@ Takes all options of `TrainingArguments`; `--resume_from_checkpoint true` goes o
 checkpoint. Its losses are nats per token: minus the ELBO.
 """
 
-from os.path import isdir
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -18,7 +18,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.data import PackedTokens, load_splits
@@ -32,15 +31,16 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def find_checkpoint(training: TrainingArguments) -> str | None:
     """The checkpoint to go on from; with none, the folder must be free of another run's."""
-    given, folder = training.resume_from_checkpoint, training.output_dir
-    newest = get_last_checkpoint(folder) if isdir(folder) else None
+    given, folder = training.resume_from_checkpoint, Path(training.output_dir)
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]  # written last
+    newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
     if given is None and newest is not None:
         raise FileExistsError(
             f"{folder} holds another run ({newest}). Go on with it by --resume_from_checkpoint true, or choose another "
             "--output_dir."
         )
 
-    return newest if given in ("true", "True") else given
+    return str(newest) if given in ("true", "True") and newest else given
 
 
 def main():

@@ -106,6 +106,23 @@ def check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
             raise ValueError(f"There is no {what} {name!r}: {hint}")
 
 
+def read_json(path: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: If there is no such file, or something else in it. The message names the place.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as JSON: {error}") from error
+
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, {{...}}, not {type(content).__name__}.")
+
+    return content
+
+
 def read_recipe(name: str) -> dict:
     """The `config` and the `options` of a recipe, by name or path.
 
@@ -116,7 +133,7 @@ def read_recipe(name: str) -> dict:
     if not path.is_file():
         check_names("recipe", [name], [path.stem for path in RECIPES.iterdir()])
 
-    recipe = json.loads(path.read_text("utf-8"))
+    recipe = read_json(path)
     check_names(f"key in the recipe {name}", recipe, ["description", "config", "options"])
     return recipe
 
@@ -142,9 +159,7 @@ def parse_arguments() -> tuple[RunConfig, TrainingConfig, dict]:
     if unknown:
         raise ValueError(f"There is no option before {unknown[0]!r}.")
 
-    fields = (
-        json.loads(Path(run.config).read_text("utf-8")) if run.config else recipe.get("config", {})
-    )
+    fields = read_json(Path(run.config)) if run.config else recipe.get("config", {})
     known = {
         *inspect.signature(TarFlowLMConfig).parameters,
         *TarFlowLMConfig().to_dict(),
@@ -237,8 +252,8 @@ def main():
         sys.exit(128 + stop.signal)
 
     if accelerator.is_main_process:
-        report(model, tokenizer, test_data, run)
         print(f"\nSaved to {training.output_dir}/model")
+        report(model, tokenizer, test_data, run)
         if run.push_to_hub:
             push(run, training, tokenizer)
 
@@ -299,4 +314,7 @@ def push(run: RunConfig, training: TrainingConfig, tokenizer) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # before the first step, or in the closing table
+        sys.exit("Stopped. Nothing was being trained.")

@@ -202,3 +202,19 @@ def test_train_refuses_before_it_trains(train, options, message):
     with pytest.raises(ValueError, match=message):
         train(*options)
     assert not Path("run").exists()
+
+
+def test_finetune_goes_on_where_it_stopped(run):
+    """A new run in its folder is refused; `--help` explains; a half-written save is not taken."""
+    options = ["--output_dir", "mine", "--save_steps", "2", "--logging_steps", "1"]
+    options += ["--report_to", "none", "--use_cpu", "--disable_tqdm", "true"]
+    run("finetune.py", "model", "text.txt", *options, "--max_steps", "4")
+    with pytest.raises(FileExistsError, match=r"checkpoint-4.*--resume_from_checkpoint true, or"):
+        run("finetune.py", "model", "text.txt", *options, "--max_steps", "6")
+
+    Path("mine/checkpoint-5").mkdir()
+    resumed = [*options, "--max_steps", "6", "--resume_from_checkpoint", "true"]
+    printed = run("finetune.py", "model", "text.txt", *resumed)
+    assert sum("'loss'" in line for line in printed.splitlines()) == 2
+    with pytest.raises(SystemExit, match="0"):
+        run("finetune.py", "--help")

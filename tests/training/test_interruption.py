@@ -242,3 +242,27 @@ def test_a_run_killed_at_random_moments(tmp_path, one_thread):
     assert_same_weights(*models)
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["checkpoint-40", "log.jsonl", "model"]
+
+
+def test_evaluating_changes_no_loss(tmp_path, data, tokenizer):
+    """Training goes on as if nobody had looked."""
+    _, plain = run(tmp_path / "a", data, tokenizer, num_steps=6)
+    _, watched = run(tmp_path / "b", data, tokenizer, num_steps=6, eval_every=1, eval_sequences=9)
+    assert plain == watched
+
+
+def test_a_log_that_can_not_be_written(tmp_path):
+    """The system lets no file grow beyond some size, as a full disk would."""
+    import resource
+
+    from tarflow_hf.training.log import JsonLines
+
+    lines = JsonLines(tmp_path / "log.jsonl", 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"log.jsonl could not be written.*Make room, then go on"):
+            for step in range(100):
+                lines.write({"step": step})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -15,7 +15,7 @@ from helpers.scripts import script
 from helpers.training import STACK, TEXT, config, run
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import character_tokenizer
-from tarflow_hf.training import make_stages
+from tarflow_hf.training import make_stages, slow_vocabulary
 
 
 def arguments_of(*arguments: str, monkeypatch):
@@ -210,3 +210,58 @@ def replace_sizes(fields: dict) -> dict:
     )
 
     return {name: fields[name] for name in names}
+
+
+@pytest.mark.parametrize(
+    "content, message", [("{", "can't be read as JSON: Expecting"), ("[1]", "an object.* not list")]
+)
+@pytest.mark.parametrize("option", ["--recipe", "--config"])
+def test_a_file_that_holds_no_json_is_named(tmp_path, monkeypatch, option, content, message):
+    path = tmp_path / "mine.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"mine\.json .*{message}"):
+        arguments_of(option, str(path), monkeypatch=monkeypatch)
+
+
+def test_a_run_is_refused_before_its_data_are_read(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-5").mkdir()
+    arguments = ["train.py", "--dataset", "none", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(FileExistsError, match=r"another run \(checkpoint-5\).*--resume, or choose"):
+        runpy.run_path(str(ROOT / "examples" / "train.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    "vocab_size, num_flows, is_slow", [(2000, 2, True), (2000, 1, False), (27, 2, False)]
+)
+def test_a_stack_that_will_be_slow_is_said(vocab_size, num_flows, is_slow):
+    note = slow_vocabulary(config(vocab_size=vocab_size, flows=STACK[:num_flows]))
+    assert (note is not None) == is_slow
+    assert not is_slow or ("2,000 tokens" in note and "--recipe demo_one_flow" in note)
+
+
+@pytest.mark.parametrize(
+    "variables, is_shared",
+    [
+        ({}, False),
+        ({"OMP_NUM_THREADS": "1"}, False),
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, True),
+        ({"OMP_NUM_THREADS": "3", "LOCAL_WORLD_SIZE": "1"}, False),
+    ],
+)
+@pytest.mark.parametrize("was_told", [False, True])
+def test_cores_are_shared_only_where_a_launcher_took_one(
+    monkeypatch, one_thread, variables, is_shared, was_told
+):
+    from tarflow_hf.training import config as module
+
+    for name in ("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    seen = []
+    monkeypatch.setattr(module, "_launcher_was_told", lambda: was_told)
+    monkeypatch.setattr(module.torch, "set_num_threads", seen.append)
+    module.share_cores()
+    assert bool(seen) == (is_shared and not was_told)

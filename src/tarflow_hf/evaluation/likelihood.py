@@ -107,7 +107,7 @@ class Scoring:
         progress: Shows a bar.
 
     Raises:
-        ValueError: If `num_samples` is not positive.
+        ValueError: If `num_samples`, `batch_size` or `max_sequences` is not positive.
     """
 
     num_samples: int = 1
@@ -118,8 +118,14 @@ class Scoring:
     progress: bool = False
 
     def __post_init__(self):
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, not {self.num_samples}.")
+        for name in ("num_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+
+        if self.max_sequences is not None and self.max_sequences < 1:
+            raise ValueError(
+                f"max_sequences must be at least 1, or None for all, not {self.max_sequences}."
+            )
 
 
 @dataclass(frozen=True)
@@ -185,7 +191,9 @@ def score(model: PreTrainedModel, sequences: Iterable[dict[str, Tensor]], **opti
     nats, num_tokens = [], []
 
     batches = batches_of_equal_length(islice(sequences, scoring.max_sequences), scoring.batch_size)
-    for batch in _with_progress(batches, sequences, scoring):
+    for batch in with_progress(
+        batches, sequences, scoring.max_sequences, "scoring", scoring.progress
+    ):
         ids = torch.stack([sequence["input_ids"] for sequence in batch]).to(model.device)
         nats.append(score_batch(model, ids, len(num_tokens), scoring).cpu().double())
         num_tokens.extend(int(sequence.get("num_tokens", ids.shape[1])) for sequence in batch)
@@ -198,16 +206,15 @@ def score(model: PreTrainedModel, sequences: Iterable[dict[str, Tensor]], **opti
     return scores
 
 
-def _with_progress(
-    batches: Iterable[list], sequences: Iterable, scoring: Scoring
+def with_progress(
+    batches: Iterable[list], sequences: Iterable, most: int | None, name: str, is_shown: bool
 ) -> Iterator[list]:
     """Yields the batches, with a bar that counts sequences; its total is known if theirs is."""
     total = len(sequences) if isinstance(sequences, Sized) else None
-    if total is not None and scoring.max_sequences is not None:
-        total = min(total, scoring.max_sequences)
+    if total is not None and most is not None:
+        total = min(total, most)
 
-    hidden = not scoring.progress
-    with tqdm(total=total, desc="scoring", unit="sequence", disable=hidden, leave=False) as bar:
+    with tqdm(total=total, desc=name, unit="sequence", disable=not is_shown, leave=False) as bar:
         for batch in batches:
             yield batch
             bar.update(len(batch))

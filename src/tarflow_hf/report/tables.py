@@ -159,7 +159,8 @@ def likelihood_cells(
         f"{row.perplexity:.3f}",
     ]
     if tokens_per_word is not None:
-        cells.append(f"{row.perplexity_per_word(tokens_per_word):.1f}")
+        per_word = row.perplexity_per_word(tokens_per_word)
+        cells.append(f"{per_word:.1f}" if per_word < 1e7 else f"{per_word:.1e}")
 
     return cells
 

@@ -95,6 +95,7 @@ class TrainingConfig:
             "batch_size",
             "gradient_accumulation_steps",
             "log_every",
+            "eval_sequences",
             "keep_checkpoints",
         ):
             if getattr(self, name) < 1:
