@@ -20,6 +20,7 @@ STACKS = {
     "converted, conditional": lambda: from_causal_lm(tiny_causal_lm("llama"), conditional=True),
     "mix-d": lambda: make(flows=[MIX_D]),
     "mix-d, mix-1": lambda: make(flows=[MIX_D, MIX_1]),
+    "own codebooks": lambda: make(flows=[MIX_D, flow("mixture_rosenblatt", "right_to_left")]),
     "affine": lambda: make(flows=[flow("affine")]),
     "patches": lambda: make(flows=[PATCH_HEAD, flow("mixture_cdf", WITHIN_PATCH)], patch_size=2),
     "conditional": lambda: make(flows=[MIX_D, MIX_1], conditional=True),

@@ -84,8 +84,13 @@ def add_tokens(model: nn.Module, num_new: int) -> None:
         if is_tied:
             head.projection.weight = flow.embedding
 
-    # The number of the first flow's components follows from it.
+    # The number of the first flow's components follows from it; codebooks of the others' own stay.
+    num_components = [layer.get("num_components") for layer in config.flows]
     config.vocab_size = model.flow.vocab_size = vocab_size + num_new
+    for layer, number in zip(config.flows, num_components, strict=True):
+        if layer.get("tie_codebook") is False:
+            layer["num_components"] = number
+
     if averages_all:
         config.posterior_top_k = vocab_size + num_new  # however many
 
