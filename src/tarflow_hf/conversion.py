@@ -26,6 +26,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -128,7 +129,7 @@ def from_causal_lm(
     """
     # 1. The source, and the token before the first.
     if not isinstance(source, PreTrainedModel):
-        source, tokenizer = _load(source, tokenizer, gguf_file, dtype)
+        source, tokenizer = load_source(source, tokenizer, gguf_file, dtype)
 
     was_training = source.training
     source.eval()
@@ -177,13 +178,19 @@ def from_causal_lm(
     return model
 
 
-def _load(
+def load_source(
     source: str | PathLike,
-    tokenizer: PreTrainedTokenizerBase | None,
-    gguf_file: str | None,
-    dtype: torch.dtype | str | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    gguf_file: str | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model, and its tokenizer if it has one."""
+    """Returns the model of an id or a folder, and its tokenizer if it has one.
+
+    The arguments are those of [`from_causal_lm`].
+
+    Raises:
+        ValueError: If it is no causal language model of the library.
+    """
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     if gguf_file is None:
         config = AutoConfig.from_pretrained(source)
@@ -455,6 +462,44 @@ def _random_ids(parts: SourceParts, start: int, length: int, batch_size: int = 2
 
 
 # --------------------------------------------------------------------------------------------------
+# The options of generation
+# --------------------------------------------------------------------------------------------------
+
+# Those that mean the same here.
+SHARED_OPTIONS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "max_new_tokens",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+)
+SAMPLING_OPTIONS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def generation_config_of(source: PreTrainedModel) -> GenerationConfig:
+    """The source's generation config, as far as a flow's `generate` has its options.
+
+    The source's temperature is that of the next token's distribution, so it becomes
+    `mixture_temperature`. Options of sampling come along only if the source samples: there is no
+    greedy choice here.
+    """
+    theirs = source.generation_config
+    options = {name: getattr(theirs, name, None) for name in SHARED_OPTIONS}
+    if theirs.do_sample:
+        options |= {name: getattr(theirs, name, None) for name in SAMPLING_OPTIONS}
+        options["mixture_temperature"] = theirs.temperature
+
+    given = {name: value for name, value in options.items() if value is not None}
+    config = GenerationConfig(do_sample=True, temperature=1.0, **given)
+    config._from_model_config = False
+    return config
+
+
+# --------------------------------------------------------------------------------------------------
 # The probe
 # --------------------------------------------------------------------------------------------------
 
@@ -691,4 +736,12 @@ def _check_one_causal_flow(model: TarFlowLMModel) -> None:
         )
 
 
-__all__ = ["Probe", "from_causal_lm", "next_token_log_probs", "probe", "to_causal_lm"]
+__all__ = [
+    "Probe",
+    "from_causal_lm",
+    "generation_config_of",
+    "load_source",
+    "next_token_log_probs",
+    "probe",
+    "to_causal_lm",
+]
