@@ -118,3 +118,24 @@ def check_not_given(options: dict[str, Any]) -> None:
             hint = " It reads ids and draws their latents, which can be given as latents=..."
 
         raise TypeError(f"TarFlowLMModel.forward() has no arguments {unknown}.{hint}")
+
+
+def check_stack_arguments(
+    num_flows: int | None,
+    num_layers: int,
+    known: Tensor | None,
+    observed_mask: Tensor | None,
+    is_conditional: bool,
+) -> None:
+    """Checks where a stack is cut, and that what is given has a meaning for it."""
+    if num_flows is not None and not 1 <= num_flows <= num_layers:
+        raise ValueError(f"num_flows must be in 1, ..., {num_layers}, not {num_flows}.")
+    if known is not None and observed_mask is not None:
+        raise ValueError(
+            "Give known_mask or observed_mask, not both: what is observed has no latents."
+        )
+    if observed_mask is not None and not is_conditional:
+        raise ValueError(
+            "observed_mask needs a conditional model: this one's config has conditional=False, and was trained to "
+            "model all tokens."
+        )

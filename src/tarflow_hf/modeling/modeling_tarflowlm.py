@@ -17,38 +17,31 @@ References:
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.generation import GenerationMixin
-from transformers.utils import ModelOutput
 
-from .causality import check_decoders
 from .checks_tarflowlm import (
     check_ids,
     check_labels,
     check_length,
     check_not_given,
     check_positions,
+    check_stack_arguments,
     require,
 )
 from .codebook import Codebook, Gaussians
 from .configuration_tarflowlm import TarFlowLMConfig
 from .coupling_heads import COUPLING_HEADS
 from .decoder_tarflowlm import FlowDecoder
-from .evaluation_noise import Evaluation, fixed_noise
+from .evaluation_noise import fixed_noise
 from .generation_tarflowlm import TarFlowLMGenerationMixin
-from .inversion_tarflowlm import (
-    InverseOptions,
-    InverseReport,
-    evaluating,
-    invert,
-)
+from .inversion_tarflowlm import InverseOptions, InverseReport, evaluating, invert
 from .normal import normal_log_prob
+from .outputs_tarflowlm import FlowOutput, TarFlowLMOutput, mean_loss, observed_by, scored_tokens
 from .pretrained_tarflowlm import TarFlowLMPreTrainedModel
 from .slots_tarflowlm import (
     Channels,
@@ -64,7 +57,6 @@ from .slots_tarflowlm import (
     to_tokens,
     zero_unless,
 )
-from .vocabulary_tarflowlm import add_tokens
 
 # --------------------------------------------------------------------------------------------------
 # One flow
@@ -190,18 +182,6 @@ class FlowLayer(FlowDecoder):
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class FlowOutput(ModelOutput):
-    """Output of [`FlowStack`]. `states` are h0 (the latents), ..., hL (the noise), each (B, T, d)."""
-
-    latents: Tensor | None = None  # (B, T, d)
-    noise: Tensor | None = None  # (B, T, d)
-    log_det: Tensor | None = None  # (B,) nats, summed over positions and dimensions
-    log_prob: Tensor | None = None  # (B,) nats, log p(latents)
-    states: tuple[Tensor, ...] | None = None
-    inverse_reports: list[InverseReport] | None = None  # of each flow from the data side
-
-
 class FlowStack(nn.Module):
     """The prior p(z): flows from the data side to the noise side, and the encoder's codebook."""
 
@@ -262,17 +242,9 @@ class FlowStack(nn.Module):
                 conditional or covers a whole sequence, or an option of the inverse is out of range.
         """
         check_length(latents.shape[1], self.patch_size)
-        if num_flows is not None and not 1 <= num_flows <= len(self.layers):
-            raise ValueError(f"num_flows must be in 1, ..., {len(self.layers)}, not {num_flows}.")
-        if known is not None and observed_mask is not None:
-            raise ValueError(
-                "Give known_mask or observed_mask, not both: what is observed has no latents."
-            )
-        if observed_mask is not None and not self.is_conditional:
-            raise ValueError(
-                "observed_mask needs a conditional model: this one's config has conditional=False, and was trained to "
-                "model all tokens."
-            )
+        check_stack_arguments(
+            num_flows, len(self.layers), known, observed_mask, self.is_conditional
+        )
 
         layers = self.layers[:num_flows]
         codebook = self.codebook() if codebook is None else codebook
@@ -377,39 +349,6 @@ class FlowStack(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class TarFlowLMOutput(ModelOutput):
-    """Output of [`TarFlowLMModel`], in nats: elbo = reconstruction + prior - posterior."""
-
-    loss: Tensor | None = None  # scalar, -elbo per real token
-    elbo: Tensor | None = None  # (B,)
-    reconstruction_log_prob: Tensor | None = None  # (B,) log p(x | z)
-    prior_log_prob: Tensor | None = None  # (B,) log p(z)
-    posterior_log_prob: Tensor | None = None  # (B,) log q(z | x)
-    latents: Tensor | None = None  # (B, T, d)
-    noise: Tensor | None = None  # (B, T, d)
-    hidden_states: tuple[Tensor, ...] | None = None  # each flow's state, (B, T, d), if asked for
-
-    @property
-    def logits(self) -> Tensor:
-        """The log-weights (B, T, V) of each next token, given the latents of those before it.
-
-        They are computed when they are read. Only a model that is one Mix-d flow which runs left to
-        right, with the encoder's codebook and patch size 1, has any.
-        """
-        make_logits = vars(self).get("_make_logits")
-        if make_logits is None:
-            raise AttributeError(
-                "There are no logits of the next token: only a model that is one mixture_rosenblatt flow, left to "
-                "right and with patch_size 1, has them. model.decode(latents) gives log p(x | z)."
-            )
-
-        return make_logits()
-
-    def __getitem__(self, key):
-        return self.logits if key == "logits" else super().__getitem__(key)
-
-
 class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, GenerationMixin):
     """A language model that flows: tokens to latents by a codebook, latents to noise by flows.
 
@@ -436,17 +375,12 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
     def __init__(self, config: TarFlowLMConfig):
         super().__init__(config)
         self.flow = FlowStack(config)
-        self._evaluation: Evaluation | None = None
         # Set explicitly: `pipeline` has its own default temperature for models that set none.
         self.generation_config.update(do_sample=True, temperature=1.0)
         # Otherwise saving forgets the options that are this model's own.
         self.generation_config._from_model_config = False
         self.post_init()
         self.check_decoders()
-
-    def check_decoders(self) -> None:
-        """Raises a ValueError if a decoder of a flow looks ahead, or cannot be run slot by slot."""
-        check_decoders([layer.decoder for layer in self.flow.layers])
 
     @property
     def codebook(self) -> Codebook:
@@ -520,9 +454,9 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         # 1. Which tokens are scored.
         input_ids = check_ids(input_ids, self.config, attention_mask)
         if labels is not None and observed_mask is None and self.config.conditional:
-            observed_mask = self._observed_by(labels, input_ids, attention_mask)
+            observed_mask = observed_by(labels, input_ids, attention_mask, self.config.pad_token_id)
 
-        is_scored = _is_scored(attention_mask, observed_mask)
+        is_scored = scored_tokens(attention_mask, observed_mask)
         if labels is not None:
             check_labels(labels, input_ids, is_scored, self.config.pad_token_id)
 
@@ -553,7 +487,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             elbo = elbo + self._zero_of_unused()
 
         output = TarFlowLMOutput(
-            loss=_loss(elbo, labels, is_scored, num_items_in_batch),
+            loss=mean_loss(elbo, labels, is_scored, num_items_in_batch),
             elbo=elbo,
             reconstruction_log_prob=difference + posterior,
             prior_log_prob=flow.log_prob,
@@ -568,108 +502,6 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             output._make_logits = self._logits_maker(latents, codebook, num_flows)
 
         return output.to_tuple() if return_dict is False else output
-
-    def train(self, mode: bool = True) -> "TarFlowLMModel":
-        """Switches between training and evaluation, after which training goes on as without.
-
-        Every loop over a `DataLoader` draws a seed from the global generator. Those that the loops
-        of an evaluation drew are taken back.
-        """
-        was_training = self.training
-        super().train(mode)
-        if was_training and not mode:
-            self._evaluation = Evaluation(torch.get_rng_state())
-        elif mode and not was_training and self._evaluation is not None:
-            self._evaluation.take_back_seeds()
-            self._evaluation = None
-
-        return self
-
-    def _observed_by(
-        self, labels: Tensor, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> Tensor | None:
-        """The observed tokens (B, T) that labels of -100 mean; None if they are the ids themselves."""
-        if labels is input_ids or labels.shape != input_ids.shape:
-            return None
-
-        is_hidden = labels == -100
-        if attention_mask is not None:
-            is_hidden = is_hidden & (attention_mask != 0)
-        if self.config.pad_token_id is not None:
-            is_leading = is_hidden.long().cumprod(-1) == 1
-            is_hidden = is_hidden & (is_leading | (input_ids != self.config.pad_token_id))
-
-        return is_hidden
-
-    def _zero_of_unused(self) -> Tensor:
-        """0, with the parameters that only observed tokens use: DDP wants all in every step."""
-        embeddings = (layer.observed_embedding for layer in self.flow.layers)
-        return 0.0 * sum(p.sum() for embedding in embeddings for p in embedding.parameters())
-
-    def _logits_maker(
-        self, latents: Tensor, codebook: Gaussians, num_flows: int | None
-    ) -> Callable[[], Tensor] | None:
-        """Returns a function that computes the log-weights (B, T, V) of each next token, if any."""
-        if len(self.flow.layers[:num_flows]) > 1 or not self.config.has_token_logits:
-            return None
-
-        layer = self.flow.layers[0]
-
-        def make_logits() -> Tensor:
-            end = latents.new_zeros(len(latents), 1, latents.shape[2])  # its own slot is not read
-            context = layer.context(layer.inputs(torch.cat([latents, end], 1), codebook))
-            ((weight, bias),) = layer.head.projection()
-            return F.linear(context[:, 1:], weight, bias)
-
-        return make_logits
-
-    def get_input_embeddings(self) -> Codebook:
-        """The codebook, whose `weight` (V, d) are the means of the tokens' latents."""
-        return self.codebook
-
-    def enable_input_require_grads(self) -> None:
-        """Has no work to do: gradients reach the flows through their own inputs."""
-
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> Codebook:
-        """Adds tokens to the vocabulary: codebook entries far from all others, and rows of tables.
-
-        Every old token's likelihood stays as it was but for the new tokens' share. A new row of a
-        table is the mean of the old ones, and so a new token begins as likely as an average one; in
-        a stack with flows above the first, e^12 times less likely, so that these see the same.
-
-        Args:
-            new_num_tokens: The new size of the vocabulary. None changes nothing.
-            pad_to_multiple_of: Rounds the new size up.
-            mean_resizing: True, as in the library; there is no other way.
-
-        Returns:
-            The codebook.
-
-        Raises:
-            ValueError: If the vocabulary would shrink, or `mean_resizing` is False.
-        """
-        vocab_size = self.config.vocab_size
-        num_tokens = vocab_size if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of is not None:
-            num_tokens = -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
-
-        if not mean_resizing:
-            raise ValueError("mean_resizing must be True: new rows are the mean of the old ones.")
-        if num_tokens < vocab_size:
-            raise ValueError(
-                f"The vocabulary has {vocab_size} tokens and cannot shrink to {num_tokens}: the flows give each of "
-                "its tokens a share of the probability."
-            )
-
-        if num_tokens > vocab_size:
-            add_tokens(self, num_tokens - vocab_size)
-
-        return self.codebook
 
     def encode(
         self,
@@ -720,33 +552,6 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             samples.append(self(input_ids, attention_mask, **options).elbo)
 
         return torch.logsumexp(torch.stack(samples), 0) - math.log(num_samples)
-
-
-def _loss(
-    elbo: Tensor,
-    labels: Tensor | None,
-    is_scored: Tensor | None,
-    num_items_in_batch: Tensor | int | None,
-) -> Tensor | None:
-    """The mean of -elbo (B,) over scored tokens, or a batch's share of it; None without labels."""
-    if labels is None:
-        return None
-
-    loss = -elbo.sum() / (labels.numel() if is_scored is None else is_scored.sum())
-    if num_items_in_batch is None:
-        return loss
-
-    # Scored tokens without a label, and labels that are not scored, count as the others do.
-    return loss * (labels != -100).sum() / num_items_in_batch
-
-
-def _is_scored(attention_mask: Tensor | None, observed_mask: Tensor | None) -> Tensor | None:
-    """True at the tokens (B, T) that are neither padding nor observed; None if all are."""
-    if observed_mask is None:
-        return None if attention_mask is None else attention_mask != 0
-
-    is_missing = observed_mask == 0
-    return is_missing if attention_mask is None else is_missing & (attention_mask != 0)
 
 
 __all__ = ["TarFlowLMModel", "TarFlowLMPreTrainedModel"]

@@ -1,12 +1,18 @@
 """The model's side of the library: its parts, their initialisation, and how it loads."""
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .codebook import Codebook
+from .causality import check_decoders
+from .codebook import Codebook, Gaussians
 from .configuration_tarflowlm import TarFlowLMConfig
+from .evaluation_noise import Evaluation
+from .vocabulary_tarflowlm import add_tokens
 
 
 class TarFlowLMPreTrainedModel(PreTrainedModel):
@@ -26,6 +32,8 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    _evaluation: Evaluation | None = None  # since the last switch from training
 
     @classmethod
     def from_pretrained(
@@ -69,3 +77,93 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
             init.constant_(module.log_scale, self.config.initial_log_scale)
         elif hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
             module.init_weights(self.config.initializer_range)
+
+    def check_decoders(self) -> None:
+        """Raises a ValueError if a decoder of a flow looks ahead, or cannot be run slot by slot."""
+        check_decoders([layer.decoder for layer in self.flow.layers])
+
+    def train(self, mode: bool = True) -> "TarFlowLMPreTrainedModel":
+        """Switches between training and evaluation, after which training goes on as without.
+
+        Every loop over a `DataLoader` draws a seed from the global generator. Those that the loops
+        of an evaluation drew are taken back.
+        """
+        was_training = self.training
+        super().train(mode)
+        if was_training and not mode:
+            self._evaluation = Evaluation(torch.get_rng_state())
+        elif mode and not was_training and self._evaluation is not None:
+            self._evaluation.take_back_seeds()
+            self._evaluation = None
+
+        return self
+
+    def _zero_of_unused(self) -> Tensor:
+        """0, with the parameters that only observed tokens use: DDP wants all in every step."""
+        embeddings = (layer.observed_embedding for layer in self.flow.layers)
+        return 0.0 * sum(p.sum() for embedding in embeddings for p in embedding.parameters())
+
+    def _logits_maker(
+        self, latents: Tensor, codebook: Gaussians, num_flows: int | None
+    ) -> Callable[[], Tensor] | None:
+        """Returns a function that computes the log-weights (B, T, V) of each next token, if any."""
+        if len(self.flow.layers[:num_flows]) > 1 or not self.config.has_token_logits:
+            return None
+
+        layer = self.flow.layers[0]
+
+        def make_logits() -> Tensor:
+            end = latents.new_zeros(len(latents), 1, latents.shape[2])  # its own slot is not read
+            context = layer.context(layer.inputs(torch.cat([latents, end], 1), codebook))
+            ((weight, bias),) = layer.head.projection()
+            return F.linear(context[:, 1:], weight, bias)
+
+        return make_logits
+
+    def get_input_embeddings(self) -> Codebook:
+        """The codebook, whose `weight` (V, d) are the means of the tokens' latents."""
+        return self.codebook
+
+    def enable_input_require_grads(self) -> None:
+        """Has no work to do: gradients reach the flows through their own inputs."""
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Codebook:
+        """Adds tokens to the vocabulary: codebook entries far from all others, and rows of tables.
+
+        Every old token's likelihood stays as it was but for the new tokens' share. A new row of a
+        table is the mean of the old ones, and so a new token begins as likely as an average one; in
+        a stack with flows above the first, e^12 times less likely, so that these see the same.
+
+        Args:
+            new_num_tokens: The new size of the vocabulary. None changes nothing.
+            pad_to_multiple_of: Rounds the new size up.
+            mean_resizing: True, as in the library; there is no other way.
+
+        Returns:
+            The codebook.
+
+        Raises:
+            ValueError: If the vocabulary would shrink, or `mean_resizing` is False.
+        """
+        vocab_size = self.config.vocab_size
+        num_tokens = vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            num_tokens = -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
+
+        if not mean_resizing:
+            raise ValueError("mean_resizing must be True: new rows are the mean of the old ones.")
+        if num_tokens < vocab_size:
+            raise ValueError(
+                f"The vocabulary has {vocab_size} tokens and cannot shrink to {num_tokens}: the flows give each of "
+                "its tokens a share of the probability."
+            )
+
+        if num_tokens > vocab_size:
+            add_tokens(self, num_tokens - vocab_size)
+
+        return self.codebook
