@@ -1,11 +1,14 @@
 """The benchmarks and the study, at reduced size."""
 
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import logging
 
 from helpers import ROOT
 from helpers.scripts import script
@@ -173,3 +176,16 @@ def test_every_case_of_the_study_is_as_large_as_the_discrete_model(study):
     fields = {"vocab_size": 27, "latent_size": 5, "max_position_embeddings": 64, "hidden_size": 64}
     for case in CASES:  # a case that can't be brought within 3% raises
         assert build(case, 6, {**fields, "num_attention_heads": 2}).num_parameters() > 0
+
+
+def test_architectures_are_exact_or_refused(tmp_path, capsys, monkeypatch):
+    page, verbosity = tmp_path / "architectures.md", logging.get_verbosity()
+    options = ["--only", "bloom", "gemma2", "llama", "--output", str(page)]
+    threads = torch.get_num_threads()
+    benchmark("architectures.py", *options, capsys=capsys, monkeypatch=monkeypatch)
+    logging.set_verbosity(verbosity)
+    torch.set_num_threads(threads)
+
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", page.read_text(), re.MULTILINE)
+    assert rows == [("bloom", "exact"), ("gemma2", "refused"), ("llama", "exact")]
+    assert "2 exact, 1 refused, 0 fails, 0 not tried" in page.read_text()

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -220,6 +221,13 @@ def _check_config(config) -> None:
             "it): it has no causal decoder. Give a decoder-only model."
         )
 
+    for name, what in (
+        ("hidden_size", "it is a model of several parts; give its text model"),
+        ("num_attention_heads", "a flow's decoder has attention, and a cache of keys and values"),
+    ):
+        if not hasattr(config, name):
+            raise ValueError(f"The config of {config.model_type} has no {name}: {what}.")
+
 
 @dataclass
 class SourceParts:
@@ -245,7 +253,7 @@ class SourceParts:
         """
         name = type(source).__name__
         _check_config(source.config)
-        base = source.base_model
+        base = _base_of(source)
         embed: Any = None
         head: Any = None
         if base is source:
@@ -278,6 +286,15 @@ class SourceParts:
                 f"{name} has input embeddings {shapes[0]} and output embeddings {shapes[1]}, but both must be "
                 f"(V, w) with the decoder's width w = {hidden_size}."
             )
+
+
+def _base_of(source: PreTrainedModel) -> PreTrainedModel:
+    """The decoder of a source, or the source itself if it has none apart from its projection."""
+    if source.base_model is not source:
+        return source.base_model
+
+    kind = MODEL_MAPPING.get(type(source.config), ())
+    return next((child for child in source.children() if isinstance(child, kind)), source)
 
 
 def _start_token(source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
@@ -326,7 +343,7 @@ def _special_tokens(
 def _build(config: TarFlowLMConfig, dtype: torch.dtype) -> TarFlowLMModel:
     """A model in this dtype, with its codebook in float32."""
     name = config.block_config.model_type
-    with _explained(f"The decoder of {name} cannot stand alone, without its token table"):
+    with _explained(f"The decoder of {name} cannot be a flow's"):
         model = TarFlowLMModel._from_config(config, dtype=dtype)
 
     model.codebook.float()
@@ -617,7 +634,8 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what}: {kind}{error}") from error
 
 
 def _check_steps(name: str, model: TarFlowLMModel, ids: Tensor) -> None:

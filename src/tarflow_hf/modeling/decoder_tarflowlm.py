@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel, __version__
+from transformers import (
+    MODEL_MAPPING,
+    AutoModel,
+    Cache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    __version__,
+)
 from transformers import initialization as init
 
 from .codebook import Gaussians
@@ -22,15 +29,25 @@ CACHE_ARGUMENT = (
 def make_decoder(config: PreTrainedConfig, num_hidden_layers: int) -> PreTrainedModel:
     """Returns the block config's causal decoder at some depth, without a token table.
 
-    The library builds none without a table: it gets the smallest one, and loses that.
+    The library builds none without a table: it gets the smallest one, of token 0 only, and loses
+    that. A decoder that does not know the default attention, "sdpa", has "eager".
     """
-    no_tokens = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    decoder_config = config.decoder_config(num_hidden_layers, **no_tokens)
-    decoder_config._attn_implementation = config._attn_implementation
+    one_token = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
+    decoder_config = config.decoder_config(num_hidden_layers, **one_token)
+    implementation = config._attn_implementation
+    if implementation == "sdpa" and not _knows_sdpa(decoder_config):
+        implementation = "eager"
+
+    decoder_config._attn_implementation = implementation
     decoder = AutoModel.from_config(decoder_config)
     decoder.set_input_embeddings(None)
 
     return decoder
+
+
+def _knows_sdpa(config: PreTrainedConfig) -> bool:
+    model_class = MODEL_MAPPING.get(type(config), None)
+    return getattr(model_class, "_supports_sdpa", True)
 
 
 def run_decoder(
