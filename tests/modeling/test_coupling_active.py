@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from helpers.couplings import generator
-from tarflow_hf.modeling import coupling, coupling_active, coupling_naive, coupling_torch
+from tarflow_hf.modeling import (
+    codebook_kept,
+    coupling,
+    coupling_active,
+    coupling_naive,
+    coupling_torch,
+)
 from tarflow_hf.modeling.codebook import Codebook
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,7 +119,7 @@ def test_the_window_changes_the_tail_by_no_more_than_is_said(name):
     """Steps in place of far components change the tail at the root by less than a share of 2e-11."""
     u, logits, mean, log_scale = draw_mixture(name, 100, torch.float32, seed=5)
     logits, mean, log_scale = (x.double() for x in (logits, mean, log_scale))
-    bins = coupling_active.bins_of(mean, log_scale)
+    bins = coupling_active.make_bins(mean, log_scale)
     for n in range(100):
         noise = [-abs(u[n, 0].item())]
         sign = torch.tensor([-1.0 if u[n, 0] > 0 else 1.0], dtype=torch.float64)
@@ -241,5 +247,5 @@ def test_a_codebook_that_has_changed_is_looked_at_again(change):
 def test_only_the_last_codebooks_are_kept():
     *_, mean, log_scale = draw_mixture("larger", 1, torch.float32, seed=12)
     for _ in range(6):
-        coupling_active.bins_of(mean.clone(), log_scale)
-    assert len(coupling_active._entries) <= coupling_active.MAX_ENTRIES
+        codebook_kept.kept(coupling_active.make_bins, mean.clone(), log_scale)
+    assert len(codebook_kept._entries) <= codebook_kept.MAX_CODEBOOKS

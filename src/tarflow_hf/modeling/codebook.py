@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .coupling import mixture_rosenblatt_log_prob
+from .coupling_product import log_total, nearest, product_of
 from .normal import LOG_SQRT_2PI
+
+MIN_WEIGHT = 2.0**-40
 
 
 class Gaussians(NamedTuple):
@@ -64,10 +67,30 @@ class Gaussians(NamedTuple):
     def log_total(self, latents: Tensor) -> Tensor:
         """log sum_k N_k(z): latents (..., d) to (...), streamed over k."""
         num_components = len(self.mean)
+        flat = latents.reshape(-1, latents.shape[-1])
+        total = log_total(flat, self.mean, self.log_scale)
+        if total is not None:
+            return total.reshape(latents.shape[:-1])
+
         uniform = latents.new_zeros(()).expand(*latents.shape[:-1], num_components)
         log_mean = mixture_rosenblatt_log_prob(latents, uniform, self.mean, self.log_scale)
 
         return log_mean + math.log(num_components)
+
+    @torch.no_grad()
+    def most_likely(self, latents: Tensor, count: int) -> Tensor:
+        """The `count` k of the largest log N_k(z), in this order: (..., d) to (..., count)."""
+        flat = latents.reshape(-1, latents.shape[-1])
+        product = product_of(flat, self.mean, self.log_scale)
+        if product is not None:
+            index = nearest(flat, product, count)
+        elif count == 1:
+            index = self.log_prob_all(flat).argmax(-1)
+        else:
+            rows = max(1, 2**24 // len(self.mean))
+            index = torch.cat([self.log_prob_all(x).topk(count).indices for x in flat.split(rows)])
+
+        return index.reshape(*latents.shape[:-1], count)
 
     def posterior_average(self, latents: Tensor, table: Tensor, top_k: int | None = None) -> Tensor:
         """sum_p sum_k p(k | z_p) table_(p, k), the expected row of each patch.
@@ -76,7 +99,8 @@ class Gaussians(NamedTuple):
             latents: Latents of patches, (..., P, d).
             table: Rows for each latent of a patch and each k, (P K, w).
             top_k: Sums over only the `top_k` most likely k of each latent, with their
-                probabilities renormalised.
+                probabilities renormalised. On a CPU those below `MIN_WEIGHT` in all latents are
+                left out: less than `top_k` MIN_WEIGHT of the average, and of its gradient.
 
         Returns:
             Averages (..., w).
@@ -88,13 +112,15 @@ class Gaussians(NamedTuple):
         patches = latents.reshape(-1, *latents.shape[-2:])  # (n, P, d)
         patch_size = patches.shape[1]
 
-        with torch.no_grad():
-            rows = max(1, 2**24 // len(table))
-            index = torch.cat(
-                [self.log_prob_all(chunk).topk(top_k).indices for chunk in patches.split(rows)]
-            )  # (n, P, top_k)
+        index = self.most_likely(patches, top_k)  # (n, P, top_k)
+        weights = torch.softmax(self.log_prob(patches.unsqueeze(-2), index), -1)
+        if patches.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Mostly a single one has any weight.
+            counts = (weights.detach() > MIN_WEIGHT).sum(-1).flatten()
+            count = max([1, *counts.tolist()])
+            index, weights = index[..., :count], weights[..., :count]
 
-        weights = torch.softmax(self.log_prob(patches.unsqueeze(-2), index), -1).to(table.dtype)
+        weights = weights.to(table.dtype)
         index = index + num_components * torch.arange(patch_size, device=index.device).unsqueeze(-1)
         average = F.embedding_bag(
             index.flatten(1), table, per_sample_weights=weights.flatten(1), mode="sum"

@@ -9,8 +9,9 @@ implicit function theorem. Nothing here runs in low precision under autocast.
 
 - "reference" is plain PyTorch, `coupling_torch.py`, and runs anywhere.
 - "triton" stands for kernels of the mixture couplings, in float32 on a GPU.
-- "auto" takes the kernels for tensors on a GPU if they can run, `coupling_newton.py` for inverses
-  of mixtures on a CPU, and the reference otherwise.
+- "auto" takes the kernels for tensors on a GPU if they can run. On a CPU it takes
+  `coupling_newton.py` for inverses of mixtures, and for large codebooks `coupling_active.py` and
+  `coupling_product.py`. Otherwise it takes the reference.
 
 References:
     Zhang et al., *Flexible Language Modeling in Continuous Space with Transformer-based
@@ -30,6 +31,7 @@ from torch import Tensor
 from .coupling_linear import with_linear_logits
 from .coupling_newton import mixture_cdf_inverse as mixture_cdf_inverse_newton
 from .coupling_newton import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_newton
+from .coupling_product import mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_product
 from .coupling_torch import AutoregressiveNetwork
 from .coupling_torch import affine as affine_torch
 from .coupling_torch import affine_inverse as affine_inverse_torch
@@ -59,7 +61,7 @@ class _Implementations(NamedTuple):
 
     torch: Callable
     triton: Callable
-    newton: Callable | None = None  # an inverse on a CPU
+    cpu: Callable | None = None  # on a CPU
 
 
 # ------------------------------------------------------------------------------------------- affine
@@ -233,7 +235,7 @@ def autoregressive_mixture_cdf_inverse(
 
     u, from_context, *weights = _cast(*tensors)
     network = AutoregressiveNetwork._make([*weights, network.max_log_scale])
-    if _runs_newton(implementation, u):
+    if _runs_on_cpu(implementation, u):
         invert = mixture_cdf_inverse_newton
     else:
         invert = mixture_cdf_inverse_torch
@@ -313,7 +315,11 @@ def mixture_rosenblatt_log_prob(
         >>> mixture_rosenblatt_log_prob(torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(3, 2), torch.zeros(3))
         tensor([-1.8379])
     """
-    by = _Implementations(mixture_rosenblatt_log_prob_torch, rosenblatt_log_prob_triton)
+    by = _Implementations(
+        mixture_rosenblatt_log_prob_torch,
+        rosenblatt_log_prob_triton,
+        mixture_rosenblatt_log_prob_product,
+    )
     tensors = dict(z=z, logits=logits, mean=mean, log_scale=log_scale)
     return _run_rosenblatt(by, implementation, **tensors)
 
@@ -514,8 +520,8 @@ def _run(by: _Implementations, implementation: str, *tensors: Tensor, num_compon
         return by.triton(*tensors)
 
     tensors = _cast(*tensors)
-    if by.newton is not None and _runs_newton(implementation, tensors[0]):
-        return by.newton(*tensors)
+    if by.cpu is not None and _runs_on_cpu(implementation, tensors[0]):
+        return by.cpu(*tensors)
     return by.torch(*tensors)
 
 
@@ -549,8 +555,8 @@ def _runs_on_triton(implementation: str, *tensors: Tensor, num_components: int =
     return implementation == "triton"
 
 
-def _runs_newton(implementation: str, u: Tensor) -> bool:
-    """True if `coupling_newton.py` should invert u, which is cast already and not for kernels."""
+def _runs_on_cpu(implementation: str, u: Tensor) -> bool:
+    """True if a CPU's own form should take the tensor, which is not for kernels."""
     return implementation == "auto" and u.device.type == "cpu"
 
 

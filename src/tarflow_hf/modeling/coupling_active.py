@@ -24,7 +24,6 @@ Shapes: n rows, d dimensions, V components in all, K active ones; B intervals.
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .codebook_kept import kept
 from .coupling_torch import MixtureRosenblattInverse, chunks
 from .coupling_torch import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
 
@@ -42,6 +42,11 @@ SMALL_STEP = {torch.float32: 2.0**-16, torch.float64: 2.0**-29}
 # A step of this many scales ends the rounds in float32, whose distribution functions are good to
 # 1e-6: a round in float64 follows.
 COARSE_STEP = 2.0**-9
+
+# There weights are in this unit, and distances over sqrt(2) end here: processors take ten times as
+# long for what is too small for a normal number.
+COARSE_UNIT = 2.0**64
+FARTHEST = {torch.float32: 9.0, torch.float64: 18.0}
 
 MAX_ROUNDS = 60
 MAX_NOISE = 30.0
@@ -76,22 +81,7 @@ class _Bins(NamedTuple):
     max_scale: float
 
 
-class _Entry(NamedTuple):
-    """The intervals of a codebook, and how to tell that it still is the same one."""
-
-    mean: Tensor  # kept, so that no other codebook can take its place in memory
-    log_scale: Tensor
-    versions: tuple[int, ...]
-    check: float
-    bins: _Bins
-
-
-_entries: OrderedDict[tuple, _Entry] = OrderedDict()
-MAX_ENTRIES = 4
-SAMPLE = 2**12
-
-
-def _make_bins(mean: Tensor, log_scale: Tensor) -> _Bins:
+def make_bins(mean: Tensor, log_scale: Tensor) -> _Bins:
     first = mean[:, 0].double()
     lowest, highest = first.min().item(), first.max().item()
     width = (highest - lowest) / NUM_BINS + 1e-30
@@ -109,41 +99,6 @@ def _make_bins(mean: Tensor, log_scale: Tensor) -> _Bins:
         min_scale=scale.min().item(),
         max_scale=scale.max().item(),
     )
-
-
-def _check(mean: Tensor, log_scale: Tensor) -> float:
-    """A sum over the codebook, or over `SAMPLE` of its components if there are more.
-
-    It shows what is written to a tensor's `.data`, which a version does not count: an optimiser's
-    average of the weights, say.
-    """
-    stride = -(-len(mean) // SAMPLE)
-    mean, log_scale = mean[::stride], log_scale[::stride]
-    ramp = torch.linspace(1.0, 2.0, len(mean), dtype=mean.dtype)
-    return ((ramp @ mean).sum() + ramp.dot(log_scale)).item()
-
-
-def bins_of(mean: Tensor, log_scale: Tensor) -> _Bins:
-    """The codebook's intervals, made again whenever it has changed.
-
-    Those of the last `MAX_ENTRIES` codebooks are kept. They are taken again for tensors at the same
-    place in memory, of the same version, with the same `_check`.
-    """
-    mean, log_scale = mean.detach(), log_scale.detach()
-    place = (mean.data_ptr(), log_scale.data_ptr(), mean.shape, mean.stride(), mean.dtype)
-    versions = tuple(-1 if x.is_inference() else x._version for x in (mean, log_scale))
-    check = _check(mean, log_scale)
-
-    entry = _entries.get(place)
-    if entry is None or entry.versions != versions or entry.check != check:
-        entry = _Entry(mean, log_scale, versions, check, _make_bins(mean, log_scale))
-
-    _entries[place] = entry
-    _entries.move_to_end(place)
-    while len(_entries) > MAX_ENTRIES:
-        _entries.popitem(last=False)
-
-    return entry.bins
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,6 +129,7 @@ class _Mixture(NamedTuple):
     loc: Tensor  # (n, K)
     inverse: Tensor  # (n, K)  1 / (scale_k sqrt(2))
     below: list[float]
+    unit: float = 1.0  # of the weights
 
     @classmethod
     def make(cls, active: _Active, loc: Tensor, below: list[float]) -> "_Mixture":
@@ -185,16 +141,23 @@ class _Mixture(NamedTuple):
 
     def coarse(self) -> "_Mixture":
         """The same in float32."""
-        weight, slope_weight, loc, inverse, below = self
-        return _Mixture(weight.float(), slope_weight.float(), loc.float(), inverse.float(), below)
+        return _Mixture(
+            weight=(self.weight * COARSE_UNIT).float(),
+            slope_weight=(self.slope_weight * COARSE_UNIT).float(),
+            loc=self.loc.float(),
+            inverse=self.inverse.float(),
+            below=self.below,
+            unit=COARSE_UNIT,
+        )
 
     def _distances(self, z: list[float]) -> Tensor:
-        """(loc_k - z) / (scale_k sqrt(2))."""
+        """(loc_k - z) / (scale_k sqrt(2)), no further out than makes a difference."""
+        limit = FARTHEST[self.loc.dtype]
         if self.loc.ndim == 1:
-            return (self.loc - z[0]).mul_(self.inverse)
+            return (self.loc - z[0]).mul_(self.inverse).clamp_(-limit, limit)
 
         z = torch.tensor(z, dtype=self.loc.dtype).unsqueeze(-1)
-        return (self.loc - z).mul_(self.inverse)
+        return (self.loc - z).mul_(self.inverse).clamp_(-limit, limit)
 
     def joint(self, z: list[float]) -> Tensor:
         """sqrt(2 pi) weight_k N(z; loc_k, scale_k), (n, K)."""
@@ -207,12 +170,15 @@ class _Mixture(NamedTuple):
         tail = torch.erfc(t)
         density = t.square_().neg_().exp_()
         if t.ndim == 1:
-            cdf = self.below[0] + 0.5 * tail.dot(self.weight).item()
-            return [cdf], [density.dot(self.slope_weight).item()]
+            cdf = [tail.dot(self.weight).item()]
+            slope = [density.dot(self.slope_weight).item()]
+        else:
+            cdf = tail.mul_(self.weight).sum(-1).tolist()
+            slope = density.mul_(self.slope_weight).sum(-1).tolist()
 
-        cdf = tail.mul_(self.weight).sum(-1).tolist()
-        slope = density.mul_(self.slope_weight).sum(-1).tolist()
-        return [b + 0.5 * x for b, x in zip(self.below, cdf, strict=True)], slope
+        half, one = 0.5 / self.unit, 1 / self.unit
+        cdf = [b + half * x for b, x in zip(self.below, cdf, strict=True)]
+        return cdf, [one * x for x in slope]
 
 
 class _Search:
@@ -598,7 +564,7 @@ def solve(u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> tuple[T
         mean, log_scale: The codebook, (V, d) and (V,).
     """
     is_valid = (u.abs() <= MAX_NOISE).all(-1)  # False for NaN
-    bins = bins_of(mean, log_scale)
+    bins = kept(make_bins, mean, log_scale)
     if not math.isfinite(bins.lowest + bins.width + bins.max_scale):
         return torch.full_like(u, math.nan), torch.zeros_like(is_valid)
 

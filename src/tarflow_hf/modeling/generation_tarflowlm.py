@@ -409,6 +409,11 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             uniform = text.pieces.gather(uniform.to(self._home))
 
         def choose_tokens(latents: Tensor, places: Tensor, is_forbidden: Tensor | None) -> Tensor:
+            if uniform is None:
+                tokens = self.codebook().most_likely(latents, 1).squeeze(-1)
+                if is_forbidden is None or not bool(is_forbidden.gather(1, tokens).any()):
+                    return tokens
+
             log_prob = self.decode(latents)
             if is_forbidden is not None:
                 log_prob = log_prob.masked_fill(is_forbidden.unsqueeze(1), -torch.inf)

@@ -1,0 +1,63 @@
+"""Tables that follow from a codebook, made once for as long as it stays the same.
+
+They serve the forms of Mix-d for large codebooks on a CPU, `coupling_active.py` and
+`coupling_product.py`. A codebook is known by its place in memory and its version, which every
+optimiser and every `copy_` changes, and by a sum over its numbers, which shows what is written to a
+tensor's `.data` (an average of the weights, say).
+
+Shapes: V components of size d.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_CODEBOOKS = 4
+SAMPLE = 2**12  # components that the sum is over, evenly spaced; all of them if there are no more
+
+
+class _Entry(NamedTuple):
+    mean: Tensor  # kept, so that no other codebook can take its place in memory
+    log_scale: Tensor
+    state: tuple
+    tables: dict[Callable, Any]
+
+
+_entries: OrderedDict[tuple, _Entry] = OrderedDict()
+
+
+def kept(make: Callable[[Tensor, Tensor], Any], mean: Tensor, log_scale: Tensor) -> Any:
+    """`make(mean, log_scale)`, or its last result if the codebook has not changed since.
+
+    The tables of the last `MAX_CODEBOOKS` codebooks are kept, and these themselves.
+    """
+    mean, log_scale = mean.detach(), log_scale.detach()
+    place = (mean.data_ptr(), log_scale.data_ptr(), mean.shape, mean.stride(), mean.dtype)
+    state = _state(mean, log_scale)
+
+    entry = _entries.get(place)
+    if entry is None or entry.state != state:
+        entry = _Entry(mean, log_scale, state, {})
+
+    _entries[place] = entry
+    _entries.move_to_end(place)
+    while len(_entries) > MAX_CODEBOOKS:
+        _entries.popitem(last=False)
+
+    if make not in entry.tables:
+        entry.tables[make] = make(mean, log_scale)
+
+    return entry.tables[make]
+
+
+def _state(mean: Tensor, log_scale: Tensor) -> tuple:
+    """The versions of both tensors, and a sum over a sample of them."""
+    versions = (-1 if x.is_inference() else x._version for x in (mean, log_scale))
+    stride = -(-len(mean) // SAMPLE)
+    mean, log_scale = mean[::stride], log_scale[::stride]
+    ramp = torch.linspace(1.0, 2.0, len(mean), dtype=mean.dtype)
+
+    return *versions, ((ramp @ mean).sum() + ramp.dot(log_scale)).item()

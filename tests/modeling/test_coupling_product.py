@@ -1,0 +1,187 @@
+"""Log-densities of large codebooks by matrix products, and the tables that are kept of a codebook."""
+
+import math
+
+import pytest
+import torch
+
+from helpers.couplings import generator
+from tarflow_hf.modeling import codebook as codebook_module
+from tarflow_hf.modeling import codebook_kept, coupling, coupling_product, coupling_torch
+from tarflow_hf.modeling.codebook import Codebook, Gaussians
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# (components, dimensions, log scale, spread of the log scales)
+CODEBOOKS = {
+    "overlapping": (600, 8, 0.0, 0.3),
+    "separated": (600, 8, -3.0, 0.3),
+    "in blocks, separated": (5_000, 6, -3.0, 0.3),
+    "in blocks, overlapping": (4_500, 3, 0.0, 0.3),
+}
+
+
+def draw_mixture(name: str, num_rows: int, dtype=torch.float64, seed=0):
+    """z, logits, mean and log scale; z is drawn from the components."""
+    num_components, size, log_scale, spread = CODEBOOKS[name]
+    random = generator(seed)
+    mean = torch.randn(num_components, size, generator=random, dtype=dtype)
+    jitter = torch.randn(num_components, generator=random, dtype=dtype)
+    log_scale = log_scale + spread * jitter
+    index = torch.randint(num_components, (num_rows,), generator=random)
+    noise = torch.randn(num_rows, size, generator=random, dtype=dtype)
+    logits = 3 * torch.randn(num_rows, num_components, generator=random, dtype=dtype)
+    return mean[index] + log_scale[index].exp().unsqueeze(-1) * noise, logits, mean, log_scale
+
+
+def with_gradients(function, tensors, seed=1):
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    out = function(*tensors)
+    cotangent = torch.randn(out.shape, generator=generator(seed), dtype=out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, tensors, cotangent)]
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_density_and_gradients_are_the_references(name):
+    tensors = draw_mixture(name, 40)
+    actual = with_gradients(coupling_product.mixture_rosenblatt_log_prob, tensors)
+    expected = with_gradients(coupling_torch.mixture_rosenblatt_log_prob, tensors)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_float32_is_no_worse_than_the_reference(name):
+    tensors = draw_mixture(name, 40, torch.float32)
+    exact = with_gradients(
+        coupling_torch.mixture_rosenblatt_log_prob, [x.double() for x in tensors]
+    )
+    actual, reference = (
+        with_gradients(function, tensors)
+        for function in (
+            coupling_product.mixture_rosenblatt_log_prob,
+            coupling_torch.mixture_rosenblatt_log_prob,
+        )
+    )
+    for a, r, e in zip(actual, reference, exact, strict=True):
+        ours, theirs = (a - e).norm(), (r - e).norm()
+        assert ours <= 1.5 * theirs + 1e-7 * e.norm()
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_the_total_over_the_codebook(name):
+    z, _, mean, log_scale = draw_mixture(name, 30)
+
+    def plain(z, mean, log_scale):
+        t = (z.unsqueeze(1) - mean) * torch.exp(-log_scale).unsqueeze(-1)
+        size = mean.shape[1]
+        log_prob = -0.5 * t.square().sum(-1) - size * (log_scale + 0.5 * math.log(2 * math.pi))
+        return torch.logsumexp(log_prob, -1)
+
+    actual = with_gradients(coupling_product.log_total, (z, mean, log_scale))
+    for a, e in zip(actual, with_gradients(plain, (z, mean, log_scale)), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_the_most_likely_components(name):
+    z, _, *parameters = draw_mixture(name, 50)
+    codebook = Gaussians(*parameters)
+    expected = codebook.log_prob_all(z).topk(8).indices
+    assert torch.equal(codebook.most_likely(z, 8), expected)
+    assert torch.equal(codebook.most_likely(z, 1), expected[:, :1])
+
+
+def test_blocks_leave_out_no_more_than_is_said():
+    """The candidates of a sum have all of it but V e^-MARGIN, and are all of it if they overlap."""
+    z, logits, mean, log_scale = draw_mixture("in blocks, separated", 50)
+    product = coupling_product.make_product(mean, log_scale)
+    joint = coupling_product._joint(product, z, logits, slice(None))
+    margin = coupling_product.MARGIN[torch.float32]
+    candidates = coupling_product._candidates(joint, margin)
+    assert candidates.shape[1] <= 10 * coupling_product.BLOCK
+
+    left_out = joint.logsumexp(-1) - joint.gather(1, candidates).logsumexp(-1)
+    assert left_out.abs().max() <= len(mean) * math.exp(-margin) + 1e-14
+
+    _, _, *overlapping = draw_mixture("in blocks, overlapping", 1)
+    product = coupling_product.make_product(*overlapping)
+    joint = product.log_prob(overlapping[0][:20])
+    assert coupling_product._candidates(joint, margin) is None
+
+
+@pytest.mark.parametrize("log_scale", [-1.0, -3.5, -5.0])
+def test_rounding_is_bounded(log_scale):
+    mean = 3 + torch.randn(300, 16, generator=generator(2), dtype=torch.float64)
+    z = mean[:50] + math.exp(log_scale)
+    scales = torch.full((300,), log_scale, dtype=torch.float64)
+    product = coupling_product.make_product(mean, scales)
+    exact = Gaussians(mean, scales).log_prob_all(z)
+    bound = product.rounding(z)
+    assert bound < 1e-7
+    near = exact > exact.amax(-1, keepdim=True) - 100  # the others are as large as the product
+    error = (product.log_prob(z)[:, :300] - exact).abs()
+    assert error[near].max() <= bound
+
+
+def test_scales_too_thin_for_it_are_left_to_the_reference():
+    z, logits, mean, log_scale = draw_mixture("separated", 10, torch.float32)
+    assert coupling_product.product_of(z, mean, log_scale) is not None
+    assert coupling_product.product_of(z, mean, log_scale - 9) is None
+    assert coupling_product.product_of(1e6 * z, mean, log_scale) is None
+    assert coupling_product.product_of(z * math.nan, mean, log_scale) is None
+
+    far = 1e6 * z
+    expected = coupling_torch.mixture_rosenblatt_log_prob(far, logits, mean, log_scale)
+    actual = coupling.mixture_rosenblatt_log_prob(far, logits, mean, log_scale)
+    assert torch.equal(actual, expected)
+
+
+def test_small_codebooks_do_without():
+    z, _, mean, log_scale = draw_mixture("separated", 5)
+    assert coupling_product.product_of(z[:, :2], mean[:30, :2], log_scale[:30]) is None
+
+
+def test_the_average_has_only_terms_with_weight(monkeypatch):
+    """Those left out change the average by less than `top_k` MIN_WEIGHT."""
+    z, _, *parameters = draw_mixture("separated", 50)
+    codebook, table = Gaussians(*parameters), torch.randn(600, 12, dtype=torch.float64)
+    seen = []
+    bag = codebook_module.F.embedding_bag
+    monkeypatch.setattr(
+        codebook_module.F,
+        "embedding_bag",
+        lambda index, *x, **y: seen.append(index) or bag(index, *x, **y),
+    )
+    average = codebook.posterior_average(z.unsqueeze(-2), table, 8)
+    monkeypatch.setattr(codebook_module, "MIN_WEIGHT", -1.0)
+    expected = codebook.posterior_average(z.unsqueeze(-2), table, 8)
+    assert seen[0].shape[1] < seen[1].shape[1] == 8
+    torch.testing.assert_close(average, expected, rtol=0, atol=8 * 2.0**-40 * table.abs().max())
+
+
+# -------------------------------------------------------------------------------- tables that are kept
+
+
+def test_tables_are_made_once_and_again_after_every_change():
+    codebook = Codebook(300, 8)
+    made = []
+
+    def make(mean, log_scale):
+        made.append(mean.clone())
+        return len(made)
+
+    assert [codebook_kept.kept(make, *codebook()) for _ in range(3)] == [1, 1, 1]
+
+    codebook.mean.grad = torch.ones_like(codebook.mean)
+    torch.optim.SGD([codebook.mean], lr=1e-6).step()
+    assert codebook_kept.kept(make, *codebook()) == 2
+
+    codebook.log_scale.data.add_(1e-3)
+    assert codebook_kept.kept(make, *codebook()) == 3
+
+    codebook.load_state_dict({name: x + 1 for name, x in codebook.state_dict().items()})
+    assert codebook_kept.kept(make, *codebook()) == 4
+
+    codebook.mean.data = codebook.mean.data.clone()
+    assert codebook_kept.kept(make, *codebook()) == 5
