@@ -15,18 +15,7 @@ ROUNDS = 50
 
 def closest_distance(means: Tensor) -> float:
     """The distance of the closest two of the means (V, d); infinity if there is one only."""
-    if len(means) < 2:
-        return float("inf")
-
-    means, smallest = means.detach().float(), float("inf")
-    for first in range(0, len(means), ROWS):
-        rows = means[first : first + ROWS]
-        squares = _square_distances(rows, means[first:])
-        squares.diagonal().fill_(float("inf"))
-        nearest = means[first:][squares.argmin(-1)]
-        smallest = min(smallest, (rows - nearest).norm(dim=-1).min().item())
-
-    return smallest
+    return _nearest(means.detach().float()).min().item()
 
 
 def draw_means(
@@ -37,18 +26,45 @@ def draw_means(
     Returns None if too many are too close, and drawing again does not help.
     """
     means = torch.randn(num_means, latent_size, generator=generator)
-    new = torch.arange(num_means)
+    new = (_nearest(means, spacing) < spacing).nonzero().flatten()
+    num_drawn = num_means
     for _ in range(ROUNDS):
-        num_drawn = len(new)
-        new = new[_is_close(means, new, spacing)]
         if not len(new):
             return means
         if len(new) > max(0.9 * num_drawn, 0.01 * num_means):
             return None
 
-        means[new] = torch.randn(len(new), latent_size, generator=generator)
+        num_drawn = len(new)
+        means[new] = torch.randn(num_drawn, latent_size, generator=generator)
+        new = new[_is_close(means, new, spacing)]
 
     return None
+
+
+def _nearest(means: Tensor, within: float | None = None) -> Tensor:
+    """The distance (V,) of each mean to the nearest of those with a larger first coordinate.
+
+    Those whose first coordinates differ by more than `within` are left out. Without it only the
+    smallest of all the distances is right.
+    """
+    order = means[:, 0].argsort()
+    means = means[order]
+    distances = torch.full((len(means),), float("inf"), device=means.device)
+    limit = float("inf") if within is None else within
+    for first in range(0, len(means), ROWS):
+        rows = means[first : first + ROWS]
+        last = first + int((means[first:, 0] <= rows[-1, 0] + limit).sum())
+        squares = _square_distances(rows, means[first:last])
+        is_behind = torch.ones(len(rows), len(rows), dtype=torch.bool, device=means.device).tril()
+        squares[:, : len(rows)].masked_fill_(is_behind, float("inf"))
+
+        smallest, index = squares.min(-1)
+        exact = (rows - means[first + index]).norm(dim=-1)
+        distances[first : first + ROWS] = torch.where(smallest.isinf(), smallest, exact)
+        if within is None:
+            limit = min(limit, distances.min().item())
+
+    return torch.empty_like(distances).index_copy_(0, order, distances)
 
 
 @torch.no_grad()
@@ -166,5 +182,7 @@ def _is_close(means: Tensor, index: Tensor, spacing: float) -> Tensor:
 
 def _square_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared distances (n, m), from a matrix product: up to its rounding, 1e-6 of |a|^2 + |b|^2."""
-    squares = a.square().sum(-1, keepdim=True) + b.square().sum(-1)
-    return squares.addmm_(a, b.T, alpha=-2)
+    squares_of_a, squares_of_b = a.square().sum(-1, True), b.square().sum(-1, True)
+    left = torch.cat([-2 * a, squares_of_a, torch.ones_like(squares_of_a)], 1)
+    right = torch.cat([b, torch.ones_like(squares_of_b), squares_of_b], 1)
+    return left @ right.T
