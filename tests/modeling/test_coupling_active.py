@@ -124,7 +124,7 @@ def test_the_window_changes_the_tail_by_no_more_than_is_said(name):
         noise = [-abs(u[n, 0].item())]
         sign = torch.tensor([-1.0 if u[n, 0] > 0 else 1.0], dtype=torch.float64)
         row = logits[n : n + 1]
-        dimension = coupling_active._FirstDimension(row, mean, bins, noise, sign)
+        dimension = coupling_active._FirstDimension(row.exp(), mean, bins, noise, sign)
         active, (root,) = coupling_active._solve_windows(
             dimension, noise, [2.0**-40], bins.min_scale, torch.float64
         )

@@ -57,7 +57,7 @@ GUESS_REACH = 3.0  # scales between the first guess and the root, at first
 MANY = 2**9
 # Numbers n K up to which Python's own floats are faster than tensors.
 FEW = 2**7
-CHUNK_ELEMENTS = 2**16  # n V of the rows that are solved together
+CHUNK_ELEMENTS = 2**19  # n V of the rows that are solved together
 
 _SQRT_HALF = math.sqrt(0.5)
 _SQRT_2PI = math.sqrt(2 * math.pi)
@@ -116,9 +116,21 @@ class _Active(NamedTuple):
     weight: Tensor  # (n, K)  float64; with what is below the window they sum to 1
     scale: Tensor  # (n, K)  float64
 
-    def take(self, at: Tensor) -> "_Active":
-        """The components at the places (n, m)."""
-        return _Active(*(x.gather(1, at) for x in self))
+    def keep(self, is_kept: Tensor) -> tuple["_Active", Tensor]:
+        """The components where `is_kept` (n, K), and their places (n, m)."""
+        if len(is_kept) == 1:
+            at = is_kept[0].nonzero().T
+            return _Active(*(x.gather(1, at) for x in self)), at
+
+        place = is_kept.cumsum(-1)
+        counts = place[:, -1:]
+        size = max(1, int(counts.max()))
+        place = torch.where(is_kept, place - 1, size)
+        every = torch.arange(is_kept.shape[1]).expand_as(place)
+        at = torch.zeros(len(place), size + 1, dtype=torch.long).scatter_(1, place, every)[:, :-1]
+
+        index, weight, scale = (x.gather(1, at) for x in self)
+        return _Active(index, weight.mul_(torch.arange(size) < counts), scale), at
 
 
 class _Mixture(NamedTuple):
@@ -308,12 +320,12 @@ def _cdf(u: float) -> float:
 class _FirstDimension:
     """The windows of the first dimension, from the codebook's own intervals."""
 
-    def __init__(self, logits: Tensor, mean: Tensor, bins: _Bins, u: list[float], sign: Tensor):
+    def __init__(self, weight: Tensor, mean: Tensor, bins: _Bins, u: list[float], sign: Tensor):
         self.mean, self.bins, self.sign = mean, bins, sign.unsqueeze(-1)
         self.is_mirrored = (sign < 0).tolist()
-        self.weight = torch.exp(logits - logits.amax(-1, keepdim=True))
-        histogram = torch.zeros(len(logits), NUM_BINS, dtype=torch.float64)
-        histogram.index_add_(1, bins.bin_of, self.weight.double())
+        self.weight = weight  # (n, V)
+        histogram = torch.zeros(len(weight), NUM_BINS, dtype=torch.float64)
+        histogram.index_add_(1, bins.bin_of, weight.double())
         if any(self.is_mirrored):
             histogram = torch.where(self.sign < 0, histogram.flip(-1), histogram)
 
@@ -356,7 +368,7 @@ def _column(mean: Tensor, i: int, index: Tensor) -> Tensor:
 
 
 class _LaterDimension:
-    """The windows of a later dimension; one row's components that are far from the root are left out."""
+    """The windows of a dimension whose active components are known."""
 
     def __init__(self, active: _Active, loc: Tensor, u: list[float]):
         self.active, self.loc = active, loc
@@ -379,21 +391,21 @@ class _LaterDimension:
 
     def window(self, reach: float, slack: float) -> _Window:
         """As in the first dimension."""
-        whole = list(zip(self.low, self.high, self.center, strict=True))
-        nothing = [0.0] * len(whole)
-        if len(whole) > 1 or self.loc.numel() <= MANY or reach > self.span:
-            return _Window(self.active, self.loc, nothing, whole, math.inf)
-
-        low, high, center = whole[0]
+        rows = list(zip(self.low, self.high, self.center, strict=True))
         slack = slack * self.max_scale + self.width
-        distance = (reach * self.max_scale) + slack
-        is_near = (self.loc - center).abs() <= distance
-        at = is_near[0].nonzero().T
-        is_below = self.loc < center - distance
-        below = self.active.weight.mul(is_below).sum().item()
-        bracket = max(low, center - slack), min(high, center + slack), center
+        distance = reach * self.max_scale + slack
+        if self.loc.shape[1] <= MANY or 4 * distance > NUM_BINS * self.width:
+            return _Window(self.active, self.loc, [0.0] * len(rows), rows, math.inf)
 
-        return _Window(self.active.take(at), self.loc.gather(1, at), [below], [bracket], reach)
+        difference = self.loc - torch.tensor(self.center, dtype=self.loc.dtype).unsqueeze(-1)
+        active, at = self.active.keep(difference.abs() <= distance)
+        below = self.active.weight.mul(difference < -distance).sum(-1).tolist()
+        brackets = [
+            (max(low, center - slack), min(high, center + slack), center)
+            for low, high, center in rows
+        ]
+
+        return _Window(active, self.loc.gather(1, at), below, brackets, reach)
 
 
 def _solve_windows(
@@ -434,17 +446,8 @@ def _largest(active: _Active, rarest: list[float]) -> _Active:
     """The components that have more than `rarest` of a row's weight, shared among all dropped."""
     threshold = torch.tensor(rarest, dtype=torch.float64).unsqueeze(-1) / active.weight.shape[1]
     is_kept = active.weight > threshold
-    counts = is_kept.sum(-1)
-    count = max(1, int(counts.max()))
-    if count == active.weight.shape[1]:
-        return active
-
-    if len(is_kept) == 1:
-        at = is_kept[0].nonzero().T
-    else:
-        at = active.weight.topk(count, -1, sorted=False).indices
-
-    return active.take(at)
+    is_worth_it = len(is_kept) == 1 or 4 * int(is_kept.sum(-1).max()) < 3 * is_kept.shape[1]
+    return active.keep(is_kept)[0] if is_worth_it else active
 
 
 # --------------------------------------------------------------------------------------------------
@@ -573,36 +576,77 @@ def solve(u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> tuple[T
     noise = (-u.abs()).double().T.tolist()  # d lists of n
     rarest = _rarest(noise, MAX_DROPPED[u.dtype])
     z = torch.empty_like(u)
-    dimension = _FirstDimension(logits, mean, bins, noise[0], sign[:, 0])
+    weight = torch.exp(logits - logits.amax(-1, keepdim=True))
+    active = _positive(weight, bins)
 
     for i in range(u.shape[1]):
+        if active is not None and active.index.numel() <= max(FEW, len(u)):
+            break
+
+        if active is None:
+            dimension = _FirstDimension(weight, mean, bins, noise[0], sign[:, 0])
+        else:
+            loc = _column(mean, i, active.index).mul_(sign[:, i : i + 1])
+            dimension = _LaterDimension(active, loc, noise[i])
+
         active, roots = _solve_windows(dimension, noise[i], rarest[i], bins.min_scale, u.dtype)
         z[:, i] = torch.tensor(roots, dtype=torch.float64) * sign[:, i]
         active = _largest(active, rarest[i])
-        if i == u.shape[1] - 1 or active.index.numel() <= max(FEW, len(u)):
-            break
+    else:
+        i = u.shape[1]
 
-        loc = _column(mean, i + 1, active.index).mul_(sign[:, i + 1 : i + 2])
-        dimension = _LaterDimension(active, loc, noise[i + 1])
-
-    index, weight, scale = (x.tolist() for x in active)
-    means = mean[active.index, i + 1 :].tolist()
-    for row in range(len(u)):
-        components = list(zip(index[row], weight[row], scale[row], strict=True))
-        found, component = _solve_few(
-            [x for x in components if x[1] > 0],
-            [x for x, (_, w, _) in zip(means[row], components, strict=True) if w > 0],
-            [x[row] for x in noise[i + 1 :]],
-            (sign[row, i + 1 :] < 0).tolist(),
-            [x[row] for x in rarest[i + 1 :]],
-            u.dtype,
-        )
-        end = i + 1 + len(found)
-        z[row, i + 1 : end] = torch.tensor(found, dtype=u.dtype)
-        # One component is left.
-        z[row, end:] = mean[component, end:] + bins.scale[component] * u[row, end:]
+    if i < u.shape[1]:
+        z[:, i:] = _finish(active, mean, bins.scale, u, noise, rarest, i)
 
     return z, z.isfinite().all(-1) & is_valid
+
+
+def _positive(weight: Tensor, bins: _Bins) -> _Active | None:
+    """The components that have any weight, if these are few: of steered mixtures."""
+    is_positive = weight > 0
+    if 8 * int(is_positive.sum(-1).max()) > weight.shape[1]:
+        return None
+
+    weight = weight.double()
+    weight = weight / weight.sum(-1, keepdim=True)
+    every = torch.arange(weight.shape[1]).expand_as(weight)
+    return _Active(every, weight, bins.scale.expand_as(weight)).keep(is_positive)[0]
+
+
+def _finish(
+    active: _Active,
+    mean: Tensor,
+    scale: Tensor,
+    u: Tensor,
+    noise: list[list[float]],
+    rarest: list[list[float]],
+    first: int,
+) -> Tensor:
+    """z in the dimensions from `first` on, (n, d - first), by `_solve_few`."""
+    rows = zip(*(x.tolist() for x in (*active, mean[active.index, first:])), strict=True)
+    size = u.shape[1] - first
+    found, ends, last = [], [], []
+    for row, (index, weight, scales, means) in enumerate(rows):
+        kept = [k for k, x in enumerate(weight) if x > 0]
+        z, component = _solve_few(
+            [(index[k], weight[k], scales[k]) for k in kept],
+            [means[k] for k in kept],
+            [x[row] for x in noise[first:]],
+            [x > 0 for x in u[row, first:].tolist()],
+            [x[row] for x in rarest[first:]],
+            u.dtype,
+        )
+        found.append(z + [0.0] * (size - len(z)))
+        ends.append(len(z))
+        last.append(component)
+
+    # One component is left in the dimensions behind.
+    component = torch.tensor(last)
+    rest = mean[component, first:] + scale[component].unsqueeze(-1) * u[:, first:]
+    is_found = torch.arange(size) < torch.tensor(ends).unsqueeze(-1)
+    return torch.where(is_found, torch.tensor(found, dtype=torch.float64), rest.double()).to(
+        u.dtype
+    )
 
 
 def _rarest(noise: list[list[float]], max_dropped: float) -> list[list[float]]:
