@@ -105,6 +105,20 @@ def test_benchmark_of_generation(tmp_path, capsys, monkeypatch):
     assert all(3 < row["bits"] < 10 and row["speedup"] > 0 for row in patches)
 
 
+def test_benchmark_of_real_models(tmp_path, capsys, monkeypatch):
+    size = ["--random", "--layers", "1", "--hidden_size", "32", "--vocab_size", "300"]
+    size += ["--latent_size", "8", "--num_tokens", "12", "--new_tokens", "3", "--batch_sizes", "2"]
+    size += ["--train_shape", "2", "6", "--rounds", "1", "--output", str(tmp_path / "rows.jsonl")]
+    what = ["--what", "scoring", "generation", "training", "inverse"]
+    benchmark("real.py", *size, *what, capsys=capsys, monkeypatch=monkeypatch)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    steered = ["generation", "generation top_k 50", "generation top_p 0.9"]
+    expected = ["scoring", *steered, "training step", "inverse of one position"]
+    assert [row["what"] for row in rows] == expected
+    for row in rows[:-1]:
+        assert row["ratio"] == pytest.approx(row["TarFlowLM"] / row["source"])
+
+
 @pytest.fixture
 def study(monkeypatch):
     """Lets the folder's modules import each other, as scripts do."""
