@@ -116,8 +116,7 @@ def test_every_implementation_is_the_specification(run, name, dtype):
     stay within some three scales. The tolerance is what float32 arguments and outputs round.
     """
     case = CASES[name]
-    num_points = 12 if dtype == torch.float32 else 50  # the kernels' interpreter is slow
-    z, *parameters = draw(case, (num_points,), dtype, seed=5)
+    z, *parameters = draw(case, (50,), dtype, seed=4)
     z = 0.5 * z
     u, log_det = getattr(coupling_naive, case.kind)(*(x.double() for x in (z, *parameters)))
     tolerance = {"rtol": 1e-9, "atol": 1e-9}
