@@ -8,8 +8,6 @@ Takes all options of `TrainingArguments`; `--resume_from_checkpoint true` goes o
 checkpoint. Its losses are nats per token: minus the ELBO.
 """
 
-from pathlib import Path
-
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +19,7 @@ from transformers import (
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.data import PackedTokens, load_splits
+from tarflow_hf.training import trainer_checkpoint
 
 
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -29,26 +28,12 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": input_ids}
 
 
-def find_checkpoint(training: TrainingArguments) -> str | None:
-    """The checkpoint to go on from; with none, the folder must be free of another run's."""
-    given, folder = training.resume_from_checkpoint, Path(training.output_dir)
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]  # written last
-    newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-    if given is None and newest is not None:
-        raise FileExistsError(
-            f"{folder} holds another run ({newest}). Go on with it by --resume_from_checkpoint true, or choose another "
-            "--output_dir."
-        )
-
-    return str(newest) if given in ("true", "True") and newest else given
-
-
 def main():
     parser = HfArgumentParser(TrainingArguments)
     parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
     parser.add_argument("data", help="a text file, a folder of them, or a dataset of the Hub")
     training, given = parser.parse_args_into_dataclasses()
-    resume = find_checkpoint(training)
+    resume = trainer_checkpoint(training)
     tokenizer = AutoTokenizer.from_pretrained(given.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(given.checkpoint, dtype=torch.float32)
 
@@ -57,19 +42,12 @@ def main():
     train, validation = (
         PackedTokens(splits[name], tokenizer, length) for name in ("train", "validation")
     )
-    trainer = Trainer(
-        model,
-        training,
-        data_collator=collate,
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-    )
+    options = {"data_collator": collate, "processing_class": tokenizer}
+    trainer = Trainer(model, training, train_dataset=train, eval_dataset=validation, **options)
     before = trainer.evaluate()["eval_loss"]
     trainer.train(resume_from_checkpoint=resume)
-    print(
-        f"Validation, nats per token: {before:.4f} before, {trainer.evaluate()['eval_loss']:.4f} after"
-    )
+    after = trainer.evaluate()["eval_loss"]
+    print(f"Validation, nats per token: {before:.4f} before, {after:.4f} after")
     trainer.save_model()  # with the tokenizer and the code; with --push_to_hub it is pushed, too
 
 

@@ -36,12 +36,8 @@ def parse_arguments() -> argparse.Namespace:
 def main():
     arguments = parse_arguments()
     model = TarFlowLMModel.from_pretrained(arguments.checkpoint)
-    recipe = json.loads(arguments.recipe.read_text(encoding="utf-8")) if arguments.recipe else None
-    evaluation = (
-        json.loads(arguments.evaluation.read_text(encoding="utf-8"))
-        if arguments.evaluation
-        else None
-    )
+    recipe = json.loads(arguments.recipe.read_bytes()) if arguments.recipe else None
+    evaluation = json.loads(arguments.evaluation.read_bytes()) if arguments.evaluation else None
     training, text = None, ""
 
     if recipe is not None:

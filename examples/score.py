@@ -37,10 +37,8 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
 
     patch_size = model.config.patch_size
-    texts = [
-        torch.tensor(checked_ids(tokenizer, text, f"text {number}"))
-        for number, text in enumerate(arguments.texts, 1)
-    ]
+    named = enumerate(arguments.texts, 1)
+    texts = [torch.tensor(checked_ids(tokenizer, text, f"text {n}")) for n, text in named]
     texts = [ids[: len(ids) // patch_size * patch_size] for ids in texts]  # whole patches
     input_ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     lengths = torch.tensor([len(ids) for ids in texts])

@@ -56,7 +56,7 @@ def run(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("script", ["finetune.py", "infill.py", "push.py", "score.py"])
 def test_they_are_short_and_open_with_their_launch_lines(script):
     lines = (ROOT / "examples" / script).read_text().splitlines()
-    assert len(lines) < 80 and any(f"examples/{script} " in line for line in lines[2:6])
+    assert len(lines) < 60 and any(f"examples/{script} " in line for line in lines[2:6])
 
 
 def test_score_orders_texts_whatever_shares_their_batch(run):

@@ -210,7 +210,9 @@ def test_chunks_change_nothing(monkeypatch):
     torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("change", ["step", "data", "replaced", "inference"])
+@pytest.mark.parametrize(
+    "change", ["step", "data", "one number", "two rows", "replaced", "inference"]
+)
 def test_a_codebook_that_has_changed_is_looked_at_again(change):
     u, logits, mean, log_scale = draw_mixture("larger", 4, torch.float32, seed=10)
     codebook = Codebook(*mean.shape)
@@ -225,6 +227,10 @@ def test_a_codebook_that_has_changed_is_looked_at_again(change):
         torch.optim.SGD([codebook.mean], lr=1.0).step()
     elif change == "data":
         codebook.mean.data.copy_(other)
+    elif change == "one number":
+        codebook.mean.data[1, 0] += 2.0
+    elif change == "two rows":
+        codebook.mean.data[:2] = codebook.mean.data[:2].flip(0)
     elif change == "replaced":
         codebook.mean.data = other.clone()
     else:

@@ -116,8 +116,8 @@ class Gaussians(NamedTuple):
         weights = torch.softmax(self.log_prob(patches.unsqueeze(-2), index), -1)
         if patches.device.type == "cpu" and not torch.compiler.is_compiling():
             # Mostly a single one has any weight.
-            counts = (weights.detach() > MIN_WEIGHT).sum(-1).flatten()
-            count = max([1, *counts.tolist()])
+            counts = (weights.detach() > MIN_WEIGHT).sum(-1)
+            count = max(1, int(counts.max())) if counts.numel() else 1
             index, weights = index[..., :count], weights[..., :count]
 
         weights = weights.to(table.dtype)

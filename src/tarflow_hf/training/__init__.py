@@ -12,7 +12,7 @@ from .config import (
     share_cores,
 )
 from .divergence import FirstFault
-from .folder import check_output_dir
+from .folder import check_output_dir, trainer_checkpoint
 from .interruption import RunStopped
 from .log import Log
 from .loop import train, validate
@@ -45,5 +45,6 @@ __all__ = [
     "share_cores",
     "slow_vocabulary",
     "train",
+    "trainer_checkpoint",
     "validate",
 ]

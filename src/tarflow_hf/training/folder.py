@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
 
 from .checkpointing import checkpoints_in
 
@@ -47,6 +48,27 @@ def check_output_dir(output_dir: str | os.PathLike, resume: bool) -> None:
             f"output_dir {output_dir} holds a trained model ({output_dir / 'model'}), which would be lost. Choose "
             "another --output_dir, or move the model away. It has no checkpoint, so --resume can't go on with it."
         )
+
+
+def trainer_checkpoint(training: TrainingArguments) -> str | None:
+    """Returns the checkpoint that `Trainer` should go on from; None for a new run.
+
+    The newest one counts if `resume_from_checkpoint` is "true". `Trainer` writes trainer_state.json
+    last: a checkpoint without it is half-written, and not taken.
+
+    Raises:
+        FileExistsError: If a new run would write over another one.
+    """
+    given, folder = training.resume_from_checkpoint, Path(training.output_dir)
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    if given is None and newest is not None:
+        raise FileExistsError(
+            f"{folder} holds another run ({newest}). Go on with it by --resume_from_checkpoint true, or choose another "
+            "--output_dir."
+        )
+
+    return str(newest) if given in ("true", "True") and newest else given
 
 
 def make_output_dir(output_dir: str | os.PathLike) -> None:
