@@ -179,6 +179,15 @@ OVERRIDDEN = {
 }
 
 
+def test_a_smaller_patch_makes_room_for_more_positions():
+    config = TarFlowLMConfig(
+        hidden_size=32, num_attention_heads=2, max_position_embeddings=64, patch_size=4
+    )
+    config.block_config.max_position_embeddings = 16
+    config.patch_size = 1
+    assert config.block_config.max_position_embeddings == 64
+
+
 @pytest.mark.parametrize("way", ["keyword", "attribute"])
 @pytest.mark.parametrize("name", OVERRIDDEN)
 def test_an_overridden_field_has_its_effect_or_an_error(name, way):

@@ -123,16 +123,13 @@ def count_by_patch_size(
             continue
 
         changed = copy.deepcopy(config)
-        changed.patch_size = patch_size
-        if hasattr(changed.block_config, "max_position_embeddings"):
-            changed.block_config.max_position_embeddings = length // patch_size
-
         if patch_size == 1:
             changed.flows = [
                 flow | {"patch_head_layers": 0} if "patch_head_layers" in flow else flow
                 for flow in changed.flows
             ]
 
+        changed.patch_size = patch_size
         counts[patch_size] = count_flops(changed)
 
     return counts

@@ -223,8 +223,14 @@ class TarFlowLMConfig(PreTrainedConfig):
 
         if name == "vocab_size":
             fields |= self._without_vocabulary()
-        if name == "max_position_embeddings" and isinstance(value, int):
-            fields["block_config"] = self._block_of_length(value)
+        if (
+            name in ("max_position_embeddings", "patch_size")
+            and isinstance(value, int)
+            and value > 0
+        ):
+            sizes = {"max_position_embeddings": self.max_position_embeddings}
+            sizes |= {"patch_size": self.patch_size, name: value}
+            fields["block_config"] = self._block_of_length(**sizes)
 
         checked = type(self)(**fields | {name: value})
         for key in CHECKED_FIELDS:
@@ -242,10 +248,10 @@ class TarFlowLMConfig(PreTrainedConfig):
         top_k = None if self.posterior_top_k == default else self.posterior_top_k
         return {"flows": flows, "posterior_top_k": top_k}
 
-    def _block_of_length(self, max_position_embeddings: int) -> dict[str, Any]:
+    def _block_of_length(self, max_position_embeddings: int, patch_size: int) -> dict[str, Any]:
         """The block config, with room for more tokens if it counts them."""
         fields = self.block_config.to_dict()
-        positions = -(-max_position_embeddings // self.patch_size)
+        positions = -(-max_position_embeddings // patch_size)
         if (fields.get("max_position_embeddings") or positions) < positions:
             fields["max_position_embeddings"] = positions
 
