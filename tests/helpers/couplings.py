@@ -3,6 +3,7 @@
 A new coupling or size is one line of `CASES`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -95,3 +96,39 @@ def draw(case: Case, leading=(4,), dtype=torch.float64, seed=0, hardness=0.0) ->
         out.append(spread * torch.randn(shape, generator=random, dtype=torch.float64))
 
     return [x.to(dtype) for x in out]
+
+
+# Large codebooks by name: components, dimensions, log scale, spread of the log scales.
+CODEBOOKS = {
+    "overlapping": (600, 8, 0.0, 0.3),
+    "separated": (600, 8, -3.0, 0.3),
+    "in blocks, separated": (5_000, 6, -3.0, 0.3),
+    "in blocks, overlapping": (4_500, 3, 0.0, 0.3),
+}
+
+
+def draw_mixture(name: str, num_rows: int, dtype=torch.float64, seed=0) -> list[Tensor]:
+    """Draws z, logits, mean and log scale of a mixture over a codebook, and z from its components."""
+    num_components, size, log_scale, spread = CODEBOOKS[name]
+    random = generator(seed)
+    mean = torch.randn(num_components, size, generator=random, dtype=dtype)
+    jitter = torch.randn(num_components, generator=random, dtype=dtype)
+    log_scale = log_scale + spread * jitter
+    index = torch.randint(num_components, (num_rows,), generator=random)
+    noise = torch.randn(num_rows, size, generator=random, dtype=dtype)
+    logits = 3 * torch.randn(num_rows, num_components, generator=random, dtype=dtype)
+    z = mean[index] + log_scale[index].exp().unsqueeze(-1) * noise
+
+    return [z, logits, mean, log_scale]
+
+
+def with_gradients(function: Callable, tensors: list[Tensor], seed=1) -> list[Tensor]:
+    """The results of a function, and the gradients of its arguments at random cotangents."""
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    outputs = function(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    random = generator(seed)
+    cotangents = [torch.randn(x.shape, generator=random, dtype=torch.float64) for x in outputs]
+    cotangents = [c.to(x.dtype) for c, x in zip(cotangents, outputs, strict=True)]
+
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, tensors, cotangents)]

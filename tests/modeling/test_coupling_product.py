@@ -5,40 +5,12 @@ import math
 import pytest
 import torch
 
-from helpers.couplings import generator
+from helpers.couplings import CODEBOOKS, draw_mixture, generator, with_gradients
 from tarflow_hf.modeling import codebook as codebook_module
 from tarflow_hf.modeling import codebook_kept, coupling, coupling_product, coupling_torch
 from tarflow_hf.modeling.codebook import Codebook, Gaussians
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-# (components, dimensions, log scale, spread of the log scales)
-CODEBOOKS = {
-    "overlapping": (600, 8, 0.0, 0.3),
-    "separated": (600, 8, -3.0, 0.3),
-    "in blocks, separated": (5_000, 6, -3.0, 0.3),
-    "in blocks, overlapping": (4_500, 3, 0.0, 0.3),
-}
-
-
-def draw_mixture(name: str, num_rows: int, dtype=torch.float64, seed=0):
-    """z, logits, mean and log scale; z is drawn from the components."""
-    num_components, size, log_scale, spread = CODEBOOKS[name]
-    random = generator(seed)
-    mean = torch.randn(num_components, size, generator=random, dtype=dtype)
-    jitter = torch.randn(num_components, generator=random, dtype=dtype)
-    log_scale = log_scale + spread * jitter
-    index = torch.randint(num_components, (num_rows,), generator=random)
-    noise = torch.randn(num_rows, size, generator=random, dtype=dtype)
-    logits = 3 * torch.randn(num_rows, num_components, generator=random, dtype=dtype)
-    return mean[index] + log_scale[index].exp().unsqueeze(-1) * noise, logits, mean, log_scale
-
-
-def with_gradients(function, tensors, seed=1):
-    tensors = [x.detach().requires_grad_() for x in tensors]
-    out = function(*tensors)
-    cotangent = torch.randn(out.shape, generator=generator(seed), dtype=out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, tensors, cotangent)]
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)

@@ -10,8 +10,8 @@ implicit function theorem. Nothing here runs in low precision under autocast.
 - "reference" is plain PyTorch, `coupling_torch.py`, and runs anywhere.
 - "triton" stands for kernels of the mixture couplings, in float32 on a GPU.
 - "auto" takes the kernels for tensors on a GPU if they can run. On a CPU it takes
-  `coupling_newton.py` for inverses of mixtures, and for large codebooks `coupling_active.py` and
-  `coupling_product.py`. Otherwise it takes the reference.
+  `coupling_newton.py` for inverses of mixtures, and for large codebooks `coupling_active.py`,
+  `coupling_product.py` and `coupling_transform.py`. Otherwise it takes the reference.
 
 References:
     Zhang et al., *Flexible Language Modeling in Continuous Space with Transformer-based
@@ -42,6 +42,7 @@ from .coupling_torch import mixture_cdf_log_prob as mixture_cdf_log_prob_torch
 from .coupling_torch import mixture_rosenblatt as mixture_rosenblatt_torch
 from .coupling_torch import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_torch
 from .coupling_torch import mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_torch
+from .coupling_transform import mixture_rosenblatt as mixture_rosenblatt_transform
 from .mixture_cdf_triton import MAX_COMPONENTS
 from .mixture_cdf_triton import autoregressive_mixture_cdf_inverse as autoregressive_inverse_triton
 from .mixture_cdf_triton import mixture_cdf as mixture_cdf_triton
@@ -276,7 +277,9 @@ def mixture_rosenblatt(
         >>> u.round(decimals=4), log_det.abs().round(decimals=4)
         (tensor([[1., 1.]]), tensor([0.]))
     """
-    by = _Implementations(mixture_rosenblatt_torch, mixture_rosenblatt_triton)
+    by = _Implementations(
+        mixture_rosenblatt_torch, mixture_rosenblatt_triton, mixture_rosenblatt_transform
+    )
     tensors = dict(z=z, logits=logits, mean=mean, log_scale=log_scale)
     return _run_rosenblatt(by, implementation, **tensors)
 

@@ -33,7 +33,10 @@ MARGIN = {torch.float32: 40.0, torch.float64: 73.0}
 MIN_CODEBOOK = 2**11
 BLOCK = 32
 MIN_BLOCKED = 2**12  # components from which on blocks are looked at
-CHUNK_ELEMENTS = 2**17  # n V at once, but at least 8 rows
+CHUNK_ELEMENTS = 2**18  # n V at once, but at least 8 rows
+# Terms n V that are kept for the backward pass, 16 MiB in float32; more are made again there. Those
+# of candidates are always kept.
+MAX_KEPT = 2**22
 
 
 class Product(NamedTuple):
@@ -164,19 +167,22 @@ class _LogTotal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, product, z, logits, mean, log_scale):
         ctx.save_for_backward(z, logits, mean, log_scale)
-        ctx.product, ctx.candidates = product, []
+        ctx.product, ctx.candidates, ctx.terms = product, [], []
         total = z.new_empty(len(z))
         keeps = any(ctx.needs_input_grad)
+        is_small = len(z) * len(mean) <= MAX_KEPT
 
         for rows in _row_chunks(len(z), len(mean)):
             joint = _joint(product, z[rows], logits, rows)
             candidates = _candidates(joint, MARGIN[z.dtype])
-            if keeps:
-                ctx.candidates.append(candidates)
             if candidates is not None:
                 joint = joint.gather(1, candidates)
 
             terms, peak = _shifted_exp(joint, z.dtype)
+            if keeps:
+                ctx.candidates.append(candidates)
+                ctx.terms.append(terms if candidates is not None or is_small else None)
+
             sums = terms.sum(-1, dtype=torch.float64).log_() + peak.squeeze(-1)
             if logits is not None:
                 # Faster than the library's logsumexp.
@@ -197,13 +203,11 @@ class _LogTotal(torch.autograd.Function):
         sums = _Sums(torch.zeros_like(mean).double(), torch.zeros_like(log_scale).double())
 
         for index, rows in enumerate(_row_chunks(len(z), len(mean))):
-            joint = _joint(ctx.product, z[rows], logits, rows)
-            candidates = ctx.candidates[index]
-            if candidates is not None:
-                joint = joint.gather(1, candidates)
+            candidates, terms = ctx.candidates[index], ctx.terms[index]
+            if terms is None:
+                terms, _ = _shifted_exp(_joint(ctx.product, z[rows], logits, rows), z.dtype)
 
-            terms, _ = _shifted_exp(joint, z.dtype)
-            weight = terms.mul_(grad[rows].unsqueeze(-1) / terms.sum(-1, keepdim=True))
+            weight = terms * (grad[rows].unsqueeze(-1) / terms.sum(-1, keepdim=True))
             add = _add_all if candidates is None else _add_candidates
             grad_z[rows] = add(sums, weight, candidates, z[rows], mean, log_scale)
 
