@@ -1,5 +1,6 @@
 """`generate`: noise -> inverse flows -> latents -> tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,12 @@ from transformers.generation import (
 from transformers.utils import ModelOutput, logging
 
 from .checks_tarflowlm import check_ids
+from .coupling_head import LogitsProcessor
 from .generation_options import GenerationOptions
 from .generation_writing import ChooseTokens, RowGroup, Text, TextEnds, TokenWriter
 from .inversion_tarflowlm import InverseReport, check_finite
+from .noise_tarflowlm import NoiseMixin, Said
+from .outputs_tarflowlm import FlowOutput
 from .slots_tarflowlm import Pieces, take
 
 logger = logging.get_logger(__name__)
@@ -38,7 +42,7 @@ class TarFlowLMGenerateOutput(ModelOutput):
     )
 
 
-class TarFlowLMGenerationMixin(GenerationMixin):
+class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
@@ -83,8 +87,11 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             generator ([`torch.Generator`], *optional*): Source of all randomness; the global one by
                 default.
             noise (`torch.Tensor` of shape (B, T, d), *optional*): The noise itself: the same noise
-                gives the same tokens. T counts the prompt, whose latents are drawn by the noise
-                there, and its padding.
+                gives the same tokens. T counts the prompt and its padding. The first tokens of a
+                prompt that the noise says by itself have the latents that it says; those of the
+                others are drawn by the noise there. So what the noise says goes on in the same way
+                after any beginning of it (see `noise_of`). An `attention_mask` (B, T) without a
+                prompt says where the texts are.
             decode ("argmax" or "sample"): Take the most likely tokens under p(x | z), the default,
                 or a sample.
             infill_mask (`torch.Tensor` of shape (B, T), *optional*): 1 (or True) at the tokens of
@@ -163,9 +170,10 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             (torch.Size([3, 8]), True)
         """
         # 1. What is asked for.
-        prompt, is_real = self._read_prompt(inputs, noise, kwargs)
+        prompt, is_real, infill_mask = self._read_prompt(inputs, noise, infill_mask, kwargs)
         options = GenerationOptions.resolve(kwargs, generation_config, self.generation_config)
         self._check_options(options, noise, streamer)
+        self._check_weights(options.num_flows)
         if infill_mask is not None:
             self._check_infill(prompt, is_real, infill_mask, kwargs)
 
@@ -174,26 +182,25 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         self._check_text(text, options, streamer)
 
         # 3. The noise, and what decides between tokens.
-        noise = self._draw_noise(text, noise, options, generator)
+        given, noise = noise, self._draw_noise(text, noise, options, generator)
         choose_tokens = self._token_choice(text, options, generator)
 
-        # 4. What is known conditions the flows.
-        known = self._condition(text, noise, options)
+        self._check_weights(options.num_flows)
+
+        # 4. What is known conditions the flows, as far as the noise does not say it by itself.
+        said = None if given is None else self._say(text, noise, choose_tokens, options)
+        known = self._condition(text, noise, options, said)
 
         # 5. The inverse of the flows, from the last to the first.
         ends = self._text_ends(text, options)
-        writer = self._writer(text, options, choose_tokens, ends, streamer)
-        self._check_weights(options.num_flows)
-        flow = self._invert_flows(text, noise, known, options, writer)
+        writer = self._writer(text, options, choose_tokens, ends, streamer, said)
+        flow = self._flow_back(text, noise, known, options, said, writer)
         self._check_states(flow.states)
         states = tuple(map(text.pieces.scatter, flow.states))
 
         # 6. Latents to tokens.
         tokens = self._read_tokens(text, flow.latents, choose_tokens, writer)
-        if ends is not None and (writer is None or writer.ends is None):
-            ends.read_all(text.pieces.gather(tokens))
-
-        is_kept = None if ends is None else self._is_kept(text, ends)
+        is_kept = None if ends is None else self._is_kept(text, tokens, ends, writer)
 
         # 7. The best of several candidates.
         elbo = None
@@ -228,9 +235,16 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         return torch.device("cpu") if self.device.type == "meta" else self.device
 
     def _read_prompt(
-        self, inputs: Tensor | None, noise: Tensor | None, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """Takes the prompt (B, n) out of the arguments, and where it is real; none is (B, 0)."""
+        self,
+        inputs: Tensor | None,
+        noise: Tensor | None,
+        infill_mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Takes the prompt (B, n) out of the arguments, where it is real, and where it has gaps.
+
+        None is (B, 0). Noise (B, T, d) with a mask (B, T) and nothing else is all gap.
+        """
         input_ids = kwargs.pop("input_ids", None)
         if input_ids is not None and inputs is not None:
             raise ValueError("Give the prompt as inputs or as input_ids, not as both.")
@@ -239,6 +253,10 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         if prompt is not None and prompt.ndim == 2 and prompt.shape[1] == 0:
             prompt = prompt.long()  # a tokenizer makes numbers of an empty text
         attention_mask = kwargs.pop("attention_mask", None)
+        if prompt is None and noise is not None and attention_mask is not None:
+            prompt = attention_mask.new_full(noise.shape[:2], self.config.pad_token_id or 0).long()
+            infill_mask = torch.ones_like(prompt)
+
         if attention_mask is not None and (prompt is None or attention_mask.shape != prompt.shape):
             shape = None if prompt is None else tuple(prompt.shape)
             raise ValueError(
@@ -256,9 +274,9 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             prompt = torch.empty(batch_size, 0, dtype=torch.long, device=self._home)
 
         if attention_mask is None:
-            return prompt, torch.ones_like(prompt, dtype=torch.bool)
+            return prompt, torch.ones_like(prompt, dtype=torch.bool), infill_mask
 
-        return prompt, attention_mask != 0
+        return prompt, attention_mask != 0, infill_mask
 
     def _check_options(self, options: GenerationOptions, noise: Tensor | None, streamer) -> None:
         """Raises a ValueError where options contradict this model, the noise or a streamer."""
@@ -322,7 +340,7 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         pieces = Pieces(is_real.to(home))
         ids, is_known, is_real = (pieces.gather(x.to(home)) for x in (tokens, is_known, is_real))
         ids = check_ids(ids.masked_fill(~is_known, 0), self.config)
-        first_new = int(is_new.any(0).int().argmax())
+        first_new = int(is_new.any(0).int().argmax()) if bool(is_new.any()) else tokens.shape[1]
         is_infill = infill_mask is not None
         return Text(tokens, is_new, first_new, pieces, ids, is_known, is_real, is_infill)
 
@@ -347,10 +365,10 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         return text.pieces.gather(noise.to(self._home))
 
     def _condition(
-        self, text: Text, noise: Tensor, options: GenerationOptions
+        self, text: Text, noise: Tensor, options: GenerationOptions, said: Said | None
     ) -> dict[str, Tensor]:
         """The arguments by which the flows are told what is known."""
-        if not bool(text.is_known.any()):
+        if not bool(text.is_known.any()) or (said is not None and bool(said.is_whole.all())):
             return {}
 
         by_patch = text.is_known.unflatten(1, (-1, self.config.patch_size))
@@ -363,7 +381,11 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             return {"observed_ids": text.ids, "observed_mask": text.is_known}
 
         self._check_directions(text, options.num_flows)
-        return {"known": self.encode(text.ids, noise=noise), "known_mask": text.is_known}
+        latents = self.encode(text.ids, noise=noise)
+        if said is not None:
+            latents = torch.where(said.is_said.unsqueeze(-1), said.flow.latents, latents)
+
+        return {"known": latents, "known_mask": text.is_known}
 
     def _check_text(self, text: Text, options: GenerationOptions, streamer) -> None:
         """Raises a ValueError where options contradict the texts that are to be written."""
@@ -446,8 +468,12 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         choose_tokens: ChooseTokens,
         ends: TextEnds | None,
         streamer,
+        said: Said | None,
     ) -> TokenWriter | None:
-        """The writer of tokens while the first flow is inverted; None if nobody waits for them."""
+        """The writer of tokens while the first flow is inverted; None if nobody waits for them.
+
+        Texts that the noise says by itself are there already, and nobody waits.
+        """
         if streamer is not None:
             streamer.put(text.tokens[:, : text.first_new].cpu())
 
@@ -458,6 +484,8 @@ class TarFlowLMGenerationMixin(GenerationMixin):
 
         is_waited_for = options.logits_options or streamer is not None or ends is not None
         if not self._runs_in_order or not is_waited_for:
+            return None
+        if said is not None and bool(said.is_whole.any()):
             return None
 
         # Observed tokens come first, then the missing ones from left to right, padding last.
@@ -490,14 +518,33 @@ class TarFlowLMGenerationMixin(GenerationMixin):
 
         return groups
 
+    def _flow_back(
+        self,
+        text: Text,
+        noise: Tensor,
+        known: dict[str, Tensor],
+        options: GenerationOptions,
+        said: Said | None,
+        writer: TokenWriter | None,
+    ) -> FlowOutput:
+        """The inverse of the flows, told what is known, or as the noise says it by itself."""
+        if said is not None and bool(said.is_whole.all()):
+            return said.flow
+
+        on_position = None if writer is None else writer.put
+        processor = writer.process if options.logits_options else None
+        flow = self._invert_flows(text, noise, known, options, on_position, processor)
+        return flow if said is None else said.prevail(flow)
+
     def _invert_flows(
         self,
         text: Text,
         noise: Tensor,
         known: dict[str, Tensor],
         options: GenerationOptions,
-        writer: TokenWriter | None,
-    ) -> ModelOutput:
+        on_position: Callable[[Tensor], bool] | None = None,
+        token_processor: LogitsProcessor | None = None,
+    ) -> FlowOutput:
         return self.flow(
             noise,
             text.attention_mask,
@@ -505,8 +552,8 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             num_flows=options.num_flows,
             flow_temperatures=options.flow_temperatures,
             logits_processor=options.warpers(),
-            token_processor=writer.process if options.logits_options else None,
-            on_position=None if writer is None else writer.put,
+            token_processor=token_processor,
+            on_position=on_position,
             inverse_method=options.inverse_method,
             inverse_window=options.inverse_window,
             inverse_tolerance=options.inverse_tolerance,
@@ -557,8 +604,13 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         tokens = text.pieces.scatter(tokens).to(text.tokens.device)
         return torch.where(text.is_new, tokens, text.tokens)
 
-    def _is_kept(self, text: Text, ends: TextEnds) -> Tensor:
+    def _is_kept(
+        self, text: Text, tokens: Tensor, ends: TextEnds, writer: TokenWriter | None
+    ) -> Tensor:
         """True at the tokens (B, T) of the sequences that are not behind their end."""
+        if writer is None or writer.ends is None:
+            ends.read_all(text.pieces.gather(tokens))
+
         place = torch.arange(text.ids.shape[1], device=ends.ends.device)
         is_kept = text.pieces.scatter(place < ends.ends.unsqueeze(-1)).to(text.tokens.device)
         return is_kept | ~text.is_new
@@ -575,8 +627,8 @@ class TarFlowLMGenerationMixin(GenerationMixin):
         if pad_token_id is not None:
             tokens = tokens.masked_fill(~is_kept, pad_token_id)
 
-        is_used = (is_kept & text.is_new).any(0)
-        return tokens[:, : max(int(is_used.nonzero().max()) + 1, text.first_new)]
+        used = (is_kept & text.is_new).any(0).nonzero().flatten().tolist()
+        return tokens[:, : max([text.first_new, *(place + 1 for place in used)])]
 
     def _choose_best(
         self,
@@ -684,7 +736,7 @@ class TarFlowLMGenerationMixin(GenerationMixin):
             )
             length = longest
 
-        if length <= prompt_length:
+        if length < prompt_length or (length == prompt_length and noise is None):
             raise ValueError(
                 f"Nothing to generate: the prompt has {prompt_length} tokens, the whole would have {length}."
             )
