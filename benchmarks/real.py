@@ -64,8 +64,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_source(arguments: argparse.Namespace) -> PreTrainedModel:
     if not arguments.random:
-        source, _ = load_source(arguments.source, gguf_file=arguments.gguf_file)
-        return source.float().eval()
+        options = {"gguf_file": arguments.gguf_file, "dtype": torch.float32}
+        source, _ = load_source(arguments.source, **options)
+        return source.eval()
 
     set_seed(0)
     config = LlamaConfig(

@@ -104,6 +104,7 @@ CODEBOOKS = {
     "separated": (600, 8, -3.0, 0.3),
     "in blocks, separated": (5_000, 6, -3.0, 0.3),
     "in blocks, overlapping": (4_500, 3, 0.0, 0.3),
+    "in blocks, far apart": (5_000, 16, -3.0, 0.1),
 }
 
 

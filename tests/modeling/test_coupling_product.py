@@ -157,3 +157,62 @@ def test_tables_are_made_once_and_again_after_every_change():
 
     codebook.mean.data = codebook.mean.data.clone()
     assert codebook_kept.kept(make, *codebook()) == 5
+
+
+def near_of(z, mean, log_scale):
+    return coupling_product.near(z, coupling_product.product_of(z, mean, log_scale))
+
+
+def test_latents_are_looked_up_once_and_again_when_they_change(monkeypatch):
+    z, logits, *parameters = draw_mixture("in blocks, far apart", 40)
+    looks = []
+    find = coupling_product._find_near
+    monkeypatch.setattr(coupling_product, "_find_near", lambda *x: looks.append(x) or find(*x))
+
+    coupling_product.mixture_rosenblatt_log_prob(z, logits, *parameters)
+    coupling_product.log_total(z.unsqueeze(0).flatten(0, 1), *parameters)
+    part = coupling_product.log_total(z[10:25], *parameters)
+    Gaussians(*parameters).most_likely(z, 8)
+    assert len(looks) == 1
+    assert torch.equal(part, coupling_product.log_total(z, *parameters)[10:25])
+
+    before = coupling_product.log_total(z, *parameters)
+    z.numpy()[3] += 0.5  # seen by no version
+    changed = coupling_product.log_total(z, *parameters)
+    assert len(looks) == 2 and (changed != before).nonzero().flatten().tolist() == [3]
+
+    parameters[0].mul_(1.01)
+    assert (coupling_product.log_total(z, *parameters) != changed).all()
+    assert len(looks) == 3
+
+
+def test_all_others_are_below_what_is_near():
+    z, _, mean, log_scale = draw_mixture("in blocks, far apart", 60)
+    found = near_of(z, mean, log_scale)
+    every = Gaussians(mean, log_scale).log_prob_all(z)
+    inside = found.index.clamp(max=len(mean) - 1)
+    assert found.index.shape[1] < len(mean) / 4
+    assert (every.scatter(1, inside, -math.inf) <= found.least).all()
+    torch.testing.assert_close(
+        every.gather(1, inside).amax(-1), found.log_prob.amax(-1), rtol=0, atol=1e-8
+    )
+
+
+def test_logits_may_take_a_component_from_far_away():
+    """A logit that is larger than the others by more than `LOGITS_RANGE` and all distances."""
+    z, logits, mean, log_scale = draw_mixture("in blocks, far apart", 30)
+    logits[:, 17] += 1e5
+    assert near_of(z, mean, log_scale) is not None
+    actual = with_gradients(
+        coupling_product.mixture_rosenblatt_log_prob, [z, logits, mean, log_scale]
+    )
+    expected = with_gradients(
+        coupling_torch.mixture_rosenblatt_log_prob, [z, logits, mean, log_scale]
+    )
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-7, atol=1e-7)
+
+
+def test_an_overlapping_codebook_has_nothing_near():
+    z, _, *parameters = draw_mixture("in blocks, overlapping", 20)
+    assert near_of(z, *parameters) is None

@@ -35,7 +35,7 @@ def kept(make: Callable[[Tensor, Tensor], Any], mean: Tensor, log_scale: Tensor)
     """
     mean, log_scale = mean.detach(), log_scale.detach()
     place = (mean.data_ptr(), log_scale.data_ptr(), mean.shape, mean.stride(), mean.dtype)
-    state = _state(mean, log_scale)
+    state = state_of(mean, log_scale)
 
     entry = _entries.get(place)
     if entry is None or entry.state != state:
@@ -52,9 +52,8 @@ def kept(make: Callable[[Tensor, Tensor], Any], mean: Tensor, log_scale: Tensor)
     return entry.tables[make]
 
 
-def _state(mean: Tensor, log_scale: Tensor) -> tuple:
-    """The versions of both tensors, and their checksums."""
-    tensors = mean, log_scale
+def state_of(*tensors: Tensor) -> tuple:
+    """The versions of tensors, and their checksums."""
     versions = (-1 if x.is_inference() else x._version for x in tensors)
     return *versions, *(sum_ for x in tensors for sum_ in _checksums(x))
 

@@ -11,6 +11,11 @@ Sums over the codebook look at blocks of components. Blocks whose largest term i
 largest of all are left out, which changes a logarithm by less than V e^-MARGIN nats: 3e-13 with V =
 49,152 (float64: 1e-27). If too many are left, as with a codebook that overlaps, all terms count.
 
+A forward pass asks for the same latents several times: for the context's posterior, the density
+under the flow, and the total over the codebook. The components near each latent are looked up once
+(`near`). They are so many that logits of a usual range take none from outside in; where they could,
+which is tested, all are looked at.
+
 Shapes: n rows, V components of size d, C candidates.
 """
 
@@ -22,17 +27,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .codebook_kept import kept
+from .codebook_kept import kept, state_of
 from .coupling_torch import chunks
 from .coupling_torch import mixture_rosenblatt_log_prob as log_prob_reference
 from .normal import LOG_SQRT_2PI
 
 MAX_ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-9}
 MARGIN = {torch.float32: 40.0, torch.float64: 73.0}
+# The components near a latent are within this more of the largest log N_k(z), in nats: logits may
+# differ by as much.
+LOGITS_RANGE = 120.0
+MIN_NEAR = 8  # blocks of them at least
 # Numbers V d from which on this form is taken.
 MIN_CODEBOOK = 2**11
 BLOCK = 32
-MIN_BLOCKED = 2**12  # components from which on blocks are looked at
+MIN_BLOCKED = 2**10  # components from which on blocks are looked at
 CHUNK_ELEMENTS = 2**18  # n V at once, but at least 8 rows
 # Terms n V that are kept for the backward pass, 16 MiB in float32; more are made again there. Those
 # of candidates are always kept.
@@ -129,24 +138,87 @@ def _shifted_exp(joint: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (joint - peak).to(dtype).clamp_(min=-80.0).exp_(), peak
 
 
-def nearest(z: Tensor, product: Product, count: int) -> Tensor:
-    """The `count` components of the largest log N_k(z), in their order: (n, count) of z (n, d)."""
-    found = []
+class _Near(NamedTuple):
+    """The components near each of n latents, those of the nearest block first."""
+
+    z: Tensor  # (n, d)  kept, so that no other latents can take its place in memory
+    state: tuple
+    product: Product
+    index: Tensor | None  # (n, C)  None if the codebook overlaps: too many
+    log_prob: Tensor | None  # (n, C)  float64
+    least: Tensor | None  # (n, 1)  all others are below
+
+    def knows(self, z: Tensor, product: Product) -> bool:
+        """True of the latents as they were, and of a slice of their rows."""
+        offset = z.data_ptr() - self.z.data_ptr()
+        size = self.z.element_size() * self.z.shape[1]
+        is_inside = 0 <= offset <= size * (len(self.z) - len(z)) and offset % size == 0
+        is_kind = z.dtype == self.z.dtype and z.shape[1] == self.z.shape[1]
+        return is_inside and is_kind and self.product is product and self.state == state_of(self.z)
+
+    def rows(self, start: int, count: int) -> "_Near":
+        if self.index is None:
+            return self
+        rows = slice(start, start + count)
+        own = (x[rows] for x in (self.index, self.log_prob, self.least))
+        return _Near(self.z[rows], self.state, self.product, *own)
+
+
+_last: _Near | None = None
+
+
+def near(z: Tensor, product: Product) -> _Near | None:
+    """The components near latents (n, d), found once for as long as these stay the same.
+
+    None if the codebook overlaps, or is small.
+    """
+    global _last
+    if len(product.bias) < MIN_BLOCKED or len(z) == 0:
+        return None
+
+    z = z.detach().contiguous()
+    last = _last
+    if last is None or not last.knows(z, product):
+        last = _last = _find_near(z, product)
+
+    start = (z.data_ptr() - last.z.data_ptr()) // (z.element_size() * z.shape[1])
+    found = last.rows(start, len(z))
+    return None if found.index is None else found
+
+
+def _find_near(z: Tensor, product: Product) -> _Near:
     num_components = len(product.bias)
+    state = state_of(z)
+    margin = MARGIN[z.dtype] + LOGITS_RANGE
+    found = []
     for rows in _row_chunks(len(z), num_components):
         log_prob = product.log_prob(z[rows])
-        if num_components < MIN_BLOCKED:
-            found.append(log_prob.topk(count).indices)
-            continue
+        largest = log_prob.unflatten(1, (-1, BLOCK)).amax(-1)
+        least = largest.amax(-1, keepdim=True) - margin
+        count = max(MIN_NEAR, int((largest > least).sum(-1).max()))
+        if 4 * BLOCK * count > num_components:
+            return _Near(z, state, product, None, None, None)
 
-        # Each of them lies in one of the `count` blocks with the largest maxima.
-        num_blocks = min(count, num_components // BLOCK)
-        blocks = log_prob.unflatten(1, (-1, BLOCK)).amax(-1).topk(num_blocks).indices
-        members = _members(blocks)
-        places = log_prob.gather(1, members).topk(count).indices
-        found.append(members.gather(1, places))
+        index = _members(largest.topk(count).indices)
+        found.append((index, log_prob.gather(1, index), least))
 
-    return torch.cat(found)
+    width = max(index.shape[1] for index, _, _ in found)
+    pad = [width - index.shape[1] for index, _, _ in found]
+    index = torch.cat([F.pad(x[0], (0, p)) for x, p in zip(found, pad, strict=True)])
+    log_prob = torch.cat(
+        [F.pad(x[1], (0, p), value=-math.inf) for x, p in zip(found, pad, strict=True)]
+    )
+    return _Near(z, state, product, index, log_prob, torch.cat([x[2] for x in found]))
+
+
+def nearest(z: Tensor, product: Product, count: int) -> Tensor:
+    """The `count` components of the largest log N_k(z), in their order: (n, count) of z (n, d)."""
+    found = near(z, product) if count <= MIN_NEAR else None
+    if found is not None:
+        return found.index.gather(1, found.log_prob.topk(count).indices)
+
+    chunks = _row_chunks(len(z), len(product.bias))
+    return torch.cat([product.log_prob(z[rows]).topk(count).indices for rows in chunks])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,19 +239,22 @@ class _LogTotal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, product, z, logits, mean, log_scale):
         ctx.save_for_backward(z, logits, mean, log_scale)
-        ctx.product, ctx.candidates, ctx.terms = product, [], []
+        ctx.product, ctx.rows, ctx.candidates, ctx.terms = product, [], [], []
         total = z.new_empty(len(z))
         keeps = any(ctx.needs_input_grad)
         is_small = len(z) * len(mean) <= MAX_KEPT
+        found = near(z, product)
 
-        for rows in _row_chunks(len(z), len(mean)):
-            joint = _joint(product, z[rows], logits, rows)
-            candidates = _candidates(joint, MARGIN[z.dtype])
-            if candidates is not None:
-                joint = joint.gather(1, candidates)
+        # Without logits only the near components are looked at.
+        is_light = found is not None and logits is None
+        num_components = found.index.shape[1] if is_light else len(mean)
 
+        for rows in _row_chunks(len(z), num_components):
+            own = found and _near_joint(found.rows(rows.start, len(z[rows])), logits, rows)
+            joint, candidates = own or _blocked_joint(product, z[rows], logits, rows)
             terms, peak = _shifted_exp(joint, z.dtype)
             if keeps:
+                ctx.rows.append(rows)
                 ctx.candidates.append(candidates)
                 ctx.terms.append(terms if candidates is not None or is_small else None)
 
@@ -202,8 +277,7 @@ class _LogTotal(torch.autograd.Function):
         grad_logits = torch.empty_like(logits) if needs_logits else None
         sums = _Sums(torch.zeros_like(mean).double(), torch.zeros_like(log_scale).double())
 
-        for index, rows in enumerate(_row_chunks(len(z), len(mean))):
-            candidates, terms = ctx.candidates[index], ctx.terms[index]
+        for rows, candidates, terms in zip(ctx.rows, ctx.candidates, ctx.terms, strict=True):
             if terms is None:
                 terms, _ = _shifted_exp(_joint(ctx.product, z[rows], logits, rows), z.dtype)
 
@@ -221,6 +295,32 @@ class _LogTotal(torch.autograd.Function):
                     grad_logits[rows] = prior.scatter_add_(1, places, weight * inside)
 
         return None, grad_z, grad_logits, sums.mean.to(mean.dtype), sums.log_scale.to(mean.dtype)
+
+
+def _near_joint(near: _Near, logits: Tensor | None, rows: slice) -> tuple[Tensor, Tensor] | None:
+    """The joint (n, C) of the near components that count, and these; None if others could, too."""
+    joint, least = near.log_prob, near.least
+    if logits is not None:
+        places = near.index.clamp(max=logits.shape[1] - 1)
+        joint = joint + logits[rows].gather(1, places)
+        least = least + logits[rows].amax(-1, keepdim=True)
+
+    largest = joint.unflatten(1, (-1, BLOCK)).amax(-1)
+    counted_from = largest.amax(-1, keepdim=True) - MARGIN[near.z.dtype]
+    if not bool((least <= counted_from).all()):
+        return None
+
+    width = BLOCK * (1 + int((largest > counted_from).any(0).nonzero().max()))
+    return joint[:, :width], near.index[:, :width]
+
+
+def _blocked_joint(
+    product: Product, z: Tensor, logits: Tensor | None, rows: slice
+) -> tuple[Tensor, Tensor | None]:
+    """The joint (n, C) of the components that count, and these; or (n, V') of all, and None."""
+    joint = _joint(product, z, logits, rows)
+    candidates = _candidates(joint, MARGIN[z.dtype])
+    return (joint if candidates is None else joint.gather(1, candidates)), candidates
 
 
 def _joint(product: Product, z: Tensor, logits: Tensor | None, rows: slice) -> Tensor:
