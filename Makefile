@@ -12,11 +12,11 @@ train: $(VENV)/.installed
 
 # Checks, then runs all tests, in as many processes as there are cores.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # The model's tests with the oldest transformers that pyproject.toml allows.
 test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest --numprocesses auto --maxprocesses 8 \
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest --numprocesses auto --maxprocesses 8 --dist worksteal \
 		tests/modeling tests/test_fixtures.py
 
 # Style and types; .pre-commit-config.yaml has the same for each commit.
