@@ -287,7 +287,6 @@ def test_the_vocabulary_cannot_shrink(saved):
     [
         {"num_beams": 2},
         {"assistant_model": "a smaller model"},
-        {"prompt_lookup_num_tokens": 2},
         {"penalty_alpha": 0.6, "top_k": 4},
         {"guidance_scale": 1.5},
         {"output_scores": True},

@@ -69,7 +69,6 @@ NEUTRAL = {
     "num_beam_groups": 1,
     "num_beams": 1,
     "penalty_alpha": 0,
-    "prompt_lookup_num_tokens": 0,
 }
 
 
@@ -116,6 +115,8 @@ class GenerationOptions:
     logits_processor: Sequence[Callable] = ()
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None
     synced_gpus: bool = False
+    prompt_lookup_num_tokens: int = 0
+    max_matching_ngram_size: int = 2
 
     # Those of the library's options that ask for something: LOGITS_OPTIONS and STOP_OPTIONS.
     from_library: dict[str, Any] = field(default_factory=dict)
@@ -179,6 +180,14 @@ class GenerationOptions:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")
 
+        if not isinstance(self.prompt_lookup_num_tokens, int) or self.prompt_lookup_num_tokens < 0:
+            raise ValueError(
+                f"prompt_lookup_num_tokens must be an integer of at least 0, not {self.prompt_lookup_num_tokens!r}."
+            )
+        if not isinstance(self.max_matching_ngram_size, int) or self.max_matching_ngram_size < 1:
+            raise ValueError(
+                f"max_matching_ngram_size must be an integer of at least 1, not {self.max_matching_ngram_size!r}."
+            )
         if not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(
                 f"top_k must be a positive integer, or 0 for all components, not {self.top_k!r}."
@@ -196,6 +205,11 @@ class GenerationOptions:
     @property
     def returns_dict(self) -> bool:
         return self.output_states or self.output_inverse_report or self.return_dict_in_generate
+
+    @property
+    def draft_options(self) -> list[str]:
+        """The names of the options that guess tokens ahead."""
+        return ["prompt_lookup_num_tokens"] if self.prompt_lookup_num_tokens else []
 
     @property
     def end_token_ids(self) -> list[int]:

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput, logging
 
 from .checks_tarflowlm import check_ids
 from .coupling_head import LogitsProcessor
+from .drafts_tarflowlm import Drafts, check_drafts, make_drafts
 from .generation_options import GenerationOptions
 from .generation_writing import ChooseTokens, RowGroup, Text, TextEnds, TokenWriter
 from .inversion_tarflowlm import InverseReport, check_finite
@@ -39,6 +40,9 @@ class TarFlowLMGenerateOutput(ModelOutput):
     )
     elbo: Tensor | None = (
         None  # (B,) nats: with `num_candidates` above 1, the bound by which each was chosen
+    )
+    tokens_per_forward: Tensor | None = (
+        None  # (B,) new tokens of each text over the first flow's passes until it ended
     )
 
 
@@ -142,6 +146,12 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
                 first flow that has one component for each token and runs left to right, and a token
                 that they forbid is not decoded either. `LOGITS_OPTIONS` lists them.
             min_p, typical_p, epsilon_cutoff, eta_cutoff (`float`): As `top_p`.
+            prompt_lookup_num_tokens (`int`): Guess up to so many tokens ahead, by what followed the
+                last ones where they stood before, and verify them in one pass of the first flow.
+                Drafts change no token. How many a pass takes follows from how many were right. The
+                first flow has to run left to right.
+            max_matching_ngram_size (`int`): The number of last tokens that are looked for, 2 by
+                default, as in the library.
             synced_gpus (`bool`): All positions are computed, wherever the texts end.
             return_dict_in_generate (`bool`): Return a [`TarFlowLMGenerateOutput`].
 
@@ -185,8 +195,6 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         given, noise = noise, self._draw_noise(text, noise, options, generator)
         choose_tokens = self._token_choice(text, options, generator)
 
-        self._check_weights(options.num_flows)
-
         # 4. What is known conditions the flows, as far as the noise does not say it by itself.
         said = None if given is None else self._say(text, noise, choose_tokens, options)
         known = self._condition(text, noise, options, said)
@@ -201,6 +209,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         # 6. Latents to tokens.
         tokens = self._read_tokens(text, flow.latents, choose_tokens, writer)
         is_kept = None if ends is None else self._is_kept(text, tokens, ends, writer)
+        per_forward = self._tokens_per_forward(text, is_kept, ends, flow.inverse_reports[0])
 
         # 7. The best of several candidates.
         elbo = None
@@ -208,14 +217,13 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             elbo, best = self._choose_best(text, tokens, known, options, generator)
             text.select(best)
             tokens, is_kept, states = _take_rows(best, tokens, is_kept, states)
+            per_forward = per_forward[best]
 
         # 8. Padding behind the end of a sequence.
         sequences = tokens if is_kept is None else self._pad(text, tokens, is_kept, options)
         if streamer is not None:
-            if writer is None or writer.streamer is None:
-                streamer.put(sequences[:, text.first_new :].cpu())
-
-            streamer.end()
+            is_written = writer is not None and writer.streamer is not None
+            _end_stream(streamer, sequences[:, text.first_new :], is_written)
 
         if not options.returns_dict:
             return sequences
@@ -227,6 +235,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             states=states if options.output_states else None,
             inverse_reports=flow.inverse_reports if options.output_inverse_report else None,
             elbo=elbo,
+            tokens_per_forward=per_forward,
         )
 
     @property
@@ -296,6 +305,9 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
                 "that has them: mixture_rosenblatt with the encoder's codebook, left to right, patch_size 1. The first "
                 f"flow is {first['coupling']}, {first['direction']}, and patch_size is {self.config.patch_size}."
             )
+
+        if options.draft_options:
+            check_drafts(options, self.config)
 
         num_candidates = options.num_candidates
         if num_candidates > 1 and noise is not None:
@@ -483,6 +495,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             ends = None
 
         is_waited_for = options.logits_options or streamer is not None or ends is not None
+        is_waited_for = is_waited_for or options.draft_options
         if not self._runs_in_order or not is_waited_for:
             return None
         if said is not None and bool(said.is_whole.any()):
@@ -533,7 +546,8 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
 
         on_position = None if writer is None else writer.put
         processor = writer.process if options.logits_options else None
-        flow = self._invert_flows(text, noise, known, options, on_position, processor)
+        drafts = make_drafts(options, writer, self._home)
+        flow = self._invert_flows(text, noise, known, options, on_position, processor, drafts)
         return flow if said is None else said.prevail(flow)
 
     def _invert_flows(
@@ -544,6 +558,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         options: GenerationOptions,
         on_position: Callable[[Tensor], bool] | None = None,
         token_processor: LogitsProcessor | None = None,
+        drafts: Drafts | None = None,
     ) -> FlowOutput:
         return self.flow(
             noise,
@@ -554,6 +569,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             logits_processor=options.warpers(),
             token_processor=token_processor,
             on_position=on_position,
+            drafts=drafts,
             inverse_method=options.inverse_method,
             inverse_window=options.inverse_window,
             inverse_tolerance=options.inverse_tolerance,
@@ -614,6 +630,19 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         place = torch.arange(text.ids.shape[1], device=ends.ends.device)
         is_kept = text.pieces.scatter(place < ends.ends.unsqueeze(-1)).to(text.tokens.device)
         return is_kept | ~text.is_new
+
+    def _tokens_per_forward(
+        self, text: Text, is_kept: Tensor | None, ends: TextEnds | None, report: InverseReport
+    ) -> Tensor:
+        """The new tokens of each text that stay, over the first flow's passes until its end, (B,)."""
+        num_new = (text.is_new if is_kept is None else text.is_new & is_kept).sum(-1).cpu()
+        num_final = torch.tensor(report.num_final) * self.config.patch_size
+        begins = (num_final.cumsum(0) - num_final)[-report.iterations :]
+        if ends is None or not self._runs_in_order:
+            return num_new / max(1, len(begins))
+
+        num_passes = (begins < ends.ends.cpu().unsqueeze(-1)).sum(-1)
+        return num_new / num_passes.clamp(min=1)
 
     def _pad(
         self, text: Text, tokens: Tensor, is_kept: Tensor, options: GenerationOptions
@@ -750,6 +779,14 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             )
 
         return length
+
+
+def _end_stream(streamer, tokens: Tensor, is_written: bool) -> None:
+    """Ends a stream, after the new tokens (1, n) where nobody has written them."""
+    if not is_written:
+        streamer.put(tokens.cpu())
+
+    streamer.end()
 
 
 def _take_rows(

@@ -121,22 +121,36 @@ class TokenWriter:
         self.groups, self.streamer = groups, streamer
         self.tokens = text.ids.clone()  # pieces (B, n)
         self.is_new = text.is_real & ~text.is_known
-        self.is_forbidden: Tensor | None = None  # (B, V) at the next token
+        self.is_forbidden: list[Tensor] = []  # (B, V) at each of the next tokens
+        self.drafted = self.tokens[:, :0]  # (B, m): guesses of the next tokens
 
         # What is known to all sequences in front, the flow passes over.
         is_passed = take(~self.is_new, order).all(0)
         self.num_passed = int(is_passed.long().cumprod(0).sum())
 
     def process(self, logits: Tensor) -> Tensor:
-        """The logits (B, V) of the next token, processed by what each sequence has before it."""
-        processed = logits.clone()
-        for rows, order, process in self.groups:
-            rows = rows.to(logits.device)
-            before = self.tokens[rows, : order[self.num_passed]]
-            processed[rows] = process(before, logits[rows]).to(logits.dtype)
+        """The logits of the next token, processed by what each sequence has before it.
 
-        self.is_forbidden = processed == -torch.inf
-        return processed
+        Args:
+            logits: Of the next token (B, V), or with guesses of the next m - 1 tokens those of the
+                next m, (B m, V).
+        """
+        by_token = logits.unflatten(0, (len(self.tokens), -1))
+        processed, tokens = by_token.clone(), self.tokens
+        for step in range(by_token.shape[1]):
+            last = self.num_passed + step
+            if step:
+                places, guess = self.order[:, last - 1, None], self.drafted[:, step - 1, None]
+                guess = torch.where(take(self.is_new, places), guess, take(tokens, places))
+                tokens = tokens.scatter(1, places, guess)
+
+            for rows, order, process in self.groups:
+                rows = rows.to(logits.device)
+                before = tokens[rows, : order[last]]
+                processed[rows, step] = process(before, by_token[rows, step]).to(logits.dtype)
+
+        self.is_forbidden = list((processed == -torch.inf).unbind(1))
+        return processed.flatten(0, 1)
 
     def put(self, latents: Tensor) -> bool:
         """Takes the latents (B, P, d) of the next position; returns True if all texts ended."""
@@ -147,7 +161,8 @@ class TokenWriter:
             check_finite(latents, f"The latent of token {first}, of the first flow's inverse,")
 
         places = self.order[:, first:last]
-        new = self.choose_tokens(latents, places, self.is_forbidden)
+        is_forbidden = self.is_forbidden.pop(0) if self.is_forbidden else None
+        new = self.choose_tokens(latents, places, is_forbidden)
         new = torch.where(take(self.is_new, places), new, take(self.tokens, places))
         self.tokens.scatter_(1, places, new)
 

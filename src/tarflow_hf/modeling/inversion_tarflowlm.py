@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +64,12 @@ class InverseOptions(NamedTuple):
         logits_processor: A map from the mixture logits (n, K), in float32 or better, to other ones
             (-inf leaves a component out), for every flow whose coupling takes one.
         token_processor: A map like that, for the first flow only, which runs before it. It is
-            called once for each position, in order.
+            called once for each position, in order; with drafts, for several at once.
         on_position: Called with the latents (B, P, d) of each position that the first flow
             completes, in its order. If it returns True, the positions behind that one are not
             wanted, and are 0.
+        drafts: The `Drafts` that guess states of the first flow ahead and verify them; they invert
+            it whatever its method.
     """
 
     inverse_method: str | Sequence[str] = "auto"
@@ -78,6 +80,7 @@ class InverseOptions(NamedTuple):
     logits_processor: LogitsProcessor | None = None
     token_processor: LogitsProcessor | None = None
     on_position: Callable[[Tensor], bool | None] | None = None
+    drafts: Any = None
 
     def for_flows(
         self, flows: Sequence[nn.Module], u: Tensor, is_differentiable: bool
@@ -114,6 +117,7 @@ class InverseOptions(NamedTuple):
                 inverse_method=method,
                 flow_temperatures=(temperature,),
                 on_position=None,
+                drafts=None,
                 token_processor=None,
                 logits_processor=self.logits_processor
                 if flow.head.takes_logits_processor
@@ -121,7 +125,7 @@ class InverseOptions(NamedTuple):
             )
             for flow, method, temperature in zip(flows, methods, temperatures, strict=True)
         ]
-        options[0] = options[0]._replace(on_position=self.on_position)
+        options[0] = options[0]._replace(on_position=self.on_position, drafts=self.drafts)
         if self.token_processor is not None:
             options[0] = options[0]._replace(logits_processor=self._process_tokens)
 
@@ -151,7 +155,7 @@ class InverseReport:
     iterate. It is 0 for a sequential inverse by construction.
     """
 
-    method: str  # "sequential" or "parallel"
+    method: str  # "sequential", "parallel" or "drafts"
     iterations: int  # passes through the decoder
     residual: float
     num_final: list[int]  # number of positions that each iteration made final; their sum is N
@@ -276,6 +280,8 @@ def invert(
             sequences.
     """
     arguments = flow, u, codebook, observed, known, options
+    if options.drafts is not None:
+        return options.drafts.invert(*arguments)
     if options.inverse_method == "parallel":
         return invert_in_parallel(*arguments)
     if options.capture_step:
@@ -294,7 +300,7 @@ def invert_sequentially(
 ) -> tuple[Tensor, InverseReport]:
     """`invert`, one position after another: each costs the decoder one slot. Differentiable."""
     num_positions = u.shape[1]
-    first = _num_known(known)
+    first = num_known_to_all(known)
 
     # Not a static cache, which attends over all N slots at every step.
     cache = make_cache(flow.decoder.config, num_positions)
@@ -352,7 +358,7 @@ def invert_by_captured_step(
         )
 
     num_positions = u.shape[1]
-    first = _num_known(known)
+    first = num_known_to_all(known)
     h = torch.zeros_like(u) if known is None else known.states.clone()
     if first == num_positions:
         return h, InverseReport("sequential", 0, 0.0, [first])
@@ -428,7 +434,7 @@ def invert_in_parallel(
     num_positions = u.shape[1]
     window = _window(u, options)
     tolerance = _tolerance(flow, u, options)
-    num_known = _num_known(known)
+    num_known = num_known_to_all(known)
 
     h = _as_guess(u)
     if known is not None:
@@ -493,7 +499,7 @@ def _as_guess(h: Tensor) -> Tensor:
     return h.nan_to_num(0.0).clamp(-MAX_GUESS, MAX_GUESS)
 
 
-def _num_known(known: Known | None) -> int:
+def num_known_to_all(known: Known | None) -> int:
     """The number of positions from the first that are known to all sequences."""
     return 0 if known is None else int(known.mask.all(0).int().cumprod(0).sum())
 

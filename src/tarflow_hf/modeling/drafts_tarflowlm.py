@@ -1,0 +1,457 @@
+"""Drafts: tokens that are guessed ahead, and verified in one pass of the flow next to the data.
+
+In a flow the state at a position is a function of its noise and of the states before it. So a
+guess of what comes next is right if and only if the inverse, run behind that guess, gives it again:
+
+    h_n = inverse(u_n; context(h_0, ..., h_(n-1)))
+
+The guess of a state is the mean of its token's Gaussian. The decoder reads a state as the average
+of embeddings under p(token | state). Where the codebook does not overlap this average is the
+token's own embedding to within rounding, at its mean as at any state of that token. So one pass
+over a run of guesses gives the very states that position after position would give, as long as
+tokens agree. What is compared is the decoder's input itself: a guess counts if the state found in
+its place is read as the guess was, to within rounding. With a codebook that overlaps it is not; the
+states found are the next pass's guess then, as in the parallel form of `inversion_tarflowlm.py`,
+and count once they are read as they were.
+
+Nothing is drawn and nothing rejected: drafts change no token, at any temperature and behind any
+processor of logits.
+
+Shapes: B batch, N positions of P tokens and size D = P d, m guessed positions, V tokens in the
+vocabulary.
+
+References:
+    Leviathan, Kalman & Matias, *Fast Inference from Transformers via Speculative Decoding*, ICML
+    2023, arXiv:2211.17192, whose rejection sampling this has no need of.
+    Saxena, *Prompt Lookup Decoding*, 2023, github.com/apoorvumang/prompt-lookup-decoding.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+
+from .codebook import Gaussians
+from .generation_options import GenerationOptions
+from .generation_writing import TokenWriter
+from .inversion_tarflowlm import InverseOptions, InverseReport, LayerWithRoom, num_known_to_all
+from .slots_tarflowlm import Known, Observed, take
+
+# A guess counts if the decoder's input differs by at most so many units of the input's rounding,
+# relative to the largest number of the slot.
+MAX_ROUNDINGS = 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Where drafts come from
+# --------------------------------------------------------------------------------------------------
+
+
+class DraftSource(Protocol):
+    """Guesses what follows in each text of a batch."""
+
+    max_tokens: int  # at most so many for each text
+    cost: float  # of a draft, in steps of the model
+
+    def propose(self, texts: Sequence[list[int]], num_tokens: int) -> tuple[list[list[int]], int]:
+        """Up to `num_tokens` tokens that may follow each text, and how sure they are, from 0 to 4."""
+        ...
+
+
+class PromptLookup:
+    """Copies what followed the last tokens where they stood before, by the library's generator.
+
+    Args:
+        num_tokens: Copies at most so many.
+        max_matching_ngram_size: The number of last tokens that are looked for first; then fewer.
+
+    Example:
+        >>> PromptLookup(3, 2).propose([[5, 6, 7, 8, 9, 5, 6]], 3)
+        ([[7, 8, 9]], 2)
+    """
+
+    cost = 0.0
+
+    def __init__(self, num_tokens: int, max_matching_ngram_size: int = 2):
+        self.max_tokens = num_tokens
+        self.generator = PromptLookupCandidateGenerator(
+            num_output_tokens=num_tokens,
+            max_matching_ngram_size=max_matching_ngram_size,
+            max_length=2**31,
+        )
+
+    def propose(self, texts: Sequence[list[int]], num_tokens: int) -> tuple[list[list[int]], int]:
+        found, sizes = [], []
+        for text in texts:
+            if len(text) < 2:
+                return [[] for _ in texts], 0
+
+            candidates, _ = self.generator.get_candidates(torch.tensor([text]))
+            found.append(candidates[0, len(text) :].tolist()[:num_tokens])
+            sizes.append(_num_matching(text, found[-1]))
+
+        return found, min(sizes)
+
+
+def _num_matching(text: list[int], draft: list[int], most: int = 4) -> int:
+    """The number of last tokens of a text behind which the draft stands elsewhere in it."""
+    best, size = 0, len(draft)
+    for start in range(1, len(text) - size + 1):
+        if size and text[start] == draft[0] and text[start : start + size] == draft:
+            limit, num = min(most, start), 0
+            while num < limit and text[start - 1 - num] == text[-1 - num]:
+                num += 1
+
+            best = max(best, num)
+
+    return best
+
+
+# --------------------------------------------------------------------------------------------------
+# How many of them are worth a pass
+# --------------------------------------------------------------------------------------------------
+
+
+class DraftLength:
+    """Chooses how many guesses a pass takes along, so that drafts never cost much.
+
+    Times are in steps, passes over one position. A pass over m + 1 positions takes `seconds(m)` of
+    them, a rough model. With the probability p that a guess is right when those before it are, it
+    completes 1 + p + ... + p^m positions; m maximises their number per time. Each p is counted
+    separately for guesses of each sureness, old counts fading.
+
+    Losses come out of an allowance: 3% of a step for each position, and what earlier drafts gained.
+    A pass whose guesses may all be wrong is taken only if that pays for it. So by this model text
+    that drafts do not help takes at most 3% longer, and two steps.
+
+    Args:
+        batch_size: Number of sequences that go in step.
+        device: The kind of device that runs the model.
+        cost: Of a draft token, in steps.
+    """
+
+    ALLOWANCE = 0.03
+    FIRST_BALANCE, MAX_BALANCE = 1.5, 4.0
+    FADING = 0.8
+    # Guesses of sureness k: the first k last tokens were found (prompt lookup).
+    PRIOR = (0.2, 0.3, 0.5, 0.7, 0.85)
+    PRIOR_COUNT = 1.0
+    # A step takes 1, the second row of a matrix 0.3, each further one 0.1, measured with SmolLM2.
+    TIMES = {"cpu": (0.3, 0.1)}
+
+    def __init__(self, batch_size: int, device: str, cost: float = 0.0):
+        self.batch_size, self.cost = batch_size, cost
+        self.first_row, self.next_row = self.TIMES.get(device, (0.0, 0.002))
+        self.balance = self.FIRST_BALANCE
+        self.counts = [[p * self.PRIOR_COUNT, self.PRIOR_COUNT] for p in self.PRIOR]
+
+    def seconds(self, num_drafts: int) -> float:
+        """The time of a pass over `num_drafts` guesses and one position more, in steps."""
+        rows = self.batch_size * (num_drafts + 1)
+        time = [1 + self.first_row * (x > 1) + self.next_row * x for x in (rows, self.batch_size)]
+        return time[0] / time[1] + self.cost * num_drafts
+
+    def choose(self, num_available: int, sureness: int) -> int:
+        """The number of guesses to take along, at most `num_available`."""
+        right, tried = self.counts[sureness]
+        p = right / tried
+        best, most = 0, 1.0
+        total, power = 1.0, 1.0
+        for m in range(1, num_available + 1):
+            power *= p
+            total += power
+            if total / self.seconds(m) > most:
+                best, most = m, total / self.seconds(m)
+
+        if not best and num_available and self.balance >= self.MAX_BALANCE / 2:
+            best = min(num_available, 4)  # times change: a try now and then
+
+        while best and self.seconds(best) - 1 > self.balance:
+            best -= 1
+
+        return best
+
+    def observe(self, num_drafts: int, num_right: int, sureness: int) -> None:
+        """Learns from a pass: of its guesses the first `num_right` were right."""
+        gain = num_right + 1 - self.seconds(num_drafts) if num_drafts else 0.0
+        self.balance += self.ALLOWANCE * (num_right + 1) + gain
+        self.balance = min(self.balance, self.MAX_BALANCE)
+        if num_drafts:
+            counts = self.counts[sureness]
+            counts[0] = self.FADING * counts[0] + num_right
+            counts[1] = self.FADING * counts[1] + min(num_right + 1, num_drafts)
+
+
+# --------------------------------------------------------------------------------------------------
+# The inverse of a flow, with drafts
+# --------------------------------------------------------------------------------------------------
+
+
+class _Guess(NamedTuple):
+    """Guessed positions of every sequence."""
+
+    tokens: Tensor  # (B, m, P)
+    states: Tensor  # (B, m, D), in the flow's own order of channels
+
+    def at(self, positions: slice) -> "_Guess":
+        return _Guess(self.tokens[:, positions], self.states[:, positions])
+
+    @property
+    def size(self) -> int:
+        return self.tokens.shape[1]
+
+
+class Drafts:
+    """Inverts the first flow as `invert_sequentially` does, verifying guesses on the way.
+
+    Args:
+        source: Where guesses come from.
+        writer: The tokens so far. It takes each position as it becomes final.
+        length: How many guesses a pass takes along; by default as many as there are.
+    """
+
+    def __init__(self, source: DraftSource, writer: TokenWriter, length: DraftLength | None = None):
+        self.source, self.writer, self.length = source, writer, length
+        self.is_new = take(writer.is_new, writer.order)  # (B, n), as the flow passes the tokens
+        self.sureness = 0  # of the last guess
+
+    def invert(
+        self,
+        flow: nn.Module,
+        u: Tensor,
+        codebook: Gaussians,
+        observed: Observed | None,
+        known: Known | None,
+        options: InverseOptions,
+    ) -> tuple[Tensor, InverseReport]:
+        """The `invert` of `inversion_tarflowlm.py`, without gradients.
+
+        The report's residual is the largest difference between the decoder's input of a guess that
+        counted and that of the state found in its place, relative to the slot's largest number.
+        """
+        num_positions, num_known = u.shape[1], num_known_to_all(known)
+        h = torch.zeros_like(u) if known is None else known.states.clone()
+        cache = _croppable_cache(flow, num_positions)
+        reader = _Reader(flow, codebook)
+        carried = reader.guess(torch.zeros(len(u), 0, reader.patch_size, dtype=torch.long))
+        num_final, residual = [num_known] if num_known else [], 0.0
+        first, num_cached = num_known, 0  # the first position that is not final; slots
+
+        while first < num_positions:
+            is_waited_for = self._is_waited_for()
+            guess = self._extend(carried, reader, is_waited_for, num_positions - first - 1)
+            self.writer.drafted = guess.tokens.flatten(1)
+            last = first + guess.size + 1
+            h[:, first : last - 1] = _hold(guess.states, known, first)
+
+            inputs = flow.inputs(h, codebook, observed, num_cached, last)
+            context = flow.context(inputs, observed, num_cached, cache)[:, first - last :]
+            new = flow.invert_position(u[:, first:last], context, codebook, options)
+            h[:, first:last] = _hold(new, known, first)
+
+            num_right = 0
+            if guess.size:
+                renewed = flow.inputs(h, codebook, observed, first + 1, last)
+                differences = _differences(inputs[:, -guess.size :], renewed, is_waited_for)
+                is_right = differences <= MAX_ROUNDINGS * torch.finfo(inputs.dtype).eps
+                num_right = int(is_right.long().cumprod(0).sum())  # waits for the device
+                residual = max([residual, *differences[:num_right].tolist()])
+                self._learn(guess.size, num_right)
+
+            end, is_stopped = self._write(h, first, guess, num_right, is_waited_for, options)
+            num_final.append(end - first)
+            if is_stopped:
+                h[:, end:] = 0
+                break
+
+            carried = guess.at(slice(0))
+            if num_right < guess.size and end == first + num_right + 1:
+                carried = reader.carried(h[:, first:last], guess, num_right, is_waited_for)
+            if end < last:
+                cache.crop(end - last)
+
+            first = num_cached = end
+
+        num_passes = len(num_final) - (num_known > 0)
+        return h, InverseReport("drafts", num_passes, residual, num_final)
+
+    def _is_waited_for(self) -> Tensor:
+        """True for the texts (B,) that have not ended; what the others would go on with is free."""
+        writer = self.writer
+        is_open = self.is_new[:, writer.num_passed :].any(-1)
+        return is_open if writer.ends is None else is_open & ~writer.ends.has_ended
+
+    def _extend(
+        self, carried: _Guess, reader: "_Reader", is_waited_for: Tensor, num_left: int
+    ) -> _Guess:
+        """The guess with drafts behind it, as many as all texts have, together `num_left` at most."""
+        patch_size = reader.patch_size
+        carried = carried.at(slice(num_left))
+        num_free = min(num_left - carried.size, self.source.max_tokens // patch_size)
+        rows = is_waited_for.nonzero().flatten().tolist()
+        if num_free < 1 or not rows:
+            return carried
+
+        place = self.writer.num_passed + carried.tokens[0].numel()
+        texts, known = [], []
+        for row in rows:
+            text = take(self.writer.tokens[row, None], self.writer.order[row, None])[0].tolist()
+            text[self.writer.num_passed : place] = carried.tokens[row].flatten().tolist()
+            num_known = int((~self.is_new[row, place:]).long().cumprod(0).sum())
+            texts.append(text[: place + num_known])
+            known.append(text[place : place + num_known])
+
+        drafts, self.sureness = self.source.propose(texts, num_free * patch_size)
+        drafts = [a + b for a, b in zip(known, drafts, strict=True)]
+        num_drafts = min(num_free, min(map(len, drafts)) // patch_size)
+        if self.length is not None:
+            num_drafts = self.length.choose(num_drafts, self.sureness)
+        if not num_drafts:
+            return carried
+
+        tokens = torch.zeros(len(is_waited_for), num_drafts, patch_size, dtype=torch.long)
+        for row, draft in zip(rows, drafts, strict=True):
+            tokens[row] = torch.tensor(draft[: num_drafts * patch_size]).view(-1, patch_size)
+
+        pairs = zip(carried, reader.guess(tokens), strict=True)
+        return _Guess(*(torch.cat(pair, 1) for pair in pairs))
+
+    def _learn(self, num_guesses: int, num_right: int) -> None:
+        if self.length is not None:
+            self.length.observe(num_guesses, num_right, self.sureness)
+
+    def _write(
+        self,
+        h: Tensor,
+        first: int,
+        guess: _Guess,
+        num_right: int,
+        is_waited_for: Tensor,
+        options: InverseOptions,
+    ) -> tuple[int, bool]:
+        """Hands on the states (B, N, D) found from `first` on, up to the first wrong guess's.
+
+        A token can be written that is not the most likely of its state. Processors of logits that
+        have read the guess instead were misled: then it ends there.
+
+        Returns:
+            Where it ended, and True if all texts did.
+        """
+        writer = self.writer
+        for n in range(first, first + num_right + 1):
+            if options.on_position(h[:, n : n + 1]):
+                return n + 1, True
+
+            if writer.groups and n < first + num_right:
+                places = writer.order[
+                    :, writer.num_passed - guess.tokens.shape[2] : writer.num_passed
+                ]
+                is_other = (take(writer.tokens, places) != guess.tokens[:, n - first]).any(-1)
+                if bool((is_other & is_waited_for).any()):
+                    return n + 1, False
+
+        return first + num_right + 1, False
+
+
+def check_drafts(options: GenerationOptions, config: PreTrainedConfig) -> None:
+    """Raises a ValueError where drafts contradict the model or other options of `generate`."""
+    names, direction = ", ".join(options.draft_options), config.flows[0]["direction"]
+    if direction == "right_to_left":
+        raise ValueError(
+            f"{names} guess what follows a text: the flow next to the data has to run left to right, not {direction}."
+        )
+    if options.synced_gpus:
+        raise ValueError(
+            f"synced_gpus needs as many passes on every GPU, but with {names} their number depends on the text."
+        )
+
+    methods = options.inverse_method
+    method = methods if isinstance(methods, str) else next(iter(methods), "auto")
+    if method == "parallel" or options.capture_step:
+        raise ValueError(
+            f"{names} invert the first flow in a way of their own: leave out capture_step, and "
+            'inverse_method="parallel" of the first flow.'
+        )
+
+    num_tokens = options.prompt_lookup_num_tokens
+    if 0 < num_tokens < config.patch_size:
+        raise ValueError(
+            f"prompt_lookup_num_tokens={num_tokens} is less than a patch, of patch_size {config.patch_size}."
+        )
+
+
+def make_drafts(
+    options: GenerationOptions, writer: TokenWriter | None, device: torch.device
+) -> Drafts | None:
+    """The drafts that the options of `generate` ask for, if any."""
+    if writer is None or not options.prompt_lookup_num_tokens:
+        return None
+
+    source = PromptLookup(options.prompt_lookup_num_tokens, options.max_matching_ngram_size or 2)
+    return Drafts(source, writer, DraftLength(len(writer.tokens), device.type, source.cost))
+
+
+class _Reader:
+    """Reads tokens as states of a flow, and states as tokens."""
+
+    def __init__(self, flow: nn.Module, codebook: Gaussians):
+        self.channels, self.codebook = flow.channels, codebook
+        self.patch_size = flow.channels.patch_size
+
+    def guess(self, tokens: Tensor) -> _Guess:
+        """Tokens (B, m, P), with their means as the states."""
+        tokens = tokens.to(self.codebook.mean.device)
+        means = F.embedding(tokens, self.codebook.mean).flatten(-2)
+        return _Guess(tokens, self.channels.shuffle(means))
+
+    def tokens(self, states: Tensor) -> Tensor:
+        """The most likely tokens (B, m, P) of states (B, m, D)."""
+        latents = self.channels.unshuffle(states).unflatten(-1, (self.patch_size, -1))
+        return self.codebook.most_likely(latents, 1).squeeze(-1)
+
+    def carried(
+        self, states: Tensor, guess: _Guess, num_right: int, is_waited_for: Tensor
+    ) -> _Guess:
+        """The states behind a guess that did not count, as long as tokens are the guessed ones.
+
+        Args:
+            states: Those found, (B, m + 1, D).
+            guess: Of the first m of them.
+            num_right: The number of those that counted.
+            is_waited_for: The texts (B,) whose tokens are compared.
+        """
+        tokens = self.tokens(states[:, num_right:])
+        is_other = (tokens[:, :-1] != guess.tokens[:, num_right:]).any(-1)
+        is_same = ~(is_other & is_waited_for.unsqueeze(-1)).any(0)
+        num_same = int(is_same.long().cumprod(0).sum())
+        return _Guess(tokens, states[:, num_right:]).at(slice(1, num_same + 1))
+
+
+def _hold(states: Tensor, known: Known | None, first: int) -> Tensor:
+    """States (B, n, D) at the positions from `first` on, the known ones in place of others."""
+    if known is None:
+        return states
+
+    positions = slice(first, first + states.shape[1])
+    return torch.where(known.mask[:, positions, None], known.states[:, positions], states)
+
+
+def _differences(inputs: Tensor, others: Tensor, is_waited_for: Tensor) -> Tensor:
+    """The largest difference between two decoder inputs (B, m, w) of some texts, (m,).
+
+    It is relative to the slot's largest number.
+    """
+    difference = (inputs - others).abs().amax(-1).float() / inputs.abs().amax(-1).float()
+    return difference.masked_fill(~is_waited_for.unsqueeze(-1), 0).amax(0)
+
+
+def _croppable_cache(flow: nn.Module, num_slots: int) -> DynamicCache:
+    """A cache that keeps every slot, also of a decoder with a sliding window."""
+    cache = DynamicCache()
+    num_layers = flow.decoder.config.num_hidden_layers
+    cache.layers = [LayerWithRoom(num_slots) for _ in range(num_layers)]
+    return cache
