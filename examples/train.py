@@ -206,7 +206,14 @@ def build(run: RunConfig, fields: dict, tokenizer):
             f"{token_with_highest_id(tokenizer)!r} has id {needed - 1}. Leave vocab_size out of the configuration."
         )
 
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    for name in ("eos_token_id", "pad_token_id"):
+        token = getattr(tokenizer, name)
+        if token is not None and token < config.vocab_size:
+            setattr(config, name, token)
+
+    # What is truncated fits the model.
+    longest = min(tokenizer.model_max_length, config.max_position_embeddings)
+    tokenizer.model_max_length = longest
     return config, discrete_baseline(config) if run.model == "ar" else TarFlowLMModel(config)
 
 
@@ -229,7 +236,7 @@ def main():
         )  # before it is trained
 
     tokenizer = (
-        character_tokenizer()
+        character_tokenizer(with_end=True)
         if run.tokenizer == "text8"
         else AutoTokenizer.from_pretrained(run.tokenizer)
     )

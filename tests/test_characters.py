@@ -7,7 +7,7 @@ import evaluate
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from helpers import ROOT
 from helpers.models import STACKS, make
@@ -138,6 +138,22 @@ def test_a_vocabulary_holds_the_highest_id():
 # --------------------------------------------------------------------------------------------------
 # Folders and rows
 # --------------------------------------------------------------------------------------------------
+
+
+def test_a_character_tokenizer_that_pads_has_an_end_token_that_no_text_has(tmp_path):
+    tokenizer, name = character_tokenizer(with_end=True), "<|endoftext|>"
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 27 == vocabulary_size(tokenizer)
+    documents = [f"one {name} text", "and another", name]
+    expected = ["one endoftext text", "and another", "endoftext"]
+    assert [tokenizer.decode(token_ids(tokenizer, x)).strip() for x in documents] == expected
+    tokens = PackedTokens(documents, tokenizer, 4).tokens
+    assert int(tokens.max()) < 27 and "text and another endoftext" in tokenizer.decode(tokens)
+
+    batch = tokenizer(["ab", "a"], padding=True)
+    assert batch.input_ids == [[1, 2], [1, 27]] and batch.attention_mask == [[1, 1], [1, 0]]
+    assert tokenizer.decode([1, 2, 0, 27, 27], skip_special_tokens=True) == "ab "
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)(name, add_special_tokens=False).input_ids == [27]
 
 
 def test_a_folder_of_text_files_has_a_document_in_each_file(tmp_path):

@@ -110,10 +110,13 @@ def _weights(module: nn.Module) -> int:
 
 
 def _attention(config, num_positions: int) -> int:
-    head_size = (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    return 4 * config.num_hidden_layers * config.num_attention_heads * head_size * num_positions**2
+    """FLOPs of queries by keys and weights by values; 0 for a decoder that has no attention."""
+    num_heads = getattr(config, "num_attention_heads", None) or 0
+    if num_heads == 0:
+        return 0
+
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return 4 * config.num_hidden_layers * num_heads * head_size * num_positions**2
 
 
 def peak_flops(device: torch.device, mixed_precision: str | None) -> float | None:

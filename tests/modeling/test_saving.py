@@ -900,3 +900,48 @@ def test_the_shipped_checkpoint_runs_without_the_package(is_copied, tmp_path):
     model, tokenizer = AutoModel.from_pretrained(SHIPPED), character_tokenizer()
     noise = torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(0))
     assert text == repr(tokenizer.decode(model.generate(noise=noise)[0]))
+
+
+def test_the_shipped_tokenizer_makes_batches():
+    """Padding, collators, truncation: the library's habits, and nothing changes a row's result."""
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED).eval()
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    texts = ["the function returns", "a list"]
+    rows = [tokenizer(text) for text in texts]
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(rows)
+    together = model(**batch)
+    for index, text in enumerate(texts):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        alone = model(ids, labels=ids).elbo
+        torch.testing.assert_close(together.elbo[index : index + 1], alone, rtol=1e-4, atol=1e-3)
+
+    assert together.loss.isfinite()
+    assert tokenizer.model_max_length == model.config.max_position_embeddings
+    long = tokenizer("word " * 100, truncation=True, return_tensors="pt")
+    assert long.input_ids.shape == (1, 256) and model(**long).elbo.isfinite()
+
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    written = write(texts, batch_size=2, max_new_tokens=4)
+    assert [x[0]["generated_text"].startswith(text) for x, text in zip(written, texts, strict=True)]
+    assert write("word " * 100, max_new_tokens=4, handle_long_generation="hole")
+
+
+def test_an_end_token_is_learned_where_the_vocabulary_grows():
+    """The habit pad = end: an end token inside a text counts, padding of the same id does not."""
+    model = AutoModelForCausalLM.from_pretrained(SHIPPED).eval()
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
+    ids = tokenizer(["a list<|endoftext|>", "of"], padding=True, return_tensors="pt")
+    with pytest.raises(ValueError, match=r"vocab_size - 1 = 26.*resize_token_embeddings"):
+        model(**ids)
+
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(
+        [tokenizer("a list<|endoftext|>"), tokenizer("of")]
+    )
+    loss = model(**batch).loss
+    assert loss.isfinite()
+    shorter = tokenizer(["a list", "of"], padding=True, return_tensors="pt")
+    rest = model(**shorter).elbo
+    assert model(**ids).elbo[0] < rest[0] - 5  # the end is part of the text
+    torch.testing.assert_close(model(**ids).elbo[1], rest[1], rtol=1e-4, atol=1e-3)

@@ -124,10 +124,9 @@ def with_block(**block):
         ({"model_type": "bert"}, "bert looks ahead"),
         ({"model_type": "modernbert"}, "modernbert looks ahead"),
         ({"model_type": "electra", "embedding_size": 32}, "electra looks ahead"),
-        (
-            {"model_type": "esm", "is_decoder": True, "position_embedding_type": "rotary"},
-            "esm (gives something else|cannot be run) slot by slot",
-        ),
+        ({"model_type": "t5"}, "t5 is a model of several parts"),
+        ({"model_type": "llava"}, "llava is a model of several parts"),
+        ({"model_type": "trocr"}, "trocr makes no decoder"),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
 )
@@ -136,12 +135,68 @@ def test_decoders_that_are_not_causal_are_refused(block, message):
         TarFlowLMModel(with_block(**block, **SIZE))
 
 
+# What the library's caches of these give slot by slot, and with slots taken out again.
+CACHES = {
+    "gemma2": ({"sliding_window": 3}, True, True),
+    "gpt_oss": ({"num_local_experts": 2}, True, True),  # knows no sdpa; each token has both experts
+    "openai-gpt": ({"n_embd": 32, "n_head": 4}, False, False),  # has no cache
+    "mamba": ({"state_size": 4}, True, False),  # states, which forget what cannot be cropped
+    "recurrent_gemma": ({"lru_width": 32, "num_key_value_heads": 1}, False, False),
+}
+
+
+@pytest.mark.parametrize("method", ["sequential", "parallel"])
+@pytest.mark.parametrize("model_type", CACHES)
+def test_every_causal_decoder_is_inverted(model_type, method):
+    """With its cache where that is right, and else from all inputs anew; gaps included."""
+    options, takes_steps, takes_crops = CACHES[model_type]
+    block = {"model_type": model_type, **SIZE, "head_dim": 8, "num_key_value_heads": 2, **options}
+    is_recurrent = model_type in ("mamba", "recurrent_gemma")
+    torch.manual_seed(0)
+    config = with_block(**block)
+    config.conditional = not is_recurrent  # these take no places of their own
+    model = TarFlowLMModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+    decoder = model.flow.layers[0].decoder
+    assert (decoder.takes_steps, decoder.takes_crops) == (takes_steps, takes_crops)
+
+    ids, latents = torch.randint(11, (2, 9)), torch.randn(2, 9, 3)
+    options = {}
+    if not is_recurrent:
+        options = {"observed_ids": ids, "observed_mask": torch.arange(9).expand(2, -1) % 4 == 1}
+
+    with torch.no_grad():
+        noise = model.flow(latents, **options).noise
+        found = model.flow(noise, reverse=True, inverse_method=method, **options).latents
+
+    is_variable = ~options.get("observed_mask", torch.zeros(2, 9, dtype=torch.bool))
+    torch.testing.assert_close(found[is_variable], latents[is_variable], atol=1e-3, rtol=1e-3)
+
+
+def test_a_decoder_without_a_cache_is_said_to_be_slow(monkeypatch):
+    said = []
+    monkeypatch.setattr(causality, "_measured", {})
+    monkeypatch.setattr(causality.logger, "warning_once", said.append)
+    model = TarFlowLMModel(with_block(model_type="openai-gpt", n_embd=32, n_head=4, n_positions=64))
+    assert len(said) == 1 and "openai-gpt has no cache" in said[0] and "llama or qwen3" in said[0]
+    with pytest.raises(ValueError, match="capture_step=True needs a cache"):
+        model.generate(max_new_tokens=4, capture_step=True)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma", "gpt_neox"])
 def test_causal_decoders_are_measured_once(model_type, monkeypatch):
     measured = []
-    check = causality._check
-    monkeypatch.setattr(causality, "_passed", set())
-    monkeypatch.setattr(causality, "_check", lambda decoder: (measured.append(1), check(decoder)))
+    measure = causality._measure
+
+    def count(decoder):
+        measured.append(1)
+        return measure(decoder)
+
+    monkeypatch.setattr(causality, "_measured", {})
+    monkeypatch.setattr(causality, "_measure", count)
     state = torch.get_rng_state()
     config = with_block(model_type=model_type, **SIZE, head_dim=8, num_key_value_heads=4)
     torch.set_rng_state(state)
@@ -154,7 +209,7 @@ def test_causal_decoders_are_measured_once(model_type, monkeypatch):
 
 def test_what_is_loaded_is_measured_too(tmp_path, monkeypatch):
     TarFlowLMModel(with_block(model_type="llama", **SIZE)).save_pretrained(tmp_path)
-    monkeypatch.setattr(causality, "_passed", set())
+    monkeypatch.setattr(causality, "_measured", {})
     monkeypatch.setattr(causality, "_differ", lambda a, b: True)
     with pytest.raises(ValueError, match="llama looks ahead"):
         TarFlowLMModel.from_pretrained(tmp_path)

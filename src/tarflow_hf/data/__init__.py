@@ -27,9 +27,12 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .characters import (
+    END,
+    SYMBOLS,
     CharacterCount,
     checked_ids,
     is_of_characters,
+    is_text8_with_end,
     say_what_is_lost,
     token_ids,
     token_ids_of_all,
@@ -140,12 +143,18 @@ def _docstrings(path: Path) -> list[str]:
     return [docstring for node in nodes if (docstring := ast.get_docstring(node))]
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
+def character_tokenizer(with_end: bool = False) -> PreTrainedTokenizerFast:
     """The tokenizer of text8: 27 symbols, space = 0 and a = 1 to z = 26, and no special tokens.
 
     Its normalizer applies the rules of text8: digits are spelled out, A-Z become lower case, and
     every run of anything else becomes one space. It is a part of the tokenizer, so a saved one
     needs no code but `AutoTokenizer`.
+
+    Args:
+        with_end: Add "<|endoftext|>" = 27 for padding and ends, which the library's batches need.
+            No text has it, not even between two documents, where text8 has a space: a model of such
+            texts has 27 tokens. One that is to know ends has to learn them, after
+            `model.resize_token_embeddings(28)`.
 
     References:
         Mahoney, About the Test Data: http://mattmahoney.net/dc/textdata
@@ -159,7 +168,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     """
     # BPE without merges, not WordLevel: it splits a text into characters by itself, faster than a
     # pre-tokenizer would.
-    vocabulary = {character: index for index, character in enumerate(" abcdefghijklmnopqrstuvwxyz")}
+    vocabulary = {character: index for index, character in enumerate(SYMBOLS)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -170,10 +179,12 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.Fuse()
 
+    special = {"eos_token": END, "pad_token": END} if with_end else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
+        **special,
     )
 
 
@@ -487,7 +498,7 @@ class PackedTokens(Dataset):
 
     Blocks follow each other without gap or overlap; what is left behind the last whole block is
     dropped. Between two documents stands the tokenizer's `eos_token`, or one space where it has
-    none.
+    none, and in that of characters.
 
     Args:
         documents: Strings, read once.
@@ -726,7 +737,7 @@ def _encode(
     def encode(texts: list[str]) -> list[list[int]]:
         return token_ids_of_all(tokenizer, texts)
 
-    eos = tokenizer.eos_token_id
+    eos = None if is_text8_with_end(tokenizer) else tokenizer.eos_token_id
     between = [eos] if eos is not None else encode([" "])[0]
     last = None
 

@@ -15,6 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 SAMPLE_SIZE = 8  # characters that a note shows
 
+SYMBOLS = " abcdefghijklmnopqrstuvwxyz"  # those of text8, in the order of their ids
+END = "<|endoftext|>"  # the token behind them, for padding and ends
+
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns the tokens of a text, without a special token in front or behind.
@@ -26,12 +29,19 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         >>> token_ids(character_tokenizer(), "Ab c")
         [1, 2, 0, 3]
     """
-    return tokenizer(text, **OPTIONS)["input_ids"] if text else []
+    return token_ids_of_all(tokenizer, [text])[0] if text else []
 
 
 def token_ids_of_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Returns `token_ids` of each text, in one call of the tokenizer."""
-    return tokenizer(texts, **OPTIONS)["input_ids"] if texts else []
+    if not texts:
+        return []
+
+    options = OPTIONS
+    if is_text8_with_end(tokenizer):  # no text has its end token, even where one spells its name
+        options = OPTIONS | {"split_special_tokens": True}
+
+    return tokenizer(texts, **options)["input_ids"]
 
 
 OPTIONS = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
@@ -60,15 +70,19 @@ def checked_ids(tokenizer: PreTrainedTokenizerBase, text: str, name: str = "the 
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the smallest vocabulary that has all of a tokenizer's ids: the highest one + 1.
+    """Returns the smallest vocabulary that has all ids of a tokenizer's texts: the highest one + 1.
 
-    It is more than `len(tokenizer)` where ids are left out.
+    It is more than `len(tokenizer)` where ids are left out, and less for `character_tokenizer`,
+    whose token for ends and padding no text has.
 
     Example:
         >>> from tarflow_hf.data import character_tokenizer
         >>> vocabulary_size(character_tokenizer())
         27
     """
+    if is_text8_with_end(tokenizer):
+        return len(SYMBOLS)
+
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
@@ -78,8 +92,14 @@ def token_with_highest_id(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def is_of_characters(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """True if each token is a single character."""
-    return all(len(token) == 1 for token in tokenizer.get_vocab())
+    """True if each token of a text is a single character."""
+    return is_text8_with_end(tokenizer) or all(len(token) == 1 for token in tokenizer.get_vocab())
+
+
+def is_text8_with_end(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True for `character_tokenizer(with_end=True)`, if nobody has added another token."""
+    is_small = len(tokenizer) == len(SYMBOLS) + 1
+    return is_small and set(tokenizer.get_vocab()) == {*SYMBOLS, END}
 
 
 def say_what_is_lost(

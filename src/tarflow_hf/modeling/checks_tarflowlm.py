@@ -61,7 +61,8 @@ def check_ids(
 
     require(
         ((input_ids >= 0) & (input_ids < config.vocab_size)).all(),
-        f"input_ids must be in 0, ..., vocab_size - 1 = {config.vocab_size - 1}.",
+        f"input_ids must be in 0, ..., vocab_size - 1 = {config.vocab_size - 1}. For a tokenizer of more tokens call "
+        "model.resize_token_embeddings(len(tokenizer)), and train these.",
     )
     return input_ids
 

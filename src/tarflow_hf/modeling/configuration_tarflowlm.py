@@ -174,7 +174,7 @@ class TarFlowLMConfig(PreTrainedConfig):
             block_config, hidden_size, num_attention_heads, intermediate_size
         )
         self.hidden_size = self.block_config.hidden_size
-        self.num_attention_heads = self.block_config.num_attention_heads
+        self.num_attention_heads = getattr(self.block_config, "num_attention_heads", None)
         self.intermediate_size = getattr(self.block_config, "intermediate_size", None)
 
         flows = _default_flows() if flows is None else flows
@@ -316,6 +316,15 @@ class TarFlowLMConfig(PreTrainedConfig):
                 f"block_config must be a configuration or a dict, not {type(block_config).__name__}."
             )
 
+        is_decoder = isinstance(getattr(block_config, "hidden_size", None), int)
+        is_decoder = is_decoder and block_config.get_text_config() is block_config
+        if not is_decoder or getattr(block_config, "is_encoder_decoder", False):
+            raise ValueError(
+                f"block_config: {block_config.model_type} is a model of several parts, such as an encoder and a "
+                "decoder. Give its text model, or take a decoder-only architecture, such as llama or qwen3."
+            )
+
+        _limit_experts(block_config)
         for name, value in (
             ("hidden_size", hidden_size),
             ("num_attention_heads", num_attention_heads),
@@ -327,7 +336,8 @@ class TarFlowLMConfig(PreTrainedConfig):
                 )
 
         positions = getattr(block_config, "max_position_embeddings", None)
-        if positions is not None and positions * self.patch_size < self.max_position_embeddings:
+        is_limit = isinstance(positions, int) and positions > 0
+        if is_limit and positions * self.patch_size < self.max_position_embeddings:
             raise ValueError(
                 f"block_config.max_position_embeddings is {positions}, fewer than the "
                 f"{self.max_position_embeddings // self.patch_size} positions of max_position_embeddings / patch_size."
@@ -396,6 +406,16 @@ class TarFlowLMConfig(PreTrainedConfig):
             )
 
         return flow
+
+
+def _limit_experts(block_config: PreTrainedConfig) -> None:
+    """Lets a token have no more experts than there are: a small number meets a default of several."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    counts = [getattr(block_config, name, None) for name in names]
+    counts = [count for count in counts if isinstance(count, int) and count > 0]
+    taken = getattr(block_config, "num_experts_per_tok", None)
+    if counts and isinstance(taken, int):
+        block_config.num_experts_per_tok = min(taken, *counts)
 
 
 def _default_flows() -> list[dict[str, Any]]:

@@ -559,8 +559,12 @@ def _runs_on_triton(implementation: str, *tensors: Tensor, num_components: int =
 
 
 def _runs_on_cpu(implementation: str, u: Tensor) -> bool:
-    """True if a CPU's own form should take the tensor, which is not for kernels."""
-    return implementation == "auto" and u.device.type == "cpu"
+    """True if a CPU's own form should take the tensor, which is not for kernels.
+
+    What those forms do depends on the values, which a graph that is exported does not have.
+    """
+    is_exported = torch.compiler.is_exporting()
+    return implementation == "auto" and u.device.type == "cpu" and not is_exported
 
 
 def _check(**tensors: Tensor) -> None:

@@ -103,7 +103,7 @@ def with_linear_logits(
     """coupling(z, hidden W^T + b, *shared), of which at most `max_logits` logits exist at once.
 
     In the backward pass they exist two or three times over. If all of them fit, this is exactly
-    that expression.
+    that expression; so it is in a graph that is exported, which takes any number of positions.
 
     Args:
         coupling: An op on n positions, with gradients.
@@ -113,6 +113,6 @@ def with_linear_logits(
         shared: Further arguments of the coupling, the same for all positions.
     """
     size = max(1, max_logits // len(weight))
-    if len(z) <= size:
+    if torch.compiler.is_exporting() or len(z) <= size:
         return coupling(z, F.linear(hidden, weight, bias), *shared)
     return _in_chunks(coupling, size, z, hidden, weight, bias, *shared)

@@ -339,10 +339,15 @@ _KEPT_ELEMENTS = 2**10
 def chunks(num_rows: int, size: int) -> Iterator[slice]:
     """Slices of `size` rows, at least of one; the last may be shorter.
 
+    In a graph that is exported it is one slice of all rows: a loop would fix their number.
+
     Example:
         >>> list(chunks(5, 2))
         [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
     """
+    if torch.compiler.is_exporting():
+        return iter([slice(None)])
+
     size = max(1, size)
     return (slice(start, start + size) for start in range(0, num_rows, size))
 
@@ -420,7 +425,7 @@ def rosenblatt_backward(
     loc = mean.T.contiguous()
     inverse_scale = torch.exp(-log_scale)
 
-    for index, rows in enumerate(chunks(len(z), _CHUNK_ELEMENTS // mean.numel())):
+    for index, rows in enumerate(chunks(z.shape[0], _CHUNK_ELEMENTS // mean.numel())):
         if kept:
             at = kept[index]
         else:
@@ -461,7 +466,7 @@ def rosenblatt_inverse_backward(
     loc = mean.T.contiguous()
     inverse_scale = torch.exp(-log_scale)
 
-    for rows in chunks(len(z), _CHUNK_ELEMENTS // mean.numel()):
+    for rows in chunks(z.shape[0], _CHUNK_ELEMENTS // mean.numel()):
         log_weights = _log_weights(z[rows], logits[rows], loc, log_scale)
         transformed = _transform(z[rows], log_weights[:, :-1], loc, log_scale)
         at = _differentiate(transformed, log_weights[:, :-1])
@@ -488,12 +493,12 @@ class _MixtureRosenblatt(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, logits, mean, log_scale):
         u = torch.empty_like(z)
-        log_det = z.new_empty(len(z))
+        log_det = z.new_empty(z.shape[0])
         loc = mean.T.contiguous()
         keeps = any(ctx.needs_input_grad) and mean.numel() <= _KEPT_ELEMENTS
         kept = []
 
-        for rows in chunks(len(z), _CHUNK_ELEMENTS // mean.numel()):
+        for rows in chunks(z.shape[0], _CHUNK_ELEMENTS // mean.numel()):
             log_weights = _log_weights(z[rows], logits[rows], loc, log_scale)
             at = _transform(z[rows], log_weights[:, :-1], loc, log_scale)
             u[rows] = at.u
@@ -522,7 +527,7 @@ class MixtureRosenblattInverse(torch.autograd.Function):
     def forward(ctx, u, logits, mean, log_scale):
         """Inverts; keeps z for the backward pass."""
         z = torch.empty_like(u)
-        for rows in chunks(len(u), _CHUNK_ELEMENTS // len(mean)):
+        for rows in chunks(u.shape[0], _CHUNK_ELEMENTS // len(mean)):
             log_joint = logits[rows].double()
             for i in range(mean.shape[1]):
                 log_weight = _normalized(log_joint, u.dtype)
@@ -554,9 +559,9 @@ class _MixtureRosenblattLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, logits, mean, log_scale):
         ctx.save_for_backward(z, logits, mean, log_scale)
-        log_prob = z.new_empty(len(z))
+        log_prob = z.new_empty(z.shape[0])
 
-        for rows in chunks(len(z), _CHUNK_ELEMENTS // len(mean)):
+        for rows in chunks(z.shape[0], _CHUNK_ELEMENTS // len(mean)):
             joint = _log_joint(z[rows], logits[rows], mean, log_scale)
             log_prob[rows] = torch.logsumexp(joint, -1) - torch.logsumexp(logits[rows], -1)
 
@@ -575,7 +580,7 @@ class _MixtureRosenblattLogProb(torch.autograd.Function):
         )
         inverse_scale = torch.exp(-log_scale)
 
-        for rows in chunks(len(z), _CHUNK_ELEMENTS // len(mean)):
+        for rows in chunks(z.shape[0], _CHUNK_ELEMENTS // len(mean)):
             joint = _log_joint(z[rows], logits[rows], mean, log_scale)
             grad_log_prob = grad[rows].unsqueeze(-1)
             weight = grad_log_prob * torch.softmax(joint, -1)

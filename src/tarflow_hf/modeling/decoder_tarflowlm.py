@@ -3,6 +3,7 @@
 Shapes: B batch, N positions of P tokens and size D = P d, n some of the slots, w hidden size.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -31,16 +32,32 @@ def make_decoder(config: PreTrainedConfig, num_hidden_layers: int) -> PreTrained
 
     The library builds none without a table: it gets the smallest one, of token 0 only, and loses
     that. A decoder that does not know the default attention, "sdpa", has "eager".
-    """
-    one_token = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
-    decoder_config = config.decoder_config(num_hidden_layers, **one_token)
-    implementation = config._attn_implementation
-    if implementation == "sdpa" and not _knows_sdpa(decoder_config):
-        implementation = "eager"
 
-    decoder_config._attn_implementation = implementation
-    decoder = AutoModel.from_config(decoder_config)
-    decoder.set_input_embeddings(None)
+    Raises:
+        ValueError: If the library makes no such decoder of the block config.
+    """
+    has_padding = isinstance(getattr(config.block_config, "pad_token_id", None), int)
+    one_token: dict[str, Any] = {"vocab_size": 1, "bos_token_id": 0, "eos_token_id": 0}
+    one_token["pad_token_id"] = 0 if has_padding else None
+    try:
+        decoder_config = config.decoder_config(num_hidden_layers, **one_token)
+        implementation = config._attn_implementation
+        if implementation == "sdpa" and not _knows_sdpa(decoder_config):
+            implementation = "eager"
+
+        decoder_config._attn_implementation = implementation
+        decoder = AutoModel.from_config(decoder_config)
+        decoder.set_input_embeddings(None)
+
+        # State space models have a name of their own.
+        parameters = inspect.signature(decoder.forward).parameters
+        is_named = "cache_params" in parameters
+        decoder.cache_argument = "cache_params" if is_named else CACHE_ARGUMENT
+    except Exception as error:  # each architecture has its own
+        raise ValueError(
+            f"block_config: {config.block_config.model_type} makes no decoder: {error}. Its sizes may contradict; "
+            "else take another architecture, such as llama or qwen3."
+        ) from error
 
     return decoder
 
@@ -50,10 +67,36 @@ def _knows_sdpa(config: PreTrainedConfig) -> bool:
     return getattr(model_class, "_supports_sdpa", True)
 
 
+class InputCache:
+    """The inputs of all slots so far, for a decoder whose own cache cannot be used.
+
+    The decoder reads all of them again at every step: slow, but right for every causal decoder.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: Tensor | None = None  # (B, slots, w)
+        self.position_ids: Tensor | None = None  # (B, slots)
+
+    def add(self, inputs: Tensor, position_ids: Tensor | None) -> None:
+        """Takes the inputs (B, n, w) of the next slots, and their places (B, n) if given."""
+        if self.inputs is not None:
+            inputs = torch.cat([self.inputs, inputs], 1)
+        if position_ids is not None and self.position_ids is not None:
+            position_ids = torch.cat([self.position_ids, position_ids], 1)
+
+        self.inputs, self.position_ids = inputs, position_ids
+
+    def crop(self, num_slots: int) -> None:
+        """Forgets the last slots; their number is given as a negative one, as to the library's."""
+        self.inputs = self.inputs[:, :num_slots]
+        if self.position_ids is not None:
+            self.position_ids = self.position_ids[:, :num_slots]
+
+
 def run_decoder(
     decoder: PreTrainedModel,
     inputs: Tensor,
-    cache: Cache | None = None,
+    cache: Cache | InputCache | None = None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
     """The decoder's output (B, n, w) of inputs (B, n, w), behind the slots that the cache holds.
@@ -61,15 +104,20 @@ def run_decoder(
     Args:
         decoder: The decoder of a flow.
         inputs: The slots' inputs.
-        cache: Keys and values of the slots before; these here are added.
+        cache: That of the slots before; these here are added.
         position_ids: The place (B, n) of each slot, if that is not its number.
 
     Raises:
         ValueError: If flash attention is asked for place numbers in a batch of one.
     """
+    if isinstance(cache, InputCache):
+        cache.add(inputs, position_ids)
+        output = run_decoder(decoder, cache.inputs, None, cache.position_ids)
+        return output[:, -inputs.shape[1] :]
+
     options = {}
     if cache is not None:
-        options[CACHE_ARGUMENT] = cache
+        options[decoder.cache_argument] = cache
 
     if position_ids is not None:
         implementation = decoder.config._attn_implementation
@@ -149,11 +197,18 @@ class FlowDecoder(nn.Module):
         """
         last = h.shape[1] if last is None else last
         start = self.start_vector()
-        inputs = [start.expand(len(h), 1, -1)] if first == 0 else []
-        if last > max(first, 1):
-            inputs.append(self._embed(h[:, max(first - 1, 0) : last - 1], codebook))
+        if torch.compiler.is_exporting():
+            # A slice of N - 1 positions would fix that N is above 2.
+            slots = torch.arange(last, device=h.device).unsqueeze(-1)  # (N, 1)
+            before = self._embed(h, codebook).index_select(1, (slots - 1).clamp(min=0).squeeze(-1))
+            inputs = torch.where(slots == 0, start, before)
+        else:
+            parts = [start.expand(h.shape[0], 1, -1)] if first == 0 else []
+            if last > max(first, 1):
+                parts.append(self._embed(h[:, max(first - 1, 0) : last - 1], codebook))
 
-        inputs = torch.cat(inputs, 1)
+            inputs = torch.cat(parts, 1)
+
         if observed is not None:
             slots = torch.arange(first, last, device=h.device).unsqueeze(-1)  # (n, 1)
             inputs = torch.where(slots == observed.count, start, inputs)

@@ -27,11 +27,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from .codebook import Gaussians
 from .coupling_head import LogitsProcessor
+from .decoder_tarflowlm import InputCache
 from .slots_tarflowlm import Channels, Known, Observed, to_tokens
 
 INVERSE_METHODS = ("auto", "sequential", "parallel")
@@ -303,7 +304,7 @@ def invert_sequentially(
     first = num_known_to_all(known)
 
     # Not a static cache, which attends over all N slots at every step.
-    cache = make_cache(flow.decoder.config, num_positions)
+    cache = make_cache(flow.decoder, num_positions)
 
     # States are a list: gradients pass through it.
     states = [] if first == 0 else [known.states[:, :first]]
@@ -355,6 +356,11 @@ def invert_by_captured_step(
     if observed is not None:
         raise ValueError(
             "capture_step=True cannot go on from observed tokens: use capture_step=False."
+        )
+    if not takes_steps(flow.decoder):
+        raise ValueError(
+            f"capture_step=True needs a cache of keys and values, which {flow.decoder.config.model_type} does not "
+            "have: use capture_step=False."
         )
 
     num_positions = u.shape[1]
@@ -440,9 +446,7 @@ def invert_in_parallel(
     if known is not None:
         h = torch.where(known.mask.unsqueeze(-1), known.states, h)
 
-    # Without its configuration the cache keeps every slot, also of a decoder with a sliding window:
-    # it can be cropped.
-    cache = DynamicCache()
+    cache = make_cache(flow.decoder)
     first, num_final, residuals = 0, [], [u.new_zeros(())]
 
     while first < num_positions:
@@ -505,7 +509,7 @@ def num_known_to_all(known: Known | None) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# The cache of the sequential form
+# Caches
 # --------------------------------------------------------------------------------------------------
 
 
@@ -539,12 +543,32 @@ class LayerWithRoom(DynamicLayer):
         return self.keys, self.values
 
 
-def make_cache(config: PreTrainedConfig, num_slots: int) -> DynamicCache:
-    """A cache for the sequential form, with room for all slots where no gradients are wanted."""
-    cache = DynamicCache(config=config)
+def make_cache(decoder: PreTrainedModel, num_slots: int | None = None) -> Cache | InputCache:
+    """A cache for a decoder, as far as it can be used there (`check_decoders` has measured it).
+
+    Args:
+        decoder: A flow's.
+        num_slots: The number of slots of the sequential form, for which there is room at once where
+            no gradients are wanted. Without it the cache is one that can be cropped.
+    """
+    if num_slots is None:
+        # Without its configuration the cache keeps every slot, also of a decoder with a sliding
+        # window: it can be cropped.
+        is_usable = getattr(decoder, "takes_crops", not decoder._is_stateful)
+        return DynamicCache() if is_usable else InputCache()
+
+    if not takes_steps(decoder):
+        return InputCache()
+
+    cache = DynamicCache(config=decoder.config)
     if not torch.is_grad_enabled():  # gradients do not pass through what is written in place
         cache.layers = [
             LayerWithRoom(num_slots) if type(x) is DynamicLayer else x for x in cache.layers
         ]
 
     return cache
+
+
+def takes_steps(decoder: PreTrainedModel) -> bool:
+    """True if a decoder can be run slot by slot with a cache of the library."""
+    return getattr(decoder, "takes_steps", not decoder._is_stateful)

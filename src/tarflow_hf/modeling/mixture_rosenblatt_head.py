@@ -219,7 +219,7 @@ class PatchDecoder(nn.Module):
                 tokens.unsqueeze(-2), self.embedding, self.posterior_top_k
             )
 
-        start = self.start.expand(len(context), 1, -1)
+        start = self.start.expand(context.shape[0], 1, -1)
         inputs = torch.cat([start, tokens.to(start.dtype)], 1)
         contexts = self.context_projection(context).unflatten(-1, (-1, context.shape[-1]))
         return run_decoder(self.decoder, contexts[:, : inputs.shape[1]] + inputs)

@@ -52,7 +52,7 @@ def make_layout(h: Tensor, patch_size: int, attention_mask: Tensor | None = None
     if attention_mask is None:
         return Layout()
 
-    check_mask(attention_mask, (len(h), h.shape[1] * patch_size))
+    check_mask(attention_mask, (h.shape[0], h.shape[1] * patch_size))
     mask = attention_mask != 0
     lengths = mask.sum(-1)
     is_right_padded = mask == (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])
@@ -86,7 +86,7 @@ def add_observed(
         ValueError: If the shapes differ, the mask is no mask, covers parts of patches or a whole
             sequence, or if an observed id is outside the vocabulary.
     """
-    shape = (len(h), h.shape[1] * patch_size)
+    shape = (h.shape[0], h.shape[1] * patch_size)
     if ids is None or ids.shape != shape or mask.shape != shape:
         shapes = f"{None if ids is None else tuple(ids.shape)}, {tuple(mask.shape)}"
         raise ValueError(
@@ -197,8 +197,8 @@ def make_order(channels: Channels, is_reversed: bool, layout: Layout, h: Tensor)
         return Order(channels, is_reversed)
 
     num_positions = h.shape[1]
-    n = torch.arange(num_positions, device=h.device).expand(len(h), -1)
-    ends = torch.full((len(h), 1), num_positions, device=h.device)
+    n = torch.arange(num_positions, device=h.device).expand(h.shape[0], -1)
+    ends = torch.full((h.shape[0], 1), num_positions, device=h.device)
     if layout.lengths is not None:
         ends = layout.lengths.unsqueeze(-1)
 
