@@ -1,6 +1,7 @@
 """`forward` as its callers use it: trainers, collators, wrappers, evaluation loops."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_pt_utils import LabelSmoother
 
 from helpers.models import STACKS, flow, make
 from tarflow_hf.data import character_tokenizer
@@ -306,3 +308,102 @@ def test_collators_that_pad_with_the_end_token(tmp_path):
     batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(rows)
     assert (batch["labels"][batch["attention_mask"] == 1] == -100).sum() == 2
     assert model(**{k: v for k, v in batch.items() if k != "token_type_ids"}).loss.isfinite()
+
+
+# ------------------------------------------------------------------- options of the library's Trainer
+
+
+def rows_of(count):
+    return [{"input_ids": row, "labels": row} for row in ids_of(count, 8)]
+
+
+def train_once(model, folder, **options):
+    arguments = TrainingArguments(
+        folder, max_steps=1, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+        per_device_train_batch_size=4, logging_steps=1, learning_rate=1e-3, **options,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows_of(4), eval_dataset=rows_of(4))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("stack", ["affine", "mix-d", "mix-d, mix-1, mix-1"])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_smoothed_labels(stack, is_padded):
+    """Without smoothing the loss is the model's own; with it, each token's share is pulled from 1."""
+    model, ids = make(STACKS[stack]), ids_of(3, 8)
+    mask = torch.ones_like(ids)
+    if is_padded:
+        mask[0, 5:] = 0
+
+    labels = ids.masked_fill(mask == 0, -100)
+    noise = torch.zeros(3, 8, 2, dtype=torch.float64)
+    options = {"attention_mask": mask, "latent_noise": noise}
+    expected = model(ids, labels=labels, **options)
+    loss = expected.loss.detach()
+    num_items = (labels != -100).sum()
+    output = model(ids, num_items_in_batch=num_items, **options)
+    plain = LabelSmoother(epsilon=0.0)(output, labels, num_items_in_batch=num_items)
+    torch.testing.assert_close(plain, loss, rtol=1e-9, atol=0)
+
+    share = (expected.elbo / mask.sum(-1)).exp()
+    other = torch.log((1 - share) / 4)  # of each of the four other tokens
+    mean = (share.log() + 4 * other) / 5
+    smooth = -(mean * mask.sum(-1)).sum() / num_items
+    found = LabelSmoother(epsilon=0.1)(output, labels, num_items_in_batch=num_items)
+    # The library smooths in float32.
+    torch.testing.assert_close(found, 0.9 * loss + 0.1 * smooth, rtol=1e-6, atol=0)
+    found.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_logits_of_the_next_token_stay_what_they_are():
+    model, ids = make(STACKS["mix-d"]), ids_of(3, 8)
+    expected = model(ids)
+    output = model(ids, num_items_in_batch=24)
+    assert torch.equal(output.logits, expected.logits)
+    assert torch.equal(expected["logits"], expected.logits)
+
+
+def test_noise_on_embeddings_changes_what_is_read_in_training_only(tmp_path):
+    model, ids = make(STACKS["mix-d, mix-1, mix-1"]).float(), ids_of(4, 8)
+    noise = torch.zeros(4, 8, 2)
+    seen = []
+    decoder = model.flow.layers[0].decoder
+    decoder.register_forward_hook(
+        lambda module, args, kwargs, out: seen.append(kwargs["inputs_embeds"].detach().clone()),
+        with_kwargs=True,
+    )
+    train_once(copy.deepcopy(model), tmp_path / "plain")
+    train_once(copy.deepcopy(model), tmp_path / "noisy", neftune_noise_alpha=5.0)
+    largest = 5.0 / math.sqrt(8 * model.config.hidden_size)
+    difference = (seen[1] - seen[0]).abs()
+    assert 0.5 * largest < difference.max() <= largest * 1.001
+
+    trainer = train_once(model, tmp_path / "again", neftune_noise_alpha=5.0)
+    assert not hasattr(model.get_input_embeddings(), "neftune_noise_alpha")
+    losses = [trainer.evaluate()["eval_loss"] for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert torch.equal(model(ids, latent_noise=noise).elbo, model(ids, latent_noise=noise).elbo)
+    assert model.get_input_embeddings().weight is model.codebook.mean
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+        {"include_num_input_tokens_seen": "all"},
+        {"train_sampling_strategy": "group_by_length"},
+        {"eval_strategy": "steps", "eval_steps": 1, "include_for_metrics": ["inputs", "loss"]},
+        {"gradient_checkpointing": True, "max_grad_norm": 0.5, "optim": "adafactor"},
+        {"bf16": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_a_trainer(options, tmp_path):
+    model = make(STACKS["mix-d, mix-1, mix-1"]).float()
+    before = copy.deepcopy(model.state_dict())
+    trainer = train_once(model, tmp_path, **options)
+    assert any(not torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert all(x.isfinite().all() for x in model.state_dict().values())
+    assert trainer.evaluate()["eval_loss"] > 0

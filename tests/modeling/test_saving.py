@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
     DataCollatorForLanguageModeling,
     Trainer,
     TrainingArguments,

@@ -25,7 +25,8 @@ from tarflow_hf.training import save_model
 pytest.importorskip("matplotlib")
 
 VOID = {"meta", "br"}
-HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\u202e\x00"
+NOT_PRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+HOSTILE = "</p><script>alert(1)</script><img src=x onerror=alert(1)>&amp;\u202e\x00\x1b[31m\u2067"
 
 TEXT = (
     "the quick brown fox jumps over the lazy dog and then it sleeps in the warm light of the sun "
@@ -263,12 +264,14 @@ def test_hostile_text_stays_text(folder):
     section = samples_section(
         evaluation, [Sample([1], HOSTILE)], f"python x --text {shlex.quote(HOSTILE)}"
     )
-    page = check(report_page(HOSTILE, HOSTILE, [section]).replace("\x00", ""))
+    whole = report_page(HOSTILE, HOSTILE, [section, Section("hostile", HOSTILE, HOSTILE)])
+    assert not NOT_PRINTABLE.search(whole)
+    page = check(whole)
     for tag in ("title", "h1", "caption", "code"):
         assert "<script>alert(1)</script><img" in page.texts(tag)[0]
 
     shown = [text for _, attributes, text in page.of("p") if attributes.get("class") == "sample"]
-    assert shown == [re.sub("[\u202e\x00]", "\N{REPLACEMENT CHARACTER}", HOSTILE)]
+    assert shown == [NOT_PRINTABLE.sub("\N{REPLACEMENT CHARACTER}", HOSTILE)]
     with pytest.raises(ValueError, match="the same name"):
         report_page("a", "b", [section, Section("samples", "c", "")])
 

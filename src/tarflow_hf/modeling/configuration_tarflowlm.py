@@ -194,6 +194,25 @@ class TarFlowLMConfig(PreTrainedConfig):
         })  # fmt: skip
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """The configuration of saved fields, as in the library.
+
+        Raises:
+            ValueError: If they are no fields, or those of another architecture.
+        """
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"A configuration is an object of fields, not {config_dict!r:.80}.")
+
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"The configuration is that of a {model_type!r:.80}, not of a {cls.model_type}. Load it by "
+                "AutoModelForCausalLM; from_causal_lm makes a flow of a causal language model."
+            )
+
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def num_hidden_layers(self) -> int:
         """Decoder layers of the whole stack. `patch_head_layers` do not count."""
@@ -316,14 +335,7 @@ class TarFlowLMConfig(PreTrainedConfig):
                 f"block_config must be a configuration or a dict, not {type(block_config).__name__}."
             )
 
-        is_decoder = isinstance(getattr(block_config, "hidden_size", None), int)
-        is_decoder = is_decoder and block_config.get_text_config() is block_config
-        if not is_decoder or getattr(block_config, "is_encoder_decoder", False):
-            raise ValueError(
-                f"block_config: {block_config.model_type} is a model of several parts, such as an encoder and a "
-                "decoder. Give its text model, or take a decoder-only architecture, such as llama or qwen3."
-            )
-
+        _check_decoder(block_config)
         _limit_experts(block_config)
         for name, value in (
             ("hidden_size", hidden_size),
@@ -406,6 +418,17 @@ class TarFlowLMConfig(PreTrainedConfig):
             )
 
         return flow
+
+
+def _check_decoder(block_config: PreTrainedConfig) -> None:
+    """Raises a ValueError unless it describes one stack of layers of one width."""
+    has_width = isinstance(getattr(block_config, "hidden_size", None), int)
+    is_whole = block_config.get_text_config() is block_config
+    if not has_width or not is_whole or getattr(block_config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"block_config: {block_config.model_type} is a model of several parts, such as an encoder and a decoder. "
+            "Give its text model, or take a decoder-only architecture, such as llama or qwen3."
+        )
 
 
 def _limit_experts(block_config: PreTrainedConfig) -> None:

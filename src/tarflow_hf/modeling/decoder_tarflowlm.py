@@ -138,6 +138,30 @@ def run_decoder(
     return output.last_hidden_state
 
 
+class InputEmbedding(nn.Module):
+    """The inputs (B, n, w) of a flow's decoder on their way to it.
+
+    What the library hooks onto a model's token embeddings acts here: NEFTune's noise falls on what
+    is read, and not on the latents that are scored.
+
+    References:
+        Jain et al., *NEFTune: Noisy Embeddings Improve Instruction Finetuning*, ICLR 2024,
+        arXiv:2310.05914.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codebook: list[nn.Module] = []  # in a list, and so no part of this module
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The codebook's means, (V, d), by the name of a token table's weight."""
+        return self.codebook[0].weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+
 class FlowDecoder(nn.Module):
     """The part of a flow that reads positions: position n is predicted from those before it.
 
@@ -167,6 +191,7 @@ class FlowDecoder(nn.Module):
             size = config.patch_size * config.latent_size
             self.input_projection = nn.Linear(size, config.hidden_size)
 
+        self.input_embedding = InputEmbedding()
         self.start = None
         if self.embedding is None or self.start_token_id is None:
             self.start = nn.Parameter(torch.empty(config.hidden_size))
@@ -209,6 +234,7 @@ class FlowDecoder(nn.Module):
 
             inputs = torch.cat(parts, 1)
 
+        inputs = self.input_embedding(inputs)
         if observed is not None:
             slots = torch.arange(first, last, device=h.device).unsqueeze(-1)  # (n, 1)
             inputs = torch.where(slots == observed.count, start, inputs)

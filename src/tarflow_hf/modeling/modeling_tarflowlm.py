@@ -500,6 +500,8 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             self._evaluation.has_begun = True
         if observed_mask is None and not torch.compiler.is_compiling():
             output._make_logits = self._logits_maker(latents, codebook, num_flows)
+        if labels is None and num_items_in_batch is not None:  # `Trainer` has taken them away
+            output.keep_label_logits(input_ids, is_scored, self.config.vocab_size)
 
         return output.to_tuple() if return_dict is False else output
 

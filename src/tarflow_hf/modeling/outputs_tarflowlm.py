@@ -1,11 +1,17 @@
 """The outputs of the model and its flows, and the tokens that they count."""
 
+import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .inversion_tarflowlm import InverseReport
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -49,8 +55,46 @@ class TarFlowLMOutput(ModelOutput):
 
         return make_logits()
 
+    def keep_label_logits(self, *arguments: Any) -> None:
+        """Makes `label_logits` of the bound and the other arguments, if `["logits"]` is read."""
+        self._make_label_logits = partial(label_logits, self.elbo, *arguments)
+
     def __getitem__(self, key):
-        return self.logits if key == "logits" else super().__getitem__(key)
+        if key != "logits":
+            return super().__getitem__(key)
+
+        make_logits = vars(self).get("_make_label_logits")
+        return self.logits if make_logits is None else make_logits()
+
+
+def label_logits(
+    elbo: Tensor, input_ids: Tensor, is_scored: Tensor | None, vocab_size: int
+) -> Tensor:
+    """Log-probabilities (B, T, V) at each token, for the loss that `Trainer` computes from labels.
+
+    With `label_smoothing_factor` it takes the labels away from the model and smooths `logits`. The
+    bound says what a whole sequence is worth: each of its n scored tokens gets its geometric mean,
+    p = exp(elbo / n), and the other tokens share 1 - p evenly. So the loss without smoothing is the
+    model's own, and smoothing pulls p away from 1.
+
+    Args:
+        elbo: The bound (B,) in nats.
+        input_ids: The tokens (B, T).
+        is_scored: The tokens that it counts, (B, T); None if all.
+        vocab_size: V.
+    """
+    logger.warning_once(
+        'outputs["logits"] are made of the bound, for label_smoothing_factor: each token has the same share of it. '
+        "For a loss of your own read outputs.elbo, or outputs.logits where the model has any."
+    )
+    num_tokens = input_ids.shape[1] if is_scored is None else is_scored.sum(-1)
+    log_prob = (elbo / num_tokens).clamp(max=-1e-6)
+    log_rest = torch.log(-torch.expm1(log_prob)) - math.log(max(1, vocab_size - 1))
+
+    shape = *input_ids.shape, 1
+    log_prob, log_rest = (x[:, None, None].expand(shape) for x in (log_prob, log_rest))
+    logits = log_rest.expand(*input_ids.shape, vocab_size)
+    return logits.scatter(-1, input_ids.unsqueeze(-1), log_prob)
 
 
 def scored_tokens(attention_mask: Tensor | None, observed_mask: Tensor | None) -> Tensor | None:

@@ -1,6 +1,6 @@
 """The model's side of the library: its parts, their initialisation, and how it loads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,16 @@ from transformers import initialization as init
 from .causality import check_decoders
 from .codebook import Codebook, Gaussians
 from .configuration_tarflowlm import TarFlowLMConfig
+from .decoder_tarflowlm import InputEmbedding
 from .evaluation_noise import Evaluation
 from .vocabulary_tarflowlm import add_tokens
+
+
+def _first(names: Iterable, count: int = 8) -> str:
+    """The first of some names, and how many more there are."""
+    names = sorted(map(str, names))
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return f"{names[:count]}{more}"
 
 
 class TarFlowLMPreTrainedModel(PreTrainedModel):
@@ -48,11 +56,19 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
         With `output_loading_info` the caller gets the library's report, and judges.
 
         Raises:
-            ValueError: If weights are missing, left over, or of another shape; they are named.
+            ValueError: If weights are missing, left over, or of another shape (they are named), if
+                the configuration is that of another architecture, or a JSON file is no such thing.
         """
-        model, info = super().from_pretrained(
-            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except RecursionError:
+            raise ValueError(
+                f"A JSON file of the checkpoint {args[0] if args else ''} is nested too deeply: it is damaged, or no "
+                "checkpoint of a model."
+            ) from None
+
         model.check_decoders()
         if output_loading_info:
             return model, info
@@ -61,7 +77,7 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
         if not ignore_mismatched_sizes:
             kinds.append("mismatched_keys")
 
-        faults = [f"{kind} {sorted(map(str, info[kind]))}" for kind in kinds if info[kind]]
+        faults = [f"{kind} {_first(info[kind])}" for kind in kinds if info[kind]]
         if faults:
             raise ValueError(
                 f"The checkpoint {args[0] if args else ''} does not fit the model: {'; '.join(faults)}."
@@ -120,9 +136,11 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
 
         return make_logits
 
-    def get_input_embeddings(self) -> Codebook:
-        """The codebook, whose `weight` (V, d) are the means of the tokens' latents."""
-        return self.codebook
+    def get_input_embeddings(self) -> InputEmbedding:
+        """The way into the first decoder; its `weight` (V, d) are the means of the tokens' latents."""
+        embedding = self.flow.layers[0].input_embedding
+        embedding.codebook = [self.codebook]
+        return embedding
 
     def enable_input_require_grads(self) -> None:
         """Has no work to do: gradients reach the flows through their own inputs."""

@@ -58,18 +58,26 @@ def split_options(command: str) -> list[str]:
     return re.split(r"(?<= )(--\w+)", command)
 
 
+def _shown(value: object) -> object:
+    """A template's value as it is shown: all text that is no `Markup` is printable."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("tarflow_hf.report"),
     autoescape=True,
+    finalize=_shown,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
 )
-ENVIRONMENT.filters.update(printable=printable, split_options=split_options)
+ENVIRONMENT.filters.update(split_options=split_options)
 
 
 def render(template: str, **values: object) -> Markup:
-    """Renders a template of `templates/`. Values are escaped unless they are `Markup`.
+    """Renders a template of `templates/`.
+
+    Values are made printable and escaped, unless they are `Markup`.
 
     Raises:
         UndefinedError: If the template reads a value that is not given.
