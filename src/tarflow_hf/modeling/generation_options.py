@@ -147,7 +147,8 @@ class GenerationOptions:
 
         if unknown:
             raise ValueError(
-                f"generate has no options {unknown}; its options are {', '.join(names)}."
+                f"generate has no options {unknown}; its options are noise, infill_mask, generator, streamer, "
+                f"{', '.join(names)}."
             )
 
         values = {}
