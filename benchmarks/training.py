@@ -56,6 +56,9 @@ def parse_arguments() -> argparse.Namespace:
         "--stage", type=int, help="stage of progressive training: flows before it are frozen"
     )
     parser.add_argument("--vocab_size", type=int, default=27, help="where the recipe names none")
+    parser.add_argument(
+        "--log_scale", type=float, help="of the codebook: -3 is separated, as a trained one"
+    )
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument(
         "--num_tokens", type=int, help="of a sequence; default: the longest of the model"
@@ -141,6 +144,9 @@ def make_models(
     fields = json.loads((RECIPES / f"{arguments.recipe}.json").read_text(encoding="utf-8"))[
         "config"
     ]
+    if arguments.log_scale is not None:
+        fields["initial_log_scale"] = arguments.log_scale
+
     config = TarFlowLMConfig(**{"vocab_size": arguments.vocab_size, **fields})
 
     num_flows = arguments.stage or arguments.num_flows

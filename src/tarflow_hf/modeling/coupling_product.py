@@ -42,7 +42,7 @@ MIN_NEAR = 8  # blocks of them at least
 MIN_CODEBOOK = 2**11
 BLOCK = 32
 MIN_BLOCKED = 2**10  # components from which on blocks are looked at
-CHUNK_ELEMENTS = 2**18  # n V at once, but at least 8 rows
+CHUNK_ELEMENTS = 2**18  # n V at once, but at least 32 rows
 # Terms n V that are kept for the backward pass, 16 MiB in float32; more are made again there. Those
 # of candidates are always kept.
 MAX_KEPT = 2**22
@@ -106,7 +106,7 @@ def product_of(z: Tensor, mean: Tensor, log_scale: Tensor) -> Product | None:
 
 
 def _row_chunks(num_rows: int, num_components: int):
-    return chunks(num_rows, max(8, CHUNK_ELEMENTS // num_components))
+    return chunks(num_rows, max(32, CHUNK_ELEMENTS // num_components))
 
 
 def _candidates(joint: Tensor, margin: float) -> Tensor | None:
@@ -276,14 +276,19 @@ class _LogTotal(torch.autograd.Function):
         grad_z = torch.empty_like(z)
         grad_logits = torch.empty_like(logits) if needs_logits else None
         sums = _Sums(torch.zeros_like(mean).double(), torch.zeros_like(log_scale).double())
+        moments = None
 
         for rows, candidates, terms in zip(ctx.rows, ctx.candidates, ctx.terms, strict=True):
             if terms is None:
                 terms, _ = _shifted_exp(_joint(ctx.product, z[rows], logits, rows), z.dtype)
 
             weight = terms * (grad[rows].unsqueeze(-1) / terms.sum(-1, keepdim=True))
-            add = _add_all if candidates is None else _add_candidates
-            grad_z[rows] = add(sums, weight, candidates, z[rows], mean, log_scale)
+            if candidates is None:
+                moments = moments or _Moments.of(mean, log_scale)
+                grad_z[rows] = moments.add(weight, z[rows])
+            else:
+                components = mean, log_scale
+                grad_z[rows] = _add_candidates(sums, weight, candidates, z[rows], *components)
 
             if needs_logits:
                 prior = torch.softmax(logits[rows], -1).mul_(-grad[rows].unsqueeze(-1))
@@ -293,6 +298,9 @@ class _LogTotal(torch.autograd.Function):
                     inside = candidates < len(mean)
                     places = candidates.clamp(max=len(mean) - 1)
                     grad_logits[rows] = prior.scatter_add_(1, places, weight * inside)
+
+        if moments is not None:
+            moments.add_to(sums)
 
         return None, grad_z, grad_logits, sums.mean.to(mean.dtype), sums.log_scale.to(mean.dtype)
 
@@ -331,34 +339,53 @@ def _joint(product: Product, z: Tensor, logits: Tensor | None, rows: slice) -> T
     return joint
 
 
-def _add_all(sums: _Sums, weight: Tensor, _, z: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Adds the gradients of sum_nk weight_nk log N_k(z_n), by matrix products; returns that of z.
+class _Moments(NamedTuple):
+    """The gradients of sum_nk weight_nk log N_k(z_n) by matrix products, from all components.
 
-    weight (n, V') is held constant.
+    Those of the components follow from sums over the rows, so that a chunk of rows costs no work of
+    the codebook's size but its products. The weights are held constant.
     """
-    latent_size = mean.shape[1]
-    center = mean.double().mean(0)
-    z, mean = z.double() - center, mean.double() - center
-    weight = weight[:, : len(mean)].double()
-    inverse = torch.exp(-2 * log_scale.double()).unsqueeze(-1)
 
-    by_row = weight @ torch.cat([mean * inverse, inverse], 1)
-    square = z.square().sum(-1, keepdim=True)
-    by_component = weight.T @ torch.cat([z, square, torch.ones_like(square)], 1)
-    first, second, count = by_component.split([latent_size, 1, 1], 1)
+    mean: Tensor  # (V, d)  float64, from the center
+    factor: Tensor  # (V, d + 1)  [mu_k, 1] / sigma_k^2
+    center: Tensor  # (d,)
+    sums: Tensor  # (V, d + 2)  sum_n weight_nk [z, |z|^2, 1]
 
-    sums.mean.add_(inverse * (first - mean * count))
-    spread = second - 2 * (mean * first).sum(-1, keepdim=True)
-    spread = spread + mean.square().sum(-1, keepdim=True) * count
-    sums.log_scale.add_((inverse * spread - latent_size * count).squeeze(-1))
+    @classmethod
+    def of(cls, mean: Tensor, log_scale: Tensor) -> "_Moments":
+        center = mean.double().mean(0)
+        mean = mean.double() - center
+        inverse = torch.exp(-2 * log_scale.double()).unsqueeze(-1)
+        factor = torch.cat([mean * inverse, inverse], 1)
+        return cls(mean, factor, center, mean.new_zeros(len(mean), mean.shape[1] + 2))
 
-    return by_row[:, :-1] - z * by_row[:, -1:]
+    def add(self, weight: Tensor, z: Tensor) -> Tensor:
+        """Adds rows with weights (n, V'); returns the gradient of their z (n, d)."""
+        z = z.double() - self.center
+        weight = weight[:, : len(self.mean)].double()
+        square = z.square().sum(-1, keepdim=True)
+        self.sums.addmm_(weight.T, torch.cat([z, square, torch.ones_like(square)], 1))
+        by_row = weight @ self.factor
+
+        return by_row[:, :-1] - z * by_row[:, -1:]
+
+    def add_to(self, to: _Sums) -> None:
+        latent_size = self.mean.shape[1]
+        inverse = self.factor[:, -1:]
+        first, second, count = self.sums.split([latent_size, 1, 1], 1)
+        to.mean.add_(inverse * (first - self.mean * count))
+        spread = second - 2 * (self.mean * first).sum(-1, keepdim=True)
+        spread = spread + self.mean.square().sum(-1, keepdim=True) * count
+        to.log_scale.add_((inverse * spread - latent_size * count).squeeze(-1))
 
 
 def _add_candidates(
     sums: _Sums, weight: Tensor, candidates: Tensor, z: Tensor, mean: Tensor, log_scale: Tensor
 ) -> Tensor:
-    """The same with weights (n, C) of some components, from the differences themselves."""
+    """Adds the gradients of sum_nk weight_nk log N_k(z_n), from the differences; returns that of z.
+
+    weight (n, C) is of some components, and held constant.
+    """
     # Padding has weight 0.
     candidates = candidates.clamp(max=len(mean) - 1)
     inverse = torch.exp(-log_scale)[candidates].unsqueeze(-1)
