@@ -202,7 +202,7 @@ def build(run: RunConfig, fields: dict, tokenizer):
     config = TarFlowLMConfig(**{"vocab_size": needed, **fields})
     if config.vocab_size < needed:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the configuration only {config.vocab_size}: "
+            f"The tokenizer has {min(len(tokenizer), needed)} tokens, the configuration only {config.vocab_size}: "
             f"{token_with_highest_id(tokenizer)!r} has id {needed - 1}. Leave vocab_size out of the configuration."
         )
 

@@ -176,6 +176,16 @@ def test_every_causal_decoder_is_inverted(model_type, method):
     torch.testing.assert_close(found[is_variable], latents[is_variable], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("model_type", ["mamba", "openai-gpt"])
+def test_drafts_change_no_token_of_a_decoder_without_keys_and_values(model_type):
+    options, *_ = CACHES[model_type]
+    torch.manual_seed(0)
+    model = TarFlowLMModel(with_block(model_type=model_type, **SIZE, **options)).eval()
+    prompt, noise = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2]]), torch.randn(1, 24, 3)
+    expected = model.generate(prompt, noise=noise)
+    assert torch.equal(model.generate(prompt, noise=noise, prompt_lookup_num_tokens=4), expected)
+
+
 def test_a_decoder_without_a_cache_is_said_to_be_slow(monkeypatch):
     said = []
     monkeypatch.setattr(causality, "_measured", {})

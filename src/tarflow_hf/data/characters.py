@@ -87,7 +87,11 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def token_with_highest_id(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the token of the highest id that texts have: `vocabulary_size` - 1."""
     vocabulary = tokenizer.get_vocab()
+    if is_text8_with_end(tokenizer):
+        del vocabulary[END]
+
     return max(vocabulary, key=vocabulary.__getitem__)
 
 

@@ -32,13 +32,20 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from .codebook import Gaussians
+from .decoder_tarflowlm import InputCache
 from .generation_options import GenerationOptions
 from .generation_writing import TokenWriter
-from .inversion_tarflowlm import InverseOptions, InverseReport, LayerWithRoom, num_known_to_all
+from .inversion_tarflowlm import (
+    InverseOptions,
+    InverseReport,
+    LayerWithRoom,
+    make_cache,
+    num_known_to_all,
+)
 from .slots_tarflowlm import Known, Observed, take
 
 # A guess counts if the decoder's input differs by at most so many units of the input's rounding,
@@ -449,9 +456,11 @@ def _differences(inputs: Tensor, others: Tensor, is_waited_for: Tensor) -> Tenso
     return difference.masked_fill(~is_waited_for.unsqueeze(-1), 0).amax(0)
 
 
-def _croppable_cache(flow: nn.Module, num_slots: int) -> DynamicCache:
+def _croppable_cache(flow: nn.Module, num_slots: int) -> Cache | InputCache:
     """A cache that keeps every slot, also of a decoder with a sliding window."""
-    cache = DynamicCache()
-    num_layers = flow.decoder.config.num_hidden_layers
-    cache.layers = [LayerWithRoom(num_slots) for _ in range(num_layers)]
+    cache = make_cache(flow.decoder)
+    if isinstance(cache, DynamicCache):
+        num_layers = flow.decoder.config.num_hidden_layers
+        cache.layers = [LayerWithRoom(num_slots) for _ in range(num_layers)]
+
     return cache

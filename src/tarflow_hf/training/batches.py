@@ -71,7 +71,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     vocab_size, needed = text_vocab_size(model), vocabulary_size(tokenizer)
     if needed > vocab_size:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size, {vocab_size}: "
+            f"The tokenizer has {min(len(tokenizer), needed)} tokens, more than the model's vocab_size, {vocab_size}: "
             f"{token_with_highest_id(tokenizer)!r} has id {needed - 1}. Give the model a vocab_size of {needed}."
         )
 
