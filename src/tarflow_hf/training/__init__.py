@@ -1,6 +1,7 @@
 """Training: stages, the loss, a loop on Accelerate that resumes exactly, its log, checkpoints."""
 
 from ..baseline import discrete_baseline
+from .adapters import add_lora, merge_lora
 from .batches import check_batches, check_tokenizer
 from .checkpointing import newest_checkpoint, save_model
 from .config import (
@@ -30,6 +31,7 @@ __all__ = [
     "Stage",
     "StepDraws",
     "TrainingConfig",
+    "add_lora",
     "check_batches",
     "check_output_dir",
     "check_tokenizer",
@@ -40,6 +42,7 @@ __all__ = [
     "make_accelerator",
     "make_optimizer",
     "make_stages",
+    "merge_lora",
     "newest_checkpoint",
     "save_model",
     "share_cores",

@@ -37,6 +37,12 @@ class TrainingConfig:
     stage_learning_rates: list[float] | None = field(
         default=None, metadata={"help": "peak of each stage, in place of learning_rate"}
     )
+    first_flow: int = field(
+        default=1,
+        metadata={
+            "help": "the flow that progressive stages begin with; those before it, and the codebook, are taken as they are"
+        },
+    )
     patience: int = field(
         default=0,
         metadata={
@@ -57,6 +63,17 @@ class TrainingConfig:
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping; 0 for none"})
     ema_decay: float = field(
         default=0.0, metadata={"help": "of averaged weights, which are evaluated and saved; 0: off"}
+    )
+    freeze_codebook: bool = field(
+        default=False, metadata={"help": "leave the codebook as it is, such as a converted model's"}
+    )
+    lora_rank: int = field(
+        default=0,
+        metadata={"help": "LoRA's, on the first flow's decoder, all else of which stays; 0: train all"},
+    )
+    lora_alpha: float = field(default=32.0, metadata={"help": "what LoRA adds counts lora_alpha / lora_rank"})
+    lora_targets: list[str] | None = field(
+        default=None, metadata={"help": "names of the linear maps with LoRA; by default all"}
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations"})
     mixed_precision: str | None = field(
@@ -92,6 +109,7 @@ class TrainingConfig:
     def __post_init__(self):
         for name in (
             "num_steps",
+            "first_flow",
             "batch_size",
             "gradient_accumulation_steps",
             "log_every",
@@ -101,7 +119,7 @@ class TrainingConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
-        for name in ("eval_every", "save_every", "save_minutes", "warmup_steps"):
+        for name in ("eval_every", "save_every", "save_minutes", "warmup_steps", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}.")
 
@@ -111,6 +129,10 @@ class TrainingConfig:
             raise ValueError(f"learning_rate must be positive, not {self.learning_rate}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), not {self.ema_decay}.")
+        if self.first_flow > 1 and self.mode == "joint":
+            raise ValueError(
+                f"first_flow is for the stages of a progressive mode, not for joint: {self.first_flow}."
+            )
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}.")
 

@@ -21,6 +21,7 @@ from .. import __version__
 from ..cost import training_flops
 from ..data import PackedTokens
 from ..evaluation.likelihood import Likelihood, Scoring, score_batch
+from .adapters import add_lora, merge_lora
 from .batches import TrainingData, check_batches, check_tokenizer, endless, make_loader
 from .checkpointing import (
     BestWeights,
@@ -64,6 +65,8 @@ def train(
     A frozen flow costs a forward pass. Nothing that needs a gradient stands before it, so no graph
     is built through it, and its parameters have neither gradients nor optimiser state.
 
+    With `config.lora_rank` the first flow's body is adapted by LoRA, which is merged at the end.
+
     With `config.patience` a stage ends with the weights of its best evaluation, whether or not it
     ends early; without, with its last ones.
 
@@ -75,6 +78,7 @@ def train(
             if the stages do not fit the model or the tokenizer not the vocabulary, if weights are
             sharded and to be averaged, frozen or kept, or if a resumed run differs from the one
             that made the checkpoint.
+        ImportError: If LoRA is asked for and PEFT is not installed.
         OSError: If `output_dir`, or a checkpoint, can't be written; if another run works in
             `output_dir`, or has left checkpoints or a model there and is not resumed.
         RunStopped: After the step in which SIGINT or SIGTERM came. The run is saved then.
@@ -82,6 +86,7 @@ def train(
             batch; no checkpoint is made of it.
     """
     accelerator = make_accelerator(config) if accelerator is None else accelerator
+    add_lora(model, config)
     stages = make_stages(model, config)
     check_batches(train_data, config, accelerator)
     check_tokenizer(model, tokenizer)
@@ -460,6 +465,7 @@ class Run:
         self.log.close()
         self.fault.close()
         self.model.requires_grad_(True)
+        merge_lora(self.evaluated)
 
         if self.accelerator.is_main_process:
             save_model(self.evaluated, self.tokenizer, self.output_dir / "model", state_dict)

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from ..baseline import flows_of
 from ..modeling.configuration_tarflowlm import TarFlowLMConfig
+from .adapters import frozen_parameters
 from .config import TrainingConfig
 
 SLOW_VOCABULARY = 500  # tokens, from which flows above a Mix-d flow take most of a step
@@ -25,6 +26,7 @@ class Stage:
         num_steps: The most optimiser steps; `patience` may end the stage earlier.
         learning_rate: The peak of its schedule.
         is_joint: True if all parameters are trained.
+        frozen: The names of parameters that are not trained in any stage: `frozen_parameters`.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Stage:
     num_steps: int
     learning_rate: float
     is_joint: bool
+    frozen: frozenset[str] = frozenset()
 
     def choose_parameters(self, model: PreTrainedModel) -> None:
         """Marks what is trained, and sets the modes.
@@ -40,20 +43,23 @@ class Stage:
         """
         if self.is_joint or self.num_flows is None:
             model.requires_grad_(True).train()
-            return
+        else:
+            model.requires_grad_(False).eval()
+            model.flow.layers[self.num_flows - 1].requires_grad_(True).train()
+            if self.num_flows == 1:
+                model.codebook.requires_grad_(True).train()
 
-        model.requires_grad_(False).eval()
-        model.flow.layers[self.num_flows - 1].requires_grad_(True).train()
-        if self.num_flows == 1:
-            model.codebook.requires_grad_(True).train()
+        for name, parameter in model.named_parameters():
+            if name in self.frozen:
+                parameter.requires_grad_(False)
 
 
 def make_stages(model: PreTrainedModel, config: TrainingConfig) -> list[Stage]:
     """The stages of a run: each flow on its own, all of them jointly, or one after the other.
 
     Raises:
-        ValueError: If a discrete model, which has no flows, is to be trained flow by flow, or if
-            there is not one value for each stage.
+        ValueError: If a discrete model, which has no flows, is to be trained flow by flow, if the
+            stack has fewer than `first_flow`, or if there is not one value for each stage.
 
     Example:
         >>> from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
@@ -67,10 +73,12 @@ def make_stages(model: PreTrainedModel, config: TrainingConfig) -> list[Stage]:
     num_flows = len(flows_of(model))
     if config.mode != "joint" and not num_flows:
         raise ValueError(f"mode must be joint, not {config.mode}: a discrete model has no flows.")
+    if num_flows and config.first_flow > num_flows:
+        raise ValueError(f"first_flow is {config.first_flow}, but the stack has {num_flows} flows.")
 
     cuts: dict[str, int | None] = {}  # the number of flows by the name of the stage
     if config.mode != "joint":
-        cuts |= {f"flow {cut}": cut for cut in range(1, num_flows + 1)}
+        cuts |= {f"flow {cut}": cut for cut in range(config.first_flow, num_flows + 1)}
     if config.mode != "progressive":
         cuts["joint"] = num_flows or None
 
@@ -88,8 +96,9 @@ def make_stages(model: PreTrainedModel, config: TrainingConfig) -> list[Stage]:
                 f"{name} must have one value for each stage ({', '.join(cuts)}), not {values!r}."
             )
 
+    frozen = frozen_parameters(model, config)
     return [
-        Stage(name, cut, num_steps, rate, is_joint=name == "joint")
+        Stage(name, cut, num_steps, rate, name == "joint", frozen)
         for (name, cut), num_steps, rate in zip(cuts.items(), steps, rates, strict=True)
     ]
 
