@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 
 from tarflow_hf.conversion import (
     PROBE_TEXT,
+    adopt,
     from_causal_lm,
-    generation_config_of,
     load_source,
     probe,
 )
@@ -89,12 +89,7 @@ def main():
         start_token_id=arguments.start_token_id,
         conditional=arguments.conditional,
     )
-    model.generation_config = generation_config_of(source)
-
-    # The source's tokenizer may write the start token itself, which the model reads anyway.
-    start = model.config.start_token_id
-    if tokenizer is not None and tokenizer("a").input_ids[:1] == [start]:
-        tokenizer.add_bos_token = False
+    adopt(model, source, tokenizer)
 
     text = arguments.text.read_text(encoding="utf-8") if arguments.text else PROBE_TEXT
     ids = torch.arange(64).remainder(model.config.vocab_size).unsqueeze(0)
@@ -115,7 +110,7 @@ def main():
         license=arguments.license or license_of(arguments.source),
         probe=found,
         num_tokens=min(256, ids.shape[1]),
-        start=start,
+        start=model.config.start_token_id,
     )
     (arguments.output / "README.md").write_text(card, encoding="utf-8")
     print(

@@ -7,9 +7,12 @@
     python examples/train.py --dataset my.txt --mode progressive --patience 3 --eval_every 100
     python examples/train.py --resume                           # go on where a run stopped
     python examples/train.py --push_to_hub USER/NAME            # publish it at the end
+    python examples/train.py --from SOURCE --dataset my.txt     # convert it, and let it learn to fill gaps
 
 A recipe is a file of examples/recipes/, by its name, or any JSON file like these: a model's
-configuration, and options. Options of the command line win over those of the recipe.
+configuration, and options. Options of the command line win over those of the recipe. With --from
+it has a `conversion` in the configuration's place: options of `from_causal_lm`, and the flows to
+append.
 """
 
 import inspect
@@ -22,9 +25,10 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, set_seed
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
+from tarflow_hf.conversion import adopt, append_flow, from_causal_lm, load_source
 from tarflow_hf.data import (
     PYTHON_DOCS,
     PackedTokens,
@@ -49,14 +53,27 @@ from tarflow_hf.training import (
 )
 
 RECIPES = Path(__file__).parent / "recipes"
+CONVERSION = (
+    "latent_size",
+    "log_scale",
+    "max_position_embeddings",
+    "posterior_top_k",
+    "start_token_id",
+    "conditional",
+    "append_flows",
+)
 
 
 @dataclass
 class RunConfig:
     """The model to train, and the data to train it on."""
 
-    recipe: str = field(
-        default="demo", metadata={"help": f"{', '.join(sorted(p.stem for p in RECIPES.iterdir()))}"}
+    recipe: str | None = field(
+        default=None,
+        metadata={
+            "help": "demo, or with --from convert_then_infill; there are "
+            + ", ".join(sorted(p.stem for p in RECIPES.iterdir()))
+        },
     )
     model: str = field(
         default="tarflowlm",
@@ -66,7 +83,10 @@ class RunConfig:
         },
     )
     config: str | None = field(
-        default=None, metadata={"help": "TarFlowLMConfig as JSON, in place of the recipe's"}
+        default=None,
+        metadata={
+            "help": "TarFlowLMConfig (with --from a conversion) as JSON, in the recipe's place"
+        },
     )
     dataset: str = field(
         default=PYTHON_DOCS, metadata={"help": f"{PYTHON_DOCS}, a text file, or a Hub dataset"}
@@ -78,8 +98,13 @@ class RunConfig:
     streaming: bool = field(
         default=False, metadata={"help": "read a Hub dataset while it downloads"}
     )
-    tokenizer: str = field(
-        default="text8", metadata={"help": "text8 (27 characters), or any AutoTokenizer"}
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "text8 (27 characters), or any AutoTokenizer; with --from the source's"},
+    )
+    sequence_length: int | None = field(
+        default=None,
+        metadata={"help": "tokens of a training sequence; by default as many as the model takes"},
     )
     test_sequences: int = field(default=64, metadata={"help": "sequences of the closing table"})
     test_samples: int = field(
@@ -134,7 +159,9 @@ def read_recipe(name: str) -> dict:
         check_names("recipe", [name], [path.stem for path in RECIPES.iterdir()])
 
     recipe = read_json(path)
-    check_names(f"key in the recipe {name}", recipe, ["description", "config", "options"])
+    check_names(
+        f"key in the recipe {name}", recipe, ["description", "config", "conversion", "options"]
+    )
     return recipe
 
 
@@ -144,7 +171,8 @@ def parse_arguments() -> tuple[RunConfig, TrainingConfig, dict]:
     The command line wins over the recipe, and the recipe over the defaults.
     """
     parser = HfArgumentParser((RunConfig, TrainingConfig))
-    name = parser.parse_known_args()[0].recipe
+    given = parser.parse_known_args()[0]
+    name = given.recipe or ("convert_then_infill" if given.source else "demo")
     recipe = read_recipe(name)
     options = recipe.get("options", {})
     known = [action.dest for action in parser._actions]
@@ -159,14 +187,37 @@ def parse_arguments() -> tuple[RunConfig, TrainingConfig, dict]:
     if unknown:
         raise ValueError(f"There is no option before {unknown[0]!r}.")
 
-    fields = read_json(Path(run.config)) if run.config else recipe.get("config", {})
-    known = {
-        *inspect.signature(TarFlowLMConfig).parameters,
-        *TarFlowLMConfig().to_dict(),
-    }  # a saved one has all these
-    check_names("field of TarFlowLMConfig", fields, known)
+    run.recipe = name
+    run.tokenizer = run.tokenizer or training.source or "text8"
+    return run, training, model_fields(run, training, recipe)
 
-    return run, training, fields
+
+def model_fields(run: RunConfig, training: TrainingConfig, recipe: dict) -> dict:
+    """The fields of the model's configuration, or with --from the options of its conversion.
+
+    Raises:
+        ValueError: If one of them is unknown, or the recipe is for the other way.
+    """
+    kind, other = ("conversion", "config") if training.source else ("config", "conversion")
+    if run.config is None and kind not in recipe and other in recipe:
+        hint = (
+            "describes a model of its own: leave it out with --from, or give one that has a conversion"
+            if training.source
+            else "converts a model: give it by --from"
+        )
+        raise ValueError(f"The recipe {run.recipe} {hint}.")
+    if training.source and run.model == "ar":
+        raise ValueError("--from makes a tarflowlm: leave out --model ar.")
+
+    fields = read_json(Path(run.config)) if run.config else recipe.get(kind, {})
+    if training.source:
+        check_names("option of a conversion", fields, CONVERSION)
+    else:
+        # A saved one has all these.
+        known = {*inspect.signature(TarFlowLMConfig).parameters, *TarFlowLMConfig().to_dict()}
+        check_names("field of TarFlowLMConfig", fields, known)
+
+    return fields
 
 
 def data(run: RunConfig, sequence_length: int, tokenizer, seed: int):
@@ -217,6 +268,71 @@ def build(run: RunConfig, fields: dict, tokenizer):
     return config, discrete_baseline(config) if run.model == "ar" else TarFlowLMModel(config)
 
 
+def build_from(training: TrainingConfig, fields: dict, tokenizer):
+    """The model of --from and its tokenizer: a source converted, or a TarFlowLM as it is.
+
+    Raises:
+        ValueError: If a TarFlowLM is not what the conversion would make, or there is no tokenizer.
+    """
+    fields = dict(fields)
+    flows = fields.pop("append_flows", [])
+    source, gguf_file = training.source, training.gguf_file
+    if gguf_file is None and AutoConfig.from_pretrained(source).model_type == "tarflowlm":
+        model = TarFlowLMModel.from_pretrained(source, dtype=torch.float32)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        for name, value in fields.items():
+            if (own := getattr(model.config, name, value)) != value:
+                raise ValueError(
+                    f"{source} is a TarFlowLM already, with {name}={own}, and the recipe wants {value}. Give the model "
+                    "that it was converted from, or take what it has by --config."
+                )
+    else:
+        options = {"gguf_file": gguf_file, "dtype": torch.float32}
+        language_model, tokenizer = load_source(source, tokenizer, **options)
+        if tokenizer is None:
+            raise ValueError(f"{source} has no tokenizer: give one by --tokenizer.")
+
+        model = from_causal_lm(language_model.eval(), tokenizer, **fields)
+        adopt(model, language_model, tokenizer)
+
+    for flow in flows:
+        append_flow(model, flow)
+
+    return model, tokenizer
+
+
+def make_model(run: RunConfig, training: TrainingConfig, fields: dict):
+    """The model, its configuration and its tokenizer."""
+    tokenizer = None
+    if run.tokenizer == "text8":
+        tokenizer = character_tokenizer(with_end=True)
+    elif run.tokenizer != training.source:
+        tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
+
+    if training.source:
+        model, tokenizer = build_from(training, fields, tokenizer)
+        return model.config, model, tokenizer
+
+    return *build(run, fields, tokenizer), tokenizer
+
+
+def sequence_length(run: RunConfig, config: TarFlowLMConfig) -> int:
+    """The tokens of a training sequence.
+
+    Raises:
+        ValueError: If the model does not take so many, or patches do not fit.
+    """
+    longest = config.max_position_embeddings
+    length = longest if run.sequence_length is None else run.sequence_length
+    if not 1 <= length <= longest or length % config.patch_size:
+        raise ValueError(
+            f"sequence_length must be at most {longest}, the model's max_position_embeddings, and a multiple of its "
+            f"patch_size, {config.patch_size}: not {length}."
+        )
+
+    return length
+
+
 def main():
     run, training, fields = parse_arguments()
     check_output_dir(training.output_dir, training.resume)  # before anything is read
@@ -235,16 +351,11 @@ def main():
             run.push_to_hub, private=run.private or None
         )  # before it is trained
 
-    tokenizer = (
-        character_tokenizer(with_end=True)
-        if run.tokenizer == "text8"
-        else AutoTokenizer.from_pretrained(run.tokenizer)
-    )
-    config, model = build(run, fields, tokenizer)
+    config, model, tokenizer = make_model(run, training, fields)
 
     with accelerator.main_process_first():
         train_data, validation_data, test_data = data(
-            run, config.max_position_embeddings, tokenizer, training.seed
+            run, sequence_length(run, config), tokenizer, training.seed
         )
 
     accelerator.print(
@@ -293,7 +404,8 @@ def report(model, tokenizer, test_data, run: RunConfig) -> None:
             :, 1:
         ]
     else:
-        tokens = model.generate()
+        length = {"max_new_tokens": run.sequence_length} if run.sequence_length else {}
+        tokens = model.generate(**length)
 
     options = {"num_samples": run.test_samples, "max_sequences": run.test_sequences}
     scores = score(model, test_data, **options, progress=True)

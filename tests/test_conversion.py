@@ -24,10 +24,11 @@ from transformers import (
 
 from helpers import ROOT
 from helpers.causal_lms import CAUSAL_LMS, TIED, VOCABULARY, tiny_causal_lm
-from helpers.checkpoints import MIX_D, make
+from helpers.checkpoints import MIX_1, MIX_D, make
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.conversion import (
     PROBE_TEXT,
+    append_flow,
     from_causal_lm,
     load_source,
     next_token_log_probs,
@@ -106,6 +107,79 @@ def test_a_left_padded_batch_is_continued_as_each_prompt_alone(name):
     for row, alone in ((together[:1, 3:], first), (together[1:], second)):
         assert torch.equal(row[:, : alone.shape[1]], alone)  # which ends where its text does
         assert (row[:, alone.shape[1] :] == 0).all()
+
+
+def left_padded(ids):
+    """Ids whose rows are of different lengths, and their mask, with padding on the left."""
+    lengths = torch.tensor([ids.shape[1] - 5, ids.shape[1]])
+    mask = (torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]).long()
+    return ids.masked_fill(mask == 0, 77), mask, lengths.tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3_text", "mixtral"])
+def test_a_left_padded_batch_is_scored_as_each_row_alone(name):
+    source = tiny_causal_lm(name)
+    model = from_causal_lm(source)
+    model = model if name == "mixtral" else model.double()  # whose experts have no float64
+    ids, mask, lengths = left_padded(draw_ids())
+    output = model(ids, mask, labels=ids.masked_fill(mask == 0, -100))
+    log_prob = next_token_log_probs(model, ids, mask)
+    logits = output.logits.log_softmax(-1)
+    total = 0.0
+
+    for row, length in enumerate(lengths):
+        alone = ids[row : row + 1, -length:]
+        own = model(alone)
+        torch.testing.assert_close(output.elbo[row], own.elbo[0])
+        torch.testing.assert_close(output.latents[row, -length:], own.latents[0])
+        torch.testing.assert_close(log_prob[row, -length:], next_token_log_probs(model, alone)[0])
+        torch.testing.assert_close(logits[row, -length:], own.logits[0].log_softmax(-1))
+
+        expected = nats(source, alone)
+        torch.testing.assert_close(output.elbo[row].float() / length, expected[0] / length)
+        total += own.elbo[0]
+
+    torch.testing.assert_close(output.loss, -total / sum(lengths))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    assert torch.equal(model(ids, mask, position_ids=positions).elbo, output.elbo)
+    with pytest.raises(ValueError, match="position_ids"):
+        model(ids, mask, position_ids=positions + 1)
+
+
+@torch.no_grad()
+def test_a_left_padded_stack_is_its_rows_alone_both_ways():
+    model = make(flows=[MIX_D, MIX_1, {**MIX_1, "direction": "left_to_right"}], conditional=True)
+    model = model.double().eval()
+    ids, mask, lengths = left_padded(torch.randint(5, (2, 8)))
+    ids = ids.clamp(max=4)
+    latents = model.encode(ids)
+    observed = torch.zeros_like(ids, dtype=torch.bool)
+    observed[:, -2:-1] = True
+
+    for options in ({}, {"observed_ids": ids, "observed_mask": observed}):
+        flow = model.flow(latents, mask, **options)
+        back = model.flow(flow.noise, mask, reverse=True, **options).latents
+        assert (flow.noise[mask == 0] == 0).all()
+        for row, length in enumerate(lengths):
+            own_options = {key: value[row : row + 1, -length:] for key, value in options.items()}
+            own = model.flow(latents[row : row + 1, -length:], **own_options)
+            torch.testing.assert_close(flow.noise[row, -length:], own.noise[0])
+            torch.testing.assert_close(flow.log_prob[row], own.log_prob[0])
+            is_missing = ~observed[row, -length:] if options else slice(None)
+            expected = latents[row, -length:][is_missing]
+            torch.testing.assert_close(back[row, -length:][is_missing], expected)
+
+
+def test_a_refused_source_keeps_its_modes(llama):
+    source = tiny_causal_lm("llama").train()
+    source.model.layers[0].eval()
+    modes = [part.training for part in source.modules()]
+    for options in ({"start_token_id": VOCABULARY}, {"latent_size": 1}, {}):
+        with pytest.raises(ValueError) if options else contextlib.nullcontext():
+            from_causal_lm(source, **options)
+
+        assert [part.training for part in source.modules()] == modes
 
 
 def test_the_sources_dtype_stays(llama):
@@ -193,6 +267,63 @@ def test_models_that_are_no_causal_language_models_do_not_go_back(llama):
         model.codebook.log_scale.fill_(0.0)
     with pytest.raises(ValueError, match="codebook overlaps"):
         to_causal_lm(model)
+
+
+# --------------------------------------------------------------------------------------------------
+# Flows above
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "conditional"),
+    [
+        ({"coupling": "affine"}, False),
+        ({"coupling": "mixture_cdf"}, True),
+        ({"coupling": "mixture_cdf", "autoregressive": False}, False),
+    ],
+)
+def test_a_flow_above_leaves_the_model_what_it_was(options, conditional, llama, tmp_path):
+    model = from_causal_lm(llama, conditional=conditional)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    ids = draw_ids(4)
+    elbo = model(ids).elbo
+
+    flow = {"direction": "right_to_left", "num_hidden_layers": 1, **options}
+    assert append_flow(model, flow) is model and len(model.config.flows) == 2
+    for name, weight in before.items():
+        assert torch.equal(model.state_dict()[name], weight), name
+
+    assert torch.equal(model(ids, num_flows=1).elbo, elbo)
+    largest = 1e-4 if options["coupling"] == "affine" else 0.03  # nats a token
+    assert ((model(ids).elbo - elbo) / 12).abs().max() < largest
+    assert_tied(model)
+
+    if conditional:
+        first, second = (layer.observed_embedding for layer in model.flow.layers)
+        assert torch.equal(first.embedding.weight, second.embedding.weight)
+
+    latents = model.encode(ids)
+    noise = model.flow(latents).noise
+    torch.testing.assert_close(model.flow(noise, reverse=True).latents, latents, rtol=0, atol=1e-3)
+
+    model.save_pretrained(tmp_path)
+    loaded = TarFlowLMModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).elbo, model(ids).elbo)
+
+
+def test_a_flow_above_has_its_models_dtype_and_mode(llama):
+    model = from_causal_lm(tiny_causal_lm("qwen3", torch.bfloat16)).train()
+    append_flow(model, MIX_1)
+    dtypes = {weight.dtype for weight in model.flow.layers[1].parameters()}
+    assert dtypes == {torch.bfloat16} and model.flow.layers[1].decoder.training
+    assert type(model.flow.layers[1].decoder) is type(model.flow.layers[0].decoder)
+
+    flows = model.config.flows
+    with pytest.raises(ValueError, match=r"flows\[2\].context must be latent"):
+        append_flow(model, {**MIX_1, "context": "posterior"})
+
+    assert model.config.flows == flows and len(model.flow.layers) == 2
 
 
 # --------------------------------------------------------------------------------------------------

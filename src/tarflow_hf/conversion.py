@@ -34,8 +34,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .modeling.configuration_tarflowlm import TarFlowLMConfig
-from .modeling.modeling_tarflowlm import TarFlowLMModel
-from .modeling.slots_tarflowlm import to_positions
+from .modeling.inversion_tarflowlm import evaluating
+from .modeling.modeling_tarflowlm import FlowLayer, TarFlowLMModel
+from .modeling.slots_tarflowlm import make_layout, to_positions
 from .modeling.vocabulary_tarflowlm import MIN_SEPARATION, closest_distance, draw_means
 
 SOFT_CAPS = ("final_logit_softcapping", "logit_soft_cap", "output_logit_soft_cap")
@@ -113,7 +114,7 @@ def from_causal_lm(
 
     Returns:
         The model in the source's dtype, with its codebook in float32, in evaluation mode. Tables
-        that the source ties are tied.
+        that the source ties are tied. The source is left in the modes that it was in.
 
     Raises:
         ValueError: If the source is no causal language model with a causal decoder and an output
@@ -135,50 +136,50 @@ def from_causal_lm(
     if not isinstance(source, PreTrainedModel):
         source, tokenizer = load_source(source, tokenizer, gguf_file, dtype)
 
-    was_training = source.training
-    source.eval()
-    parts = SourceParts.of(source)
-    start = _start_token(source, tokenizer) if start_token_id is None else start_token_id
-    if not 0 <= start < len(parts.table):
-        raise ValueError(f"start_token_id must be in 0, ..., {len(parts.table) - 1}, not {start}.")
+    with evaluating(source):  # and back, also if it is refused
+        parts = SourceParts.of(source)
+        start = _start_token(source, tokenizer) if start_token_id is None else start_token_id
+        if not 0 <= start < len(parts.table):
+            raise ValueError(
+                f"start_token_id must be in 0, ..., {len(parts.table) - 1}, not {start}."
+            )
 
-    _check_causal(source, _random_ids(parts, start, 8))
+        _check_causal(source, _random_ids(parts, start, 8))
 
-    # 2. The factors that are taken into tables.
-    embedding_factor = _embedding_factor(parts)
-    logit_factor = _logit_factor(source, parts, start)
+        # 2. The factors that are taken into tables.
+        embedding_factor = _embedding_factor(parts)
+        logit_factor = _logit_factor(source, parts, start)
 
-    # 3. The model, and its weights.
-    config = TarFlowLMConfig(
-        vocab_size=len(parts.table),
-        latent_size=latent_size,
-        max_position_embeddings=max_position_embeddings or _num_positions(source.config),
-        block_config=_block_config(source.config),
-        flows=[
-            {
-                "coupling": "mixture_rosenblatt",
-                "direction": "left_to_right",
-                "num_hidden_layers": source.config.num_hidden_layers,
-                "projection_bias": parts.bias is not None,
-            }
-        ],
-        conditional=conditional,
-        posterior_top_k=posterior_top_k,
-        initial_log_scale=log_scale,
-        start_token_id=start,
-        embedding_scale=embedding_factor / logit_factor if parts.is_tied else embedding_factor,
-        tie_word_embeddings=parts.is_tied,
-        **_special_tokens(source, tokenizer),
-    )
-    model = _build(config, source.dtype)
-    _copy_weights(model, parts, logit_factor)
-    _draw_codebook(model, log_scale, seed)
+        # 3. The model, and its weights.
+        config = TarFlowLMConfig(
+            vocab_size=len(parts.table),
+            latent_size=latent_size,
+            max_position_embeddings=max_position_embeddings or _num_positions(source.config),
+            block_config=_block_config(source.config),
+            flows=[
+                {
+                    "coupling": "mixture_rosenblatt",
+                    "direction": "left_to_right",
+                    "num_hidden_layers": source.config.num_hidden_layers,
+                    "projection_bias": parts.bias is not None,
+                }
+            ],
+            conditional=conditional,
+            posterior_top_k=posterior_top_k,
+            initial_log_scale=log_scale,
+            start_token_id=start,
+            embedding_scale=embedding_factor / logit_factor if parts.is_tied else embedding_factor,
+            tie_word_embeddings=parts.is_tied,
+            **_special_tokens(source, tokenizer),
+        )
+        model = _build(config, source.dtype)
+        _copy_weights(model, parts, logit_factor)
+        _draw_codebook(model, log_scale, seed)
 
-    # 4. The proof.
-    for ids in _probe_ids(source, tokenizer, start, config):
-        _check(source, model, ids)
+        # 4. The proof.
+        for ids in _probe_ids(source, tokenizer, start, config):
+            _check(source, model, ids)
 
-    source.train(was_training)
     return model
 
 
@@ -519,6 +520,68 @@ def generation_config_of(source: PreTrainedModel) -> GenerationConfig:
     return config
 
 
+def adopt(
+    model: TarFlowLMModel, source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Gives a converted model its source's options of generation, by `generation_config_of`.
+
+    The tokenizer is told not to write the start token, which the model reads anyway.
+    """
+    model.generation_config = generation_config_of(source)
+    if tokenizer is not None and tokenizer("a").input_ids[:1] == [model.config.start_token_id]:
+        tokenizer.add_bos_token = False
+
+
+# --------------------------------------------------------------------------------------------------
+# Flows above
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def append_flow(model: TarFlowLMModel, flow: dict[str, Any]) -> TarFlowLMModel:
+    """Puts another flow above the last one, in place, and returns the model.
+
+    What the model was stays: `num_flows` cuts the new flow off again. An affine flow begins as the
+    identity, and a Mix-1 flow within hundredths of a nat a token of it, so that the likelihood
+    stays; a Mix-d flow begins as a mixture that knows nothing. In a conditional model the new flow
+    reads observed tokens as the first one does at that time.
+
+    Args:
+        model: Any TarFlowLM, converted or trained.
+        flow: The new flow, as an entry of `TarFlowLMConfig.flows`. Its decoder is as wide as the
+            others.
+
+    Raises:
+        ValueError: If an option of the flow is out of range, or for a first flow only.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> source = LlamaForCausalLM(LlamaConfig(
+        ...     vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=1))
+        >>> model = from_causal_lm(source.eval(), latent_size=8)
+        >>> flow = {"coupling": "mixture_cdf", "direction": "right_to_left", "num_hidden_layers": 1}
+        >>> len(append_flow(model, flow).flow.layers)
+        2
+    """
+    config, layers = model.config, model.flow.layers
+    config.flows = [*config.flows, flow]
+    layer = FlowLayer(config, len(layers))
+    for part in model.modules():
+        part._is_hf_initialized = True  # only the new ones are not
+
+    layers.append(layer)
+    model.initialize_weights()
+    layer.head.start_as_identity()
+    layer.to(model.device, model.dtype)
+    layer.train(model.training)
+    if config.conditional:
+        observed = layers[0].observed_embedding.state_dict()
+        layer.observed_embedding.load_state_dict(observed)
+
+    model.check_decoders()
+    return model
+
+
 # --------------------------------------------------------------------------------------------------
 # The probe
 # --------------------------------------------------------------------------------------------------
@@ -550,11 +613,14 @@ def _compare(source: PreTrainedModel, model: TarFlowLMModel, input_ids: Tensor) 
     )
 
 
-def next_token_log_probs(model: TarFlowLMModel, input_ids: Tensor) -> Tensor:
+def next_token_log_probs(
+    model: TarFlowLMModel, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
     """The log-probability (B, T, V) in nats of each token, given those before it in ids (B, T).
 
-    Entry t is that of token t. These are the mixture weights of the first flow: the model's
-    next-token distribution if it is the only flow, and its codebook does not overlap.
+    Entry t is that of token t; at padding, where the mask (B, T) is 0, it means nothing. These are
+    the mixture weights of the first flow: the model's next-token distribution if it is the only
+    flow, and its codebook does not overlap.
 
     Raises:
         ValueError: If the first flow has no mixture weights of tokens, or runs right to left.
@@ -573,10 +639,11 @@ def next_token_log_probs(model: TarFlowLMModel, input_ids: Tensor) -> Tensor:
 
     flow, codebook = model.flow.layers[0], model.codebook()
     h = to_positions(codebook.sample(input_ids, noise=torch.zeros((), device=input_ids.device)), 1)
-    context = flow.context(flow.inputs(h, codebook))
+    order = flow.order(h, make_layout(h, 1, attention_mask))
+    context = flow.context(flow.inputs(order.arrange(h), codebook))
     (weight, bias), *_ = flow.head.projection()
 
-    return F.linear(context, weight, bias).float().log_softmax(-1)
+    return order.from_slots(F.linear(context, weight, bias).float().log_softmax(-1))
 
 
 def _probe_ids(

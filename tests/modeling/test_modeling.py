@@ -649,7 +649,10 @@ def test_bad_input():
         (dict(input_ids=ids.float()), "integers"),
         (dict(input_ids=torch.zeros(1, 20, dtype=torch.long)), "max_position_embeddings"),
         (dict(input_ids=ids, attention_mask=good[:, :4]), "attention_mask"),
-        (dict(input_ids=ids, attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)), "left"),
+        (
+            dict(input_ids=ids, attention_mask=torch.tensor([[0, 1, 1, 1, 1, 0]] * 2)),
+            "on the left, must be a multiple of patch_size",
+        ),
         (dict(input_ids=ids, attention_mask=torch.tensor([[1, 1, 0, 0, 1, 1]] * 2)), "holes"),
         (
             dict(input_ids=ids, attention_mask=torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)),

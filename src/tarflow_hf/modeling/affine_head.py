@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers import initialization as init
 
 from .codebook import Gaussians
 from .coupling import affine, affine_inverse
@@ -18,6 +19,10 @@ class AffineHead(CouplingHead):
     def __init__(self, config: PreTrainedConfig, flow: dict[str, Any]):
         super().__init__()
         self.projection = nn.Linear(config.hidden_size, 2 * config.patch_size * config.latent_size)
+
+    def start_as_identity(self) -> None:
+        init.zeros_(self.projection.weight)
+        init.zeros_(self.projection.bias)
 
     def transform(self, h: Tensor, context: Tensor, codebook: Gaussians | None):
         u, log_det = affine(h, *self._loc_and_log_scale(context))

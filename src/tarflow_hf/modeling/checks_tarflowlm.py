@@ -100,7 +100,8 @@ def check_positions(position_ids: Tensor | None, attention_mask: Tensor | None) 
     expected = torch.arange(position_ids.shape[-1], device=position_ids.device)
     is_counted = position_ids == expected
     if attention_mask is not None and attention_mask.shape == position_ids.shape:
-        is_counted = is_counted | (attention_mask == 0)
+        is_real = attention_mask != 0
+        is_counted = (position_ids == is_real.cumsum(-1) - 1) | ~is_real
 
     require(
         is_counted.all(),

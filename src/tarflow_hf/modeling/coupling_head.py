@@ -78,6 +78,12 @@ class CouplingHead(nn.Module):
     def init_weights(self, std: float) -> None:
         """Initialises parameters of the head's own; those of the library's modules are not."""
 
+    def start_as_identity(self) -> None:
+        """Sets the head's parameters so that it begins as the identity, or close to it.
+
+        A flow that is appended to a trained stack begins so. A coupling that cannot does nothing.
+        """
+
     def transform(
         self, h: Tensor, context: Tensor, codebook: Gaussians | None
     ) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ def fixed_noise(
 ) -> Tensor:
     """Noise (B, T, d) in float32 that depends on each row's real tokens and the index only.
 
-    A row has the same noise in any batch, with any padding on the right, on any device, and no
-    generator is touched. Every number is a hash of (the row's tokens, the index, its place), as
+    A row has the same noise in any batch, with any padding before or behind it, on any device, and
+    no generator is touched. Every number is a hash of (the row's tokens, the index, its place), as
     u in (-1, 1), and sqrt(2) erfinv(u).
 
     Args:
@@ -36,6 +36,10 @@ def fixed_noise(
         True
     """
     place = torch.arange(input_ids.shape[1], device=input_ids.device)
+    if attention_mask is not None:
+        first = (attention_mask != 0).int().argmax(-1, keepdim=True)
+        place = place - first  # (B, T)
+
     words = _mix(input_ids.long() * GOLDEN + _mix(place + 1))
     if attention_mask is not None:
         words = words.masked_fill(attention_mask == 0, 0)

@@ -50,6 +50,9 @@ class MixtureCDFHead(CouplingHead):
         init.normal_(self.weight, std=std)
         init.copy_(self.bias, _near_identity(self.num_components).flatten().repeat(self.size))
 
+    def start_as_identity(self) -> None:
+        init.zeros_(self.weight)
+
     def transform(self, h: Tensor, context: Tensor, codebook: Gaussians | None):
         u, log_det = mixture_cdf(h, *self._mixture(context))
         return u, log_det.sum(-1)
@@ -130,6 +133,9 @@ class AutoregressiveMixtureCDFHead(CouplingHead):
         init.zeros_(self.features_bias)
         bias = _near_identity(self.num_components).flatten().repeat(self.size, 1)
         init.copy_(self.output_bias, bias)
+
+    def start_as_identity(self) -> None:
+        init.zeros_(self.output_weight)
 
     def transform(self, h: Tensor, context: Tensor, codebook: Gaussians | None):
         from_context, network = self._network(context)

@@ -217,7 +217,7 @@ class FlowStack(nn.Module):
 
         Args:
             latents: (B, T, d); the noise, with `reverse`.
-            attention_mask: (B, T), 1 for real tokens and 0 for padding on the right.
+            attention_mask: (B, T), 1 for real tokens and 0 for padding, on the right or the left.
             num_flows: Cut the stack after its first flows; it is a model of its own, with base
                 N(0, I).
             output_noise: Compute `noise`, `log_det` and the last of the `states`, not `log_prob`
@@ -237,9 +237,9 @@ class FlowStack(nn.Module):
 
         Raises:
             ValueError: If T or a real length is no multiple of the patch size, a mask has another
-                shape, holes or padding on the left, a patch is known or observed in part,
-                `num_flows` is not in 1, ..., L, `observed_mask` is given to a model that is not
-                conditional or covers a whole sequence, or an option of the inverse is out of range.
+                shape or holes, a patch is known, observed or padding in part, `num_flows` is not in
+                1, ..., L, `observed_mask` is given to a model that is not conditional or covers a
+                whole sequence, or an option of the inverse is out of range.
         """
         check_length(latents.shape[1], self.patch_size)
         check_stack_arguments(
@@ -260,7 +260,7 @@ class FlowStack(nn.Module):
         if not reverse:
             return self._transform(layers, h, codebook, layout, output_noise)
 
-        known = self._known(layers, codebook, known, known_mask)
+        known = self._known(layers, codebook, layout, known, known_mask)
         return self._invert(layers, h, codebook, layout, known, InverseOptions(**inverse_options))
 
     def _transform(
@@ -321,6 +321,7 @@ class FlowStack(nn.Module):
         self,
         layers: Sequence[FlowLayer],
         codebook: Gaussians,
+        layout: Layout,
         known: Tensor | None,
         known_mask: Tensor | None,
     ) -> list[Known | None]:
@@ -338,8 +339,9 @@ class FlowStack(nn.Module):
 
         # Left to right, the states of the first positions depend on nothing behind them.
         h = zero_unless(mask, h)
-        leading = mask.long().cumprod(-1).bool()
-        states = self._transform(layers[:-1], h, codebook, Layout()).states[1:]
+        is_given = mask if layout.is_variable is None else mask | ~layout.is_variable
+        leading = is_given.long().cumprod(-1).bool()
+        states = self._transform(layers[:-1], h, codebook, layout).states[1:]
         states = [to_positions(state, self.patch_size) for state in states]
         return [Known(h, mask)] + [Known(state, leading) for state in states]
 
@@ -411,7 +413,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
 
         Args:
             input_ids: Token ids (B, T), T a multiple of the patch size.
-            attention_mask: (B, T), 1 for real tokens and 0 for padding on the right.
+            attention_mask: (B, T), 1 for real tokens and 0 for padding, on the right or the left.
             labels: Asks for the loss: `input_ids`, where padding and observed tokens may be -100.
                 In a conditional model without an `observed_mask`, the real tokens of label -100 are
                 the observed ones: a prompt, for example. A collator that masks by the id of padding
@@ -443,9 +445,9 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
 
         Raises:
             ValueError: If ids are outside the vocabulary, labels are not the ids, a sequence is
-                empty, too long or no multiple of the patch size, a mask is not right padding, or
-                `observed_mask` covers parts of patches or a whole sequence, or is given to a model
-                that is not conditional, or positions are not counted from 0.
+                empty, too long or no multiple of the patch size, a mask has holes, `observed_mask`
+                covers parts of patches or a whole sequence, or is given to a model that is not
+                conditional, or positions are not counted from 0.
             TypeError: If another argument is given, and is neither None nor False.
         """
         check_not_given(not_given)
@@ -499,7 +501,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         if self._evaluation is not None:
             self._evaluation.has_begun = True
         if observed_mask is None and not torch.compiler.is_compiling():
-            output._make_logits = self._logits_maker(latents, codebook, num_flows)
+            output._make_logits = self._logits_maker(latents, codebook, num_flows, attention_mask)
         if labels is None and num_items_in_batch is not None:  # `Trainer` has taken them away
             output.keep_label_logits(input_ids, is_scored, self.config.vocab_size)
 

@@ -114,10 +114,12 @@ def observed_by(
         return None
 
     is_hidden = labels == -100
+    is_leading = is_hidden.long().cumprod(-1) == 1
     if attention_mask is not None:
-        is_hidden = is_hidden & (attention_mask != 0)
+        is_real = attention_mask != 0
+        is_leading = (is_hidden | ~is_real).long().cumprod(-1) == 1
+        is_hidden = is_hidden & is_real
     if pad_token_id is not None:
-        is_leading = is_hidden.long().cumprod(-1) == 1
         is_hidden = is_hidden & (is_leading | (input_ids != pad_token_id))
 
     return is_hidden

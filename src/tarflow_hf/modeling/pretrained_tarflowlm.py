@@ -13,6 +13,7 @@ from .codebook import Codebook, Gaussians
 from .configuration_tarflowlm import TarFlowLMConfig
 from .decoder_tarflowlm import InputEmbedding
 from .evaluation_noise import Evaluation
+from .slots_tarflowlm import make_layout
 from .vocabulary_tarflowlm import add_tokens
 
 
@@ -120,7 +121,11 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
         return 0.0 * sum(p.sum() for embedding in embeddings for p in embedding.parameters())
 
     def _logits_maker(
-        self, latents: Tensor, codebook: Gaussians, num_flows: int | None
+        self,
+        latents: Tensor,
+        codebook: Gaussians,
+        num_flows: int | None,
+        attention_mask: Tensor | None = None,
     ) -> Callable[[], Tensor] | None:
         """Returns a function that computes the log-weights (B, T, V) of each next token, if any."""
         if len(self.flow.layers[:num_flows]) > 1 or not self.config.has_token_logits:
@@ -129,10 +134,11 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
         layer = self.flow.layers[0]
 
         def make_logits() -> Tensor:
-            end = latents.new_zeros(len(latents), 1, latents.shape[2])  # its own slot is not read
-            context = layer.context(layer.inputs(torch.cat([latents, end], 1), codebook))
+            order = layer.order(latents, make_layout(latents, 1, attention_mask))
+            slots = F.pad(order.arrange(latents), (0, 0, 0, 1))  # the last one is not read
+            context = layer.context(layer.inputs(slots, codebook))
             ((weight, bias),) = layer.head.projection()
-            return F.linear(context[:, 1:], weight, bias)
+            return order.from_slots(F.linear(context[:, 1:], weight, bias))
 
         return make_logits
 

@@ -29,6 +29,7 @@ class Layout(NamedTuple):
     lengths: Tensor | None = None  # (B,) real positions of each sequence; None if all are real
     observed_ids: Tensor | None = None  # (B, N, P) ids of observed positions, -1 at the others
     is_variable: Tensor | None = None  # (B, N), False at padding and observed; None if all are
+    first: Tensor | None = None  # (B,) the first real position; None if it is 0 in all sequences
 
     def keep_variables(self, x: Tensor) -> Tensor:
         """x (B, N, ...) at the variables, and 0 elsewhere."""
@@ -43,32 +44,38 @@ class Known(NamedTuple):
 
 
 def make_layout(h: Tensor, patch_size: int, attention_mask: Tensor | None = None) -> Layout:
-    """The layout of positions h (B, N, D) with a right-padding mask (B, T).
+    """The layout of positions h (B, N, D) with a padding mask (B, T).
 
     Raises:
-        ValueError: If the mask has another shape, holes or padding on the left, or if a sequence
-            has no real token, or no whole number of real patches.
+        ValueError: If the mask has another shape or holes, or if a sequence has no real token, no
+            whole number of real patches, or padding on the left that is none.
     """
     if attention_mask is None:
         return Layout()
 
     check_mask(attention_mask, (h.shape[0], h.shape[1] * patch_size))
     mask = attention_mask != 0
-    lengths = mask.sum(-1)
-    is_right_padded = mask == (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])
+    lengths, first = mask.sum(-1), mask.int().argmax(-1)
+    place = torch.arange(mask.shape[1], device=mask.device) - first.unsqueeze(-1)
+    is_whole = mask == ((place >= 0) & (place < lengths.unsqueeze(-1)))
     require(
-        is_right_padded.all(),
-        "attention_mask has holes or padding on the left: only right padding is possible.",
+        is_whole.all(),
+        "attention_mask has holes: padding has to stand on the right or on the left of a sequence.",
     )
     require((lengths > 0).all(), "attention_mask has a sequence without any real token.")
     require(
-        (lengths % patch_size == 0).all(),
-        f"Every real length must be a multiple of patch_size, {patch_size}.",
+        ((lengths % patch_size == 0) & (first % patch_size == 0)).all(),
+        f"Every real length, and padding on the left, must be a multiple of patch_size, {patch_size}.",
     )
 
-    lengths = lengths // patch_size
-    is_real = torch.arange(h.shape[1], device=h.device) < lengths.unsqueeze(-1)
-    return Layout(lengths, None, is_real)
+    is_real = mask.unflatten(1, (-1, patch_size))[..., 0]
+    lengths, first = lengths // patch_size, first // patch_size
+    # Without padding on the left the order is simpler, if one may look.
+    may_look = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    if may_look and not bool(first.any()):
+        first = None
+
+    return Layout(lengths, None, is_real, first)
 
 
 def add_observed(
@@ -113,7 +120,7 @@ def add_observed(
         is_variable.any(-1).all(),
         "observed_mask covers a whole sequence: nothing of it is left to model.",
     )
-    return Layout(layout.lengths, ids, is_variable)
+    return Layout(layout.lengths, ids, is_variable, layout.first)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,19 +200,25 @@ class Order(NamedTuple):
 
 def make_order(channels: Channels, is_reversed: bool, layout: Layout, h: Tensor) -> Order:
     """The order of a flow over the positions of h (B, N, D), which runs backwards if reversed."""
-    if layout.observed_ids is None and (layout.lengths is None or not is_reversed):
+    is_shifted = layout.first is not None
+    is_padded = layout.lengths is not None
+    if layout.observed_ids is None and not is_shifted and not (is_padded and is_reversed):
         return Order(channels, is_reversed)
 
     num_positions = h.shape[1]
     n = torch.arange(num_positions, device=h.device).expand(h.shape[0], -1)
     ends = torch.full((h.shape[0], 1), num_positions, device=h.device)
-    if layout.lengths is not None:
+    if is_padded:
         ends = layout.lengths.unsqueeze(-1)
+    if is_shifted:
+        # Counted from the first real position; padding on the left comes behind all of them.
+        n = (n - layout.first.unsqueeze(-1)) % num_positions
 
     # Padding stays at the end.
     coordinate = torch.where(n < ends, ends - 1 - n, n) if is_reversed else n
     if layout.observed_ids is None:
-        return Order(channels, is_reversed, coordinate, coordinate)
+        index = coordinate.argsort(-1) if is_shifted else coordinate
+        return Order(channels, is_reversed, index, coordinate)
 
     is_missing = (layout.observed_ids[..., 0] < 0).long()
     group = torch.where(n < ends, is_missing, 2)  # observed, missing, padding

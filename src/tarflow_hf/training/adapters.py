@@ -28,7 +28,9 @@ def add_lora(model: PreTrainedModel, config: TrainingConfig) -> None:
 
     flows = flows_of(model)
     if not flows:
-        raise ValueError("lora_rank must be 0 for a discrete model: adapters are for a flow's body.")
+        raise ValueError(
+            "lora_rank must be 0 for a discrete model: adapters are for a flow's body."
+        )
     if find_spec("peft") is None:
         raise ImportError(
             f'lora_rank={config.lora_rank} needs PEFT: pip install "tarflow_hf[peft]", or leave lora_rank out to train '

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-from .config import MAY_MATTER
+from .config import MAY_MATTER, TrainingConfig
 
 # Fields of a model's configuration that say how it was saved, not what it is.
 NOT_THE_MODEL = {"transformers_version", "architectures", "auto_map", "_name_or_path"}
@@ -239,6 +239,8 @@ def _differences(
     differences = []
     for part, values in description.items():
         now, then = json.loads(json.dumps(values, default=str)), run.get(part, {})
+        if part == "training" and then:
+            then = {**asdict(TrainingConfig()), **then}  # an option that is younger than the run
         is_stated = part in ("model", "training")
 
         for name in sorted(set(now) | set(then)):

@@ -16,10 +16,22 @@ class TrainingConfig:
     """The options of a training run.
 
     `batch_size` counts the sequences of one optimiser step, over all processes and accumulations.
+    `source` and `gguf_file` say what the model was made of; `train`, which is given the model, notes
+    them down.
     """
 
     output_dir: str = field(
         default="runs/demo", metadata={"help": "where checkpoints and the model go"}
+    )
+    source: str | None = field(
+        default=None,
+        metadata={
+            "help": "a causal language model (an id, a folder) to convert and train on, or a TarFlowLM to train on",
+            "aliases": ["--from"],
+        },
+    )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "the file of the source to read, in GGUF's format"}
     )
     num_steps: int = field(
         default=600, metadata={"help": "optimiser steps, shared evenly by the stages"}
@@ -40,7 +52,7 @@ class TrainingConfig:
     first_flow: int = field(
         default=1,
         metadata={
-            "help": "the flow that progressive stages begin with; those before it, and the codebook, are taken as they are"
+            "help": "the flow that progressive stages begin with; those before it stay as they are, with the codebook"
         },
     )
     patience: int = field(
@@ -69,9 +81,13 @@ class TrainingConfig:
     )
     lora_rank: int = field(
         default=0,
-        metadata={"help": "LoRA's, on the first flow's decoder, all else of which stays; 0: train all"},
+        metadata={
+            "help": "LoRA's, on the first flow's decoder, all else of which stays; 0: train all"
+        },
     )
-    lora_alpha: float = field(default=32.0, metadata={"help": "what LoRA adds counts lora_alpha / lora_rank"})
+    lora_alpha: int = field(
+        default=32, metadata={"help": "what LoRA adds counts lora_alpha / lora_rank"}
+    )
     lora_targets: list[str] | None = field(
         default=None, metadata={"help": "names of the linear maps with LoRA; by default all"}
     )
