@@ -119,17 +119,20 @@ chat = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
 tokens = model.generate(**chat, max_new_tokens=6, top_k=1)
-print(json.dumps({"prompt": chat["input_ids"].tolist(), "tokens": tokens.tolist()}))
+with open(sys.argv[3], "w", encoding="utf-8") as file:
+    json.dump({"prompt": chat["input_ids"].tolist(), "tokens": tokens.tolist()}, file)
 """
 
 
 def test_it_writes_without_this_package(source, saved, chat, tmp_path):
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-P", "-c", SCRIPT, str(saved), json.dumps(MESSAGES)]
+    output = tmp_path / "answer.json"
+    arguments = [str(saved), json.dumps(MESSAGES), str(output)]
+    command = [sys.executable, "-P", "-c", SCRIPT, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
 
-    answer = json.loads(done.stdout.splitlines()[-1])
+    answer = json.loads(output.read_text())
     assert answer["prompt"] == chat["input_ids"].tolist()
     expected = greedy(source, chat["input_ids"], 6)
     assert_same_beginning(torch.tensor(answer["tokens"]), expected, chat["input_ids"].shape[1])

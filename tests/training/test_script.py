@@ -84,7 +84,11 @@ def test_the_command_line_wins_over_the_recipe(tmp_path, monkeypatch):
     "content, arguments, message",
     [
         (None, ["--recipe", "text8_mixed"], "no recipe 'text8_mixed': did you mean text8_mixd"),
-        (None, ["--recipe", "zebra"], "no recipe 'zebra': there are convert_then_infill, .*, text8_deep"),
+        (
+            None,
+            ["--recipe", "zebra"],
+            "no recipe 'zebra': there are convert_then_infill, .*, text8_deep",
+        ),
         (None, ["--recipe", "zebra.json"], "no recipe 'zebra.json'"),
         ({"opts": {}}, [], "no key in the recipe .*'opts': did you mean options"),
         (
