@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import sys
 from functools import partial
 from pathlib import Path
@@ -117,6 +118,50 @@ def test_benchmark_of_real_models(tmp_path, capsys, monkeypatch):
     assert [row["what"] for row in rows] == expected
     for row in rows[:-1]:
         assert row["ratio"] == pytest.approx(row["TarFlowLM"] / row["source"])
+
+
+def test_benchmark_of_infilling(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("peft")
+    (tmp_path / "text.txt").write_text(TEXT * 30)
+    size = ["--vocab_size", "270", "--length", "12", "--hidden_size", "32", "--layers", "1"]
+    size += ["--pretrain_steps", "3", "--gap_steps", "2", "--batch_size", "2"]
+    size += ["--gaps", "3", "half", "--curve_gap", "3", "--curve_points", "2"]
+    size += ["--test_sequences", "4", "--num_samples", "2", "--runs", str(tmp_path / "runs")]
+    size += ["--dataset", str(tmp_path / "text.txt"), "--output", str(tmp_path / "rows.jsonl")]
+    run = partial(benchmark, "infilling.py", *size, capsys=capsys, monkeypatch=monkeypatch)
+    assert "scratch: 2 steps" in run("--train_only", "--only", "scratch")
+    assert "scratch: 2 steps" not in run()
+
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    gaps = {(row["run"], row["gap"]): row for row in rows if row["kind"] == "gap"}
+    runs = ["left_to_right", "left_to_right_longer", "converted", "converted_lora"]
+    runs += ["scratch", "scratch_longer"]
+    assert list(gaps) == [(name, gap) for gap in (3, "half") for name in runs]
+    for (name, gap), row in gaps.items():
+        is_exact = name.startswith("left_to_right")
+        assert len(row["of_samples"]) == row["samples"] == (1 if is_exact else 2)
+        assert row["nats"] == pytest.approx(sum(row["of_samples"]) / row["samples"])
+        assert row["gain"] == pytest.approx(
+            gaps["left_to_right_longer", gap]["nats"] - row["nats"], abs=1e-6
+        )
+
+    assert gaps["converted", 3]["tokens"] == 4 * 3
+    curve = [row for row in rows if row["kind"] == "curve" and row["run"] == "converted"]
+    assert [row["step"] for row in curve] == [0, 1, 2]
+    assert curve[-1]["nats"] == pytest.approx(gaps["converted", 3]["nats"], abs=1e-3)
+
+
+def test_gaps_lie_inside_their_sequences(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    draw_gaps = runpy.run_path(str(ROOT / "benchmarks" / "infilling.py"))["draw_gaps"]
+    one = draw_gaps(4, (200, 10), 0)
+    assert (one.sum(-1) == 4).all() and not one[:, 0].any() and not one[:, -1].any()
+    assert (one.int().diff(dim=-1).abs().sum(-1) == 2).all()  # in one piece
+    assert one[:, 1].any() and one[:, -2].any()
+
+    half = draw_gaps("half", (500, 40), 0)
+    assert 0.45 < half.float().mean() < 0.55
+    assert half.any(-1).all() and not half.all(-1).any()
 
 
 @pytest.fixture
