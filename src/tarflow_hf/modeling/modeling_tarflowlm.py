@@ -339,8 +339,7 @@ class FlowStack(nn.Module):
 
         # Left to right, the states of the first positions depend on nothing behind them.
         h = zero_unless(mask, h)
-        is_given = mask if layout.is_variable is None else mask | ~layout.is_variable
-        leading = is_given.long().cumprod(-1).bool()
+        leading = (~layout.keep_variables(~mask)).long().cumprod(-1).bool()
         states = self._transform(layers[:-1], h, codebook, layout).states[1:]
         states = [to_positions(state, self.patch_size) for state in states]
         return [Known(h, mask)] + [Known(state, leading) for state in states]
