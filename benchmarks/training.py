@@ -38,6 +38,7 @@ from tarflow_hf.training import (
     draw_step,
     make_optimizer,
     make_stages,
+    recompute_activations,
 )
 
 MODELS = ("TarFlowLM", "Llama")
@@ -89,7 +90,7 @@ class Step:
     ):
         self.model, self.num_flows, self.device = model.to(device), num_flows, device
         if arguments.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            recompute_activations(model)
 
         self.optimizer = make_optimizer(model, TrainingConfig())
         self.call = torch.compile(model) if arguments.compile else model

@@ -244,7 +244,8 @@ class GenerationOptions:
             name: x for name, x in self.from_library.items() if name not in REPETITION_OPTIONS
         }
         config = GenerationConfig(**others)
-        config.max_length, config.num_beams = length, 1
+        config.max_length = length
+        config.num_beams = config.num_return_sequences = 1
         end_token_ids = self.end_token_ids
         config._eos_token_tensor = torch.tensor(end_token_ids) if end_token_ids else None
         return config

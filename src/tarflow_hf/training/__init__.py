@@ -16,7 +16,7 @@ from .divergence import FirstFault
 from .folder import check_output_dir, trainer_checkpoint
 from .interruption import RunStopped
 from .log import Log
-from .loop import train, validate
+from .loop import recompute_activations, train, validate
 from .loss import RowNoise, StepDraws, compute_loss, draw_observed_mask, draw_step
 from .stages import Stage, make_optimizer, make_stages, slow_vocabulary
 
@@ -44,6 +44,7 @@ __all__ = [
     "make_stages",
     "merge_lora",
     "newest_checkpoint",
+    "recompute_activations",
     "save_model",
     "share_cores",
     "slow_vocabulary",
