@@ -36,6 +36,8 @@ MAX_SHARE = {torch.float32: 2.0**-24, torch.float64: 2.0**-48}
 # Weights are held above this: processors take ten times as long for what is too small for a normal
 # number.
 MIN_LOG_WEIGHT = -80.0
+# Distances over sqrt(2) end here, for the same reason: less than the weights' e^-80 is lost.
+FARTHEST = {torch.float32: 9.0, torch.float64: 18.0}
 # From this F on 1 - F is summed instead.
 UPPER = 0.8
 # Components are dropped where at most this part of them is left.
@@ -105,13 +107,13 @@ def _weigh(log_weight: Tensor, log_peak: Tensor | float = 0.0) -> _Weights:
 
 def _tails(weights: _Weights, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """2 Phi(t) or 2 - 2 Phi(t), F or 1 - F, and the sign that tells which."""
-    erfc = torch.erfc(a)
+    erfc = a.clamp(max=FARTHEST[a.dtype]).erfc_()
     tail = 0.5 * torch.linalg.vecdot(weights.value, erfc).unsqueeze(-1) / weights.total
     sign = torch.ones_like(tail)
 
     upper = (tail.squeeze(-1) > UPPER).nonzero().squeeze(-1)
     if len(upper):
-        other = torch.erfc(-a[upper])
+        other = a[upper].neg_().clamp_(max=FARTHEST[a.dtype]).erfc_()
         erfc[upper] = other
         sums = torch.linalg.vecdot(weights.value[upper], other).unsqueeze(-1)
         tail[upper] = 0.5 * sums / weights.total[upper]
