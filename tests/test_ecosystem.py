@@ -287,7 +287,6 @@ def test_the_vocabulary_cannot_shrink(saved):
     "options",
     [
         {"num_beams": 2},
-        {"assistant_model": "a smaller model"},
         {"penalty_alpha": 0.6, "top_k": 4},
         {"guidance_scale": 1.5},
         {"output_scores": True},
@@ -298,9 +297,6 @@ def test_generation_by_next_token_distributions_is_refused(saved, options):
     model, option = copy.deepcopy(saved[0]), next(iter(options))
     with pytest.raises(ValueError, match=rf"no options \['{option}'\]"):
         model.generate(max_new_tokens=4, **options)
-
-    if option == "assistant_model":
-        return  # no field of a config
 
     config = GenerationConfig(max_new_tokens=4, **options)
     with pytest.raises(ValueError, match=rf"no options \['{option}'\]"):

@@ -24,22 +24,25 @@ LOOKUP = {"prompt_lookup_num_tokens": 6}
 class Prophet:
     """Knows how the texts go on, and is wrong about a share of the tokens."""
 
-    cost = 0.0
+    cost, sureness = 0.0, None
 
     def __init__(self, texts, share_wrong, num_tokens=6, seed=0):
         self.texts, self.share_wrong, self.max_tokens = texts.tolist(), share_wrong, num_tokens
         self.random = torch.Generator().manual_seed(seed)
 
+    def begin(self, u, codebook):
+        pass
+
     def propose(self, texts, num_tokens):
-        drafts = []
-        for text in texts:
+        drafts = {}
+        for row, text in texts.items():
             # Where texts that are asked for end, the longest match tells which is which.
             known = max(
                 self.texts, key=lambda each: sum(a == b for a, b in zip(each, text, strict=False))
             )
             draft = known[len(text) : len(text) + num_tokens]
             is_wrong = torch.rand(len(draft), generator=self.random) < self.share_wrong
-            drafts.append([(x + bool(w)) % 5 for x, w in zip(draft, is_wrong, strict=True)])
+            drafts[row] = [(x + bool(w)) % 5 for x, w in zip(draft, is_wrong, strict=True)]
 
         return drafts, 4
 
@@ -338,10 +341,100 @@ def test_good_guesses_are_taken_up_even_late():
 
 def test_lookup_is_the_librarys_with_its_sureness():
     lookup = PromptLookup(4, 3)
-    assert lookup.propose([[1, 2, 3, 4, 5, 1, 2, 3]], 4) == ([[4, 5, 1, 2]], 3)
-    assert lookup.propose([[9, 2, 3, 4, 5, 1, 2, 3], [7, 7]], 4) == ([[4, 5, 1, 2], [7]], 1)
-    assert lookup.propose([[1, 2, 3]], 4) == ([[]], 0)
-    assert lookup.propose([[1]], 4) == ([[]], 0)
+    assert lookup.propose({2: [1, 2, 3, 4, 5, 1, 2, 3]}, 4) == ({2: [4, 5, 1, 2]}, 3)
+    texts = {0: [9, 2, 3, 4, 5, 1, 2, 3], 1: [7, 7]}
+    assert lookup.propose(texts, 4) == ({0: [4, 5, 1, 2], 1: [7]}, 1)
+    assert lookup.propose({0: [1, 2, 3]}, 4) == ({0: []}, 0)
+    assert lookup.propose({0: [1]}, 4) == ({0: []}, 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Assistants
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def assistants(llama):
+    """The model itself, one like it, its source, and models that have little to do with it."""
+    alike = from_causal_lm(tiny_causal_lm("llama"))
+    with torch.no_grad():
+        for parameter in alike.flow.layers[0].parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+
+    return {
+        "itself": llama,
+        "alike": alike,
+        "its source": tiny_causal_lm("llama"),
+        "another": from_causal_lm(tiny_causal_lm("gpt2", seed=3), latent_size=12),
+        "another of the library": tiny_causal_lm("mistral", seed=3),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["itself", "alike", "its source", "another", "another of the library"]
+)
+@pytest.mark.parametrize("option", ["temperature", "top_p", "repetition", "sampled tokens", "end"])
+def test_assistants_change_no_token(every_guess, llama, assistants, name, option):
+    options = {"inputs": repeating(2)[:, :4], "max_new_tokens": 20, **OPTIONS[option]}
+    expected = generate(llama, **options)
+    actual = generate(llama, **options, assistant_model=assistants[name], num_assistant_tokens=5)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert actual.inverse_reports[0].method == "drafts"
+
+
+@pytest.mark.parametrize("name", ["itself", "its source", "alike"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 8}, {"temperature": 0.5}, {"do_sample": False}])
+def test_the_same_noise_picks_the_same_tokens(every_guess, llama, assistants, name, options):
+    """A model is its own best assistant, and its source as good; one like it nearly so."""
+    options = {"inputs": repeating()[:, :3], "max_new_tokens": 24, "eos_token_id": -1, **options}
+    assistant = {"assistant_model": assistants[name], "num_assistant_tokens": 5}
+    report = generate(llama, **options, **assistant).inverse_reports[0]
+    passes = [3, 6, 6, 6, 6]
+    if name == "alike":
+        assert report.iterations <= 12
+    else:
+        assert report.iterations == 4 and report.num_final[-4:] == passes[1:]
+
+
+def test_other_flows_have_assistants_too(every_guess):
+    """Patches, a first flow that is no mixture over the codebook, and no prompt."""
+    small = make(STACKS["mix-d"])
+    for flows, patch_size in (("mix-d", 2), ("affine", 1), ("mix-d, mix-1, mix-1", 1)):
+        model = make(STACKS[flows], patch_size, seed=1)
+        for options in ({}, {"inputs": torch.tensor([[1, 2, 3, 4]])}):
+            options = {**options, "max_new_tokens": 12}
+            expected = generate(model, **options)
+            actual = generate(model, **options, assistant_model=small, num_assistant_tokens=4)
+            assert torch.equal(actual.sequences, expected.sequences)
+
+
+def test_the_number_of_tokens_is_the_assistants_own_by_default(every_guess, llama, monkeypatch):
+    source = tiny_causal_lm("llama")
+    monkeypatch.setattr(source.generation_config, "num_assistant_tokens", 3)
+    options = {"inputs": repeating()[:, :3], "max_new_tokens": 12, "eos_token_id": -1}
+    report = generate(llama, **options, assistant_model=source).inverse_reports[0]
+    assert report.num_final == [3, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("make_assistant", "message"),
+    [
+        (lambda: "a name", "must be a model of the library, not 'a name'"),
+        (
+            lambda: tiny_causal_lm("llama").model,
+            "assistant_model, a LlamaModel, is no causal language model",
+        ),
+        (
+            lambda: make(STACKS["mix-d"]),
+            "TarFlowLMModel, has a vocabulary of 5 tokens, the model, a TarFlowLMModel, one of 96",
+        ),
+        (lambda: make(STACKS["affine"], vocab_size=VOCABULARY), "no logits of the next token"),
+    ],
+    ids=["a string", "no head", "vocabulary", "no logits"],
+)
+def test_assistants_that_do_not_go_with_the_model(llama, make_assistant, message):
+    with pytest.raises(ValueError, match=message):
+        llama.generate(max_new_tokens=4, assistant_model=make_assistant())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -355,6 +448,8 @@ def test_lookup_is_the_librarys_with_its_sureness():
         ({"prompt_lookup_num_tokens": -1}, "prompt_lookup_num_tokens must be an integer"),
         ({"prompt_lookup_num_tokens": 2.5}, "prompt_lookup_num_tokens must be an integer"),
         ({"max_matching_ngram_size": 0, **LOOKUP}, "max_matching_ngram_size must be an integer"),
+        ({"num_assistant_tokens": 0, **LOOKUP}, "num_assistant_tokens must be an integer"),
+        ({"assistant_model": tiny_causal_lm("llama"), **LOOKUP}, "give one of them"),
         ({"synced_gpus": True, **LOOKUP}, "synced_gpus needs as many passes"),
         (
             {"inverse_method": "parallel", **LOOKUP},

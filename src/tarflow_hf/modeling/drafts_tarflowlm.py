@@ -26,17 +26,16 @@ References:
     Saxena, *Prompt Lookup Decoding*, 2023, github.com/apoorvumang/prompt-lookup-decoding.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .codebook import Gaussians
 from .decoder_tarflowlm import InputCache
+from .draft_sources import DraftSource, PromptLookup, make_assistant
 from .generation_options import GenerationOptions
 from .generation_writing import TokenWriter
 from .inversion_tarflowlm import (
@@ -51,71 +50,6 @@ from .slots_tarflowlm import Known, Observed, take
 # A guess counts if the decoder's input differs by at most so many units of the input's rounding,
 # relative to the largest number of the slot.
 MAX_ROUNDINGS = 2
-
-
-# --------------------------------------------------------------------------------------------------
-# Where drafts come from
-# --------------------------------------------------------------------------------------------------
-
-
-class DraftSource(Protocol):
-    """Guesses what follows in each text of a batch."""
-
-    max_tokens: int  # at most so many for each text
-    cost: float  # of a draft, in steps of the model
-
-    def propose(self, texts: Sequence[list[int]], num_tokens: int) -> tuple[list[list[int]], int]:
-        """Up to `num_tokens` tokens that may follow each text, and how sure they are, from 0 to 4."""
-        ...
-
-
-class PromptLookup:
-    """Copies what followed the last tokens where they stood before, by the library's generator.
-
-    Args:
-        num_tokens: Copies at most so many.
-        max_matching_ngram_size: The number of last tokens that are looked for first; then fewer.
-
-    Example:
-        >>> PromptLookup(3, 2).propose([[5, 6, 7, 8, 9, 5, 6]], 3)
-        ([[7, 8, 9]], 2)
-    """
-
-    cost = 0.0
-
-    def __init__(self, num_tokens: int, max_matching_ngram_size: int = 2):
-        self.max_tokens = num_tokens
-        self.generator = PromptLookupCandidateGenerator(
-            num_output_tokens=num_tokens,
-            max_matching_ngram_size=max_matching_ngram_size,
-            max_length=2**31,
-        )
-
-    def propose(self, texts: Sequence[list[int]], num_tokens: int) -> tuple[list[list[int]], int]:
-        found, sizes = [], []
-        for text in texts:
-            if len(text) < 2:
-                return [[] for _ in texts], 0
-
-            candidates, _ = self.generator.get_candidates(torch.tensor([text]))
-            found.append(candidates[0, len(text) :].tolist()[:num_tokens])
-            sizes.append(_num_matching(text, found[-1]))
-
-        return found, min(sizes)
-
-
-def _num_matching(text: list[int], draft: list[int], most: int = 4) -> int:
-    """The number of last tokens of a text behind which the draft stands elsewhere in it."""
-    best, size = 0, len(draft)
-    for start in range(1, len(text) - size + 1):
-        if size and text[start] == draft[0] and text[start : start + size] == draft:
-            limit, num = min(most, start), 0
-            while num < limit and text[start - 1 - num] == text[-1 - num]:
-                num += 1
-
-            best = max(best, num)
-
-    return best
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,8 +78,8 @@ class DraftLength:
     ALLOWANCE = 0.03
     FIRST_BALANCE, MAX_BALANCE = 1.5, 4.0
     FADING = 0.8
-    # Guesses of sureness k: the first k last tokens were found (prompt lookup).
-    PRIOR = (0.2, 0.3, 0.5, 0.7, 0.85)
+    # Guesses of sureness k: k last tokens were found before, and an assistant's.
+    PRIOR = (0.2, 0.3, 0.5, 0.7, 0.85, 0.7)
     PRIOR_COUNT = 1.0
     # A step takes 1, the second row of a matrix 0.3, each further one 0.1, measured with SmolLM2.
     TIMES = {"cpu": (0.3, 0.1)}
@@ -244,6 +178,7 @@ class Drafts:
         h = torch.zeros_like(u) if known is None else known.states.clone()
         cache = _croppable_cache(flow, num_positions)
         reader = _Reader(flow, codebook)
+        self.source.begin(reader.latents(u).flatten(1, 2), codebook)
         carried = reader.guess(torch.zeros(len(u), 0, reader.patch_size, dtype=torch.long))
         num_final, residual = [num_known] if num_known else [], 0.0
         first, num_cached = num_known, 0  # the first position that is not final; slots
@@ -303,29 +238,41 @@ class Drafts:
         if num_free < 1 or not rows:
             return carried
 
-        place = self.writer.num_passed + carried.tokens[0].numel()
-        texts, known = [], []
-        for row in rows:
-            text = take(self.writer.tokens[row, None], self.writer.order[row, None])[0].tolist()
-            text[self.writer.num_passed : place] = carried.tokens[row].flatten().tolist()
-            num_known = int((~self.is_new[row, place:]).long().cumprod(0).sum())
-            texts.append(text[: place + num_known])
-            known.append(text[place : place + num_known])
+        if self.length is not None and self.source.sureness is not None:
+            num_free = self.length.choose(num_free, self.source.sureness)
+            if not num_free:
+                return carried
 
+        texts, known = self._texts(carried, rows)
         drafts, self.sureness = self.source.propose(texts, num_free * patch_size)
-        drafts = [a + b for a, b in zip(known, drafts, strict=True)]
-        num_drafts = min(num_free, min(map(len, drafts)) // patch_size)
-        if self.length is not None:
+        drafts = {row: known[row] + draft for row, draft in drafts.items()}
+        num_drafts = min(num_free, min(map(len, drafts.values())) // patch_size)
+        if self.length is not None and self.source.sureness is None:
             num_drafts = self.length.choose(num_drafts, self.sureness)
         if not num_drafts:
             return carried
 
         tokens = torch.zeros(len(is_waited_for), num_drafts, patch_size, dtype=torch.long)
-        for row, draft in zip(rows, drafts, strict=True):
+        for row, draft in drafts.items():
             tokens[row] = torch.tensor(draft[: num_drafts * patch_size]).view(-1, patch_size)
 
         pairs = zip(carried, reader.guess(tokens), strict=True)
         return _Guess(*(torch.cat(pair, 1) for pair in pairs))
+
+    def _texts(
+        self, carried: _Guess, rows: list[int]
+    ) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """Some texts as they are guessed to be, and the known tokens at their end that follow that."""
+        writer, texts, known = self.writer, {}, {}
+        place = writer.num_passed + carried.tokens[0].numel()
+        for row in rows:
+            text = take(writer.tokens[row, None], writer.order[row, None])[0].tolist()
+            text[writer.num_passed : place] = carried.tokens[row].flatten().tolist()
+            num_known = int((~self.is_new[row, place:]).long().cumprod(0).sum())
+            texts[row] = text[: place + num_known]
+            known[row] = text[place : place + num_known]
+
+        return texts, known
 
     def _learn(self, num_guesses: int, num_right: int) -> None:
         if self.length is not None:
@@ -367,6 +314,9 @@ class Drafts:
 def check_drafts(options: GenerationOptions, config: PreTrainedConfig) -> None:
     """Raises a ValueError where drafts contradict the model or other options of `generate`."""
     names, direction = ", ".join(options.draft_options), config.flows[0]["direction"]
+    if len(options.draft_options) > 1:
+        raise ValueError(f"{names} both guess the next tokens: give one of them.")
+
     if direction == "right_to_left":
         raise ValueError(
             f"{names} guess what follows a text: the flow next to the data has to run left to right, not {direction}."
@@ -392,14 +342,25 @@ def check_drafts(options: GenerationOptions, config: PreTrainedConfig) -> None:
 
 
 def make_drafts(
-    options: GenerationOptions, writer: TokenWriter | None, device: torch.device
+    options: GenerationOptions, writer: TokenWriter | None, model: PreTrainedModel
 ) -> Drafts | None:
-    """The drafts that the options of `generate` ask for, if any."""
-    if writer is None or not options.prompt_lookup_num_tokens:
+    """The drafts that the options of `generate` ask for, if any.
+
+    Raises:
+        ValueError: If an assistant does not go with the model.
+    """
+    if writer is None or not options.draft_options:
         return None
 
-    source = PromptLookup(options.prompt_lookup_num_tokens, options.max_matching_ngram_size or 2)
-    return Drafts(source, writer, DraftLength(len(writer.tokens), device.type, source.cost))
+    source: DraftSource
+    if options.assistant_model is None:
+        source = PromptLookup(options.prompt_lookup_num_tokens, options.max_matching_ngram_size)
+    else:
+        num_tokens, warpers = options.num_assistant_tokens, options.warpers()
+        source = make_assistant(options.assistant_model, model, num_tokens, warpers)
+
+    length = DraftLength(len(writer.tokens), writer.tokens.device.type, source.cost)
+    return Drafts(source, writer, length)
 
 
 class _Reader:
@@ -417,8 +378,11 @@ class _Reader:
 
     def tokens(self, states: Tensor) -> Tensor:
         """The most likely tokens (B, m, P) of states (B, m, D)."""
-        latents = self.channels.unshuffle(states).unflatten(-1, (self.patch_size, -1))
-        return self.codebook.most_likely(latents, 1).squeeze(-1)
+        return self.codebook.most_likely(self.latents(states), 1).squeeze(-1)
+
+    def latents(self, states: Tensor) -> Tensor:
+        """States (B, m, D) by tokens, (B, m, P, d)."""
+        return self.channels.unshuffle(states).unflatten(-1, (self.patch_size, -1))
 
     def carried(
         self, states: Tensor, guess: _Guess, num_right: int, is_waited_for: Tensor

@@ -117,6 +117,8 @@ class GenerationOptions:
     synced_gpus: bool = False
     prompt_lookup_num_tokens: int = 0
     max_matching_ngram_size: int = 2
+    assistant_model: Any = None
+    num_assistant_tokens: int | None = None
 
     # Those of the library's options that ask for something: LOGITS_OPTIONS and STOP_OPTIONS.
     from_library: dict[str, Any] = field(default_factory=dict)
@@ -176,7 +178,11 @@ class GenerationOptions:
             if not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, not {value}.")
 
-        for name in ("num_return_sequences", "num_candidates"):
+        at_least_one = ["num_return_sequences", "num_candidates", "max_matching_ngram_size"]
+        if self.num_assistant_tokens is not None:
+            at_least_one.append("num_assistant_tokens")
+
+        for name in at_least_one:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")
@@ -184,10 +190,6 @@ class GenerationOptions:
         if not isinstance(self.prompt_lookup_num_tokens, int) or self.prompt_lookup_num_tokens < 0:
             raise ValueError(
                 f"prompt_lookup_num_tokens must be an integer of at least 0, not {self.prompt_lookup_num_tokens!r}."
-            )
-        if not isinstance(self.max_matching_ngram_size, int) or self.max_matching_ngram_size < 1:
-            raise ValueError(
-                f"max_matching_ngram_size must be an integer of at least 1, not {self.max_matching_ngram_size!r}."
             )
         if not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(
@@ -210,7 +212,8 @@ class GenerationOptions:
     @property
     def draft_options(self) -> list[str]:
         """The names of the options that guess tokens ahead."""
-        return ["prompt_lookup_num_tokens"] if self.prompt_lookup_num_tokens else []
+        names = ["prompt_lookup_num_tokens"] if self.prompt_lookup_num_tokens else []
+        return names if self.assistant_model is None else [*names, "assistant_model"]
 
     @property
     def end_token_ids(self) -> list[int]:

@@ -150,6 +150,10 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
                 last ones where they stood before, and verify them in one pass of the first flow.
                 Drafts change no token. How many a pass takes follows from how many were right. The
                 first flow has to run left to right.
+            assistant_model ([`PreTrainedModel`]): Guess tokens by a smaller model of the same
+                vocabulary, a causal language model or a TarFlowLM, that is given the same noise.
+            num_assistant_tokens (`int`): At most so many at a time; by default what the assistant's
+                generation config says, or 20.
             max_matching_ngram_size (`int`): The number of last tokens that are looked for, 2 by
                 default, as in the library.
             synced_gpus (`bool`): All positions are computed, wherever the texts end.
@@ -546,7 +550,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
 
         on_position = None if writer is None else writer.put
         processor = writer.process if options.logits_options else None
-        drafts = make_drafts(options, writer, self._home)
+        drafts = make_drafts(options, writer, self)
         flow = self._invert_flows(text, noise, known, options, on_position, processor, drafts)
         return flow if said is None else said.prevail(flow)
 
