@@ -359,7 +359,7 @@ def assistants(llama):
     alike = from_causal_lm(tiny_causal_lm("llama"))
     with torch.no_grad():
         for parameter in alike.flow.layers[0].parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
+            parameter.add_(0.001 * torch.randn_like(parameter))
 
     return {
         "itself": llama,
@@ -389,11 +389,10 @@ def test_the_same_noise_picks_the_same_tokens(every_guess, llama, assistants, na
     options = {"inputs": repeating()[:, :3], "max_new_tokens": 24, "eos_token_id": -1, **options}
     assistant = {"assistant_model": assistants[name], "num_assistant_tokens": 5}
     report = generate(llama, **options, **assistant).inverse_reports[0]
-    passes = [3, 6, 6, 6, 6]
     if name == "alike":
-        assert report.iterations <= 12
+        assert report.iterations <= 8
     else:
-        assert report.iterations == 4 and report.num_final[-4:] == passes[1:]
+        assert report.num_final == [3, 6, 6, 6, 6]
 
 
 def test_other_flows_have_assistants_too(every_guess):

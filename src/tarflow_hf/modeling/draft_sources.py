@@ -223,7 +223,8 @@ def make_assistant(
         )
 
     if num_tokens is None:
-        num_tokens = getattr(assistant.generation_config, "num_assistant_tokens", None) or 20
+        own = getattr(assistant, "generation_config", None)
+        num_tokens = getattr(own, "num_assistant_tokens", None) or 20
 
     first = model.config.flows[0]
     options: dict[str, Any] = {
