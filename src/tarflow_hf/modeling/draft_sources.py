@@ -1,4 +1,4 @@
-"""Where drafts come from: the text itself, or a smaller model that is given the same noise.
+"""Sources of drafts: the text itself, or a smaller model that is given the same noise.
 
 Shapes: B batch, n tokens of the texts, d latent size of a token, V tokens in the vocabulary.
 """
