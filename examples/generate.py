@@ -5,6 +5,7 @@ python examples/generate.py runs/demo/model --num_samples 4 --max_new_tokens 128
 python examples/generate.py runs/demo/model --prompt "the function returns"
 python examples/generate.py runs/demo/model --top_p 0.9 --flow_temperatures 1 1 0.9 --num_candidates 8
 python examples/generate.py runs/demo/model --show_states          # the text that every flow's state decodes to
+python examples/generate.py runs/demo/model --show_drafts          # guesses in yellow, until they are certain
 """
 
 import argparse
@@ -51,9 +52,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--show_states", action="store_true", help="decode every flow's state, from noise to text"
     )
+    parser.add_argument(
+        "--prompt_lookup_num_tokens",
+        type=int,
+        help="tokens that are copied from the text as a guess, and verified in one pass",
+    )
+    parser.add_argument(
+        "--show_drafts", action="store_true", help="show one sample while it comes about"
+    )
+    parser.add_argument(
+        "--sleep_time", type=float, default=0.05, help="seconds that each guess is shown"
+    )
     parser.add_argument("--seed", type=int, default=0)
 
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.show_drafts and (arguments.num_samples > 1 or arguments.show_states):
+        parser.error("--show_drafts is for one sample, without --show_states.")
+
+    return arguments
 
 
 def main():
@@ -67,6 +83,14 @@ def main():
         prompt = torch.tensor([checked_ids(tokenizer, arguments.prompt, "the prompt")])
         say_what_is_lost(tokenizer, [arguments.prompt], "the prompt")
 
+    streamer = None
+    if arguments.show_drafts:
+        from transformers import TextDiffusionStreamer  # newer than the oldest version
+
+        streamer = TextDiffusionStreamer(
+            tokenizer, sleep_time=arguments.sleep_time, skip_special_tokens=True
+        )
+
     out = model.generate(
         prompt,
         max_new_tokens=arguments.max_new_tokens,
@@ -78,8 +102,13 @@ def main():
         top_p=arguments.top_p,
         num_candidates=arguments.num_candidates,
         decode=arguments.decode,
+        prompt_lookup_num_tokens=arguments.prompt_lookup_num_tokens,
+        streamer=streamer,
         output_states=True,
     )
+    if arguments.show_drafts:
+        return
+
 
     for sample in range(arguments.num_samples):
         if arguments.show_states:

@@ -5,7 +5,7 @@ import torch
 
 from helpers.causal_lms import CAUSAL_LMS, VOCABULARY, tiny_causal_lm
 from helpers.models import CAUSAL, PATCH_STACKS, STACKS, flow, make
-from helpers.streaming import Recorder
+from helpers.streaming import DraftRecorder, Recorder
 from tarflow_hf.conversion import from_causal_lm
 from tarflow_hf.data import character_tokenizer
 from tarflow_hf.modeling import drafts_tarflowlm
@@ -301,6 +301,84 @@ def test_a_text_that_ended_counts_no_more_passes(every_guess, llama):
             assert out.tokens_per_forward.tolist() == [1.0, 1.0] and num_new.unique().numel() == 2
         else:
             assert (out.tokens_per_forward >= 1).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# Guesses that are shown
+# --------------------------------------------------------------------------------------------------
+
+
+def stream(model, **options):
+    recorder = DraftRecorder()
+    out = generate(model, streamer=recorder, output_states=True, **options)
+    assert [token for part in recorder.parts for token in part] == out.sequences[0].tolist()
+    return out, recorder.guesses
+
+
+@pytest.mark.parametrize("stack", ["mix-d, mix-1, mix-1", "left to right", "one of each"])
+@pytest.mark.parametrize("prompt", [None, torch.tensor([[1, 2, 3, 4]])], ids=["free", "prompt"])
+def test_every_flows_output_is_shown(stack, prompt):
+    """Before a flow is inverted its output, as text, from the noise on."""
+    model = make({**STACKS, **CAUSAL}[stack])
+    if prompt is not None and stack == "one of each":
+        prompt = None  # its first flow runs right to left
+
+    options = {"inputs": prompt, "max_new_tokens": 12, "inverse_method": "sequential"}
+    out, guesses = stream(model, **options)
+    states = [model.decode(state).argmax(-1)[0] for state in out.states[:0:-1]]
+    if prompt is not None:
+        states = [torch.cat([prompt[0], state[4:]]) for state in states]
+
+    assert guesses == [state.tolist() for state in states]
+
+
+def test_every_pass_of_a_parallel_inverse_is_shown():
+    model = make(STACKS["mix-d"])
+    out, guesses = stream(model, max_new_tokens=16, inverse_method="parallel")
+    (report,) = out.inverse_reports
+    assert len(guesses) == report.iterations  # the noise, and all passes but the last
+    num_final = 0
+    for guess, number in zip(guesses[1:], report.num_final, strict=False):
+        num_final += number
+        assert len(guess) == 16 and guess[:num_final] == out.sequences[0, :num_final].tolist()
+
+    wrong = [sum(a != b for a, b in zip(x, out.sequences[0], strict=True)) for x in guesses]
+    assert wrong[0] > 0 == wrong[-1]
+
+
+def test_drafts_are_shown_before_they_are_verified(prophesy):
+    model = separated(make(STACKS["mix-d"]))
+    noise = torch.randn(1, 18, 2, dtype=torch.float64)
+    text = model.generate(noise=noise)
+    prophesy(text, 0.0)
+    _, guesses = stream(model, noise=noise, **LOOKUP)
+    assert guesses[1:] == [text[0, :n].tolist() for n in (6, 13, 17)]
+
+
+def test_guesses_of_left_padded_prompts_and_of_gaps():
+    model = separated(make(STACKS["mix-d, mix-1, mix-1"]), -2.0)
+    prompt, mask = torch.tensor([[0, 0, 1, 2]]), torch.tensor([[0, 0, 1, 1]])
+    _, guesses = stream(model, inputs=prompt, attention_mask=mask, max_new_tokens=6)
+    assert [len(guess) for guess in guesses[:2]] == [10, 10]
+
+    text, gap = torch.tensor([[1, 2, 3, 4, 1, 2]]), torch.tensor([[0, 0, 1, 1, 0, 0]])
+    out, guesses = stream(model, inputs=text, infill_mask=gap)
+    known = gap[0] == 0
+    assert guesses and all((torch.tensor(x) == out.sequences[0])[known].all() for x in guesses)
+
+
+def test_the_librarys_streamer_shows_them(capsys):
+    streamers = pytest.importorskip("transformers.generation.streamers")
+    if not hasattr(streamers, "TextDiffusionStreamer"):
+        pytest.skip("needs a newer transformers")
+
+    tokenizer, model = character_tokenizer(), make(STACKS["mix-d, mix-1, mix-1"], vocab_size=27)
+    streamer = streamers.TextDiffusionStreamer(tokenizer)
+    tokens = model.generate(max_new_tokens=8, streamer=streamer)
+    printed = capsys.readouterr().out
+    assert printed.count("\033[33m") >= 3  # a guess, in yellow
+    last = printed.rsplit("\033[J", 1)[1]
+    assert last.strip() == tokenizer.decode(tokens[0]).strip()
 
 
 # --------------------------------------------------------------------------------------------------

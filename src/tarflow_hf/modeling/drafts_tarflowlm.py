@@ -189,6 +189,7 @@ class Drafts:
             is_waited_for = self._is_waited_for()
             guess = self._extend(carried, reader, is_waited_for, num_positions - first - 1)
             self.writer.drafted = guess.tokens.flatten(1)
+            self.writer.put_draft(self.writer.drafted)
             last = first + guess.size + 1
             h[:, first : last - 1] = _hold(guess.states, known, first)
 

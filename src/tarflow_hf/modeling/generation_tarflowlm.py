@@ -1,7 +1,7 @@
 """`generate`: noise -> inverse flows -> latents -> tokens."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +15,18 @@ from transformers.generation import (
 from transformers.utils import ModelOutput, logging
 
 from .checks_tarflowlm import check_ids
-from .coupling_head import LogitsProcessor
-from .drafts_tarflowlm import Drafts, check_drafts, make_drafts
+from .drafts_tarflowlm import check_drafts, make_drafts
 from .generation_options import GenerationOptions
-from .generation_writing import ChooseTokens, RowGroup, Text, TextEnds, TokenWriter
+from .generation_writing import (
+    ChooseTokens,
+    RowGroup,
+    Text,
+    TextEnds,
+    TokenWriter,
+    guess_shower,
+)
 from .inversion_tarflowlm import InverseReport, check_finite
-from .noise_tarflowlm import NoiseMixin, Said
+from .noise_tarflowlm import NoiseMixin, Said, most_likely
 from .outputs_tarflowlm import FlowOutput
 from .slots_tarflowlm import Pieces, take
 
@@ -87,7 +93,9 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             generation_config ([`GenerationConfig`], *optional*): Options; those given as keywords
                 win.
             streamer (*optional*): Receives the prompt, then tokens as the first flow completes
-                them.
+                them. If it has a `put_draft`, as the library's `TextDiffusionStreamer`, that gets
+                guesses of the tokens behind: each flow's output, each pass of a parallel inverse of
+                the first flow, and drafts.
             generator ([`torch.Generator`], *optional*): Source of all randomness; the global one by
                 default.
             noise (`torch.Tensor` of shape (B, T, d), *optional*): The noise itself: the same noise
@@ -206,7 +214,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         # 5. The inverse of the flows, from the last to the first.
         ends = self._text_ends(text, options)
         writer = self._writer(text, options, choose_tokens, ends, streamer, said)
-        flow = self._flow_back(text, noise, known, options, said, writer)
+        flow = self._flow_back(text, noise, known, options, said, writer, streamer)
         self._check_states(flow.states)
         states = tuple(map(text.pieces.scatter, flow.states))
 
@@ -543,15 +551,23 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         options: GenerationOptions,
         said: Said | None,
         writer: TokenWriter | None,
+        streamer,
     ) -> FlowOutput:
         """The inverse of the flows, told what is known, or as the noise says it by itself."""
         if said is not None and bool(said.is_whole.all()):
             return said.flow
 
-        on_position = None if writer is None else writer.put
-        processor = writer.process if options.logits_options else None
-        drafts = make_drafts(options, writer, self)
-        flow = self._invert_flows(text, noise, known, options, on_position, processor, drafts)
+        codebook = self.codebook()
+        flow = self._invert_flows(
+            text,
+            noise,
+            known,
+            options,
+            on_position=None if writer is None else writer.put,
+            token_processor=writer.process if options.logits_options else None,
+            on_guess=guess_shower(text, partial(most_likely, codebook), streamer, writer),
+            drafts=make_drafts(options, writer, self),
+        )
         return flow if said is None else said.prevail(flow)
 
     def _invert_flows(
@@ -560,9 +576,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         noise: Tensor,
         known: dict[str, Tensor],
         options: GenerationOptions,
-        on_position: Callable[[Tensor], bool] | None = None,
-        token_processor: LogitsProcessor | None = None,
-        drafts: Drafts | None = None,
+        **callbacks: Any,
     ) -> FlowOutput:
         return self.flow(
             noise,
@@ -571,14 +585,12 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             num_flows=options.num_flows,
             flow_temperatures=options.flow_temperatures,
             logits_processor=options.warpers(),
-            token_processor=token_processor,
-            on_position=on_position,
-            drafts=drafts,
             inverse_method=options.inverse_method,
             inverse_window=options.inverse_window,
             inverse_tolerance=options.inverse_tolerance,
             capture_step=options.capture_step,
             **known,
+            **callbacks,
         )
 
     def _check_weights(self, num_flows: int | None) -> None:

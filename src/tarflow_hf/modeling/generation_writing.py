@@ -152,6 +152,11 @@ class TokenWriter:
         self.is_forbidden = list((processed == -torch.inf).unbind(1))
         return processed.flatten(0, 1)
 
+    def put_draft(self, tokens: Tensor) -> None:
+        """Shows guesses (B, m) of the next tokens to a streamer that takes them."""
+        if tokens.shape[1] and hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(tokens[:1].cpu())
+
     def put(self, latents: Tensor) -> bool:
         """Takes the latents (B, P, d) of the next position; returns True if all texts ended."""
         first = self.num_passed
@@ -176,3 +181,37 @@ class TokenWriter:
             self.streamer.put(self.tokens[0, first:end].cpu())
 
         return self.ends is not None and self.ends.are_all_reached(last)
+
+
+def guess_shower(
+    text: Text,
+    most_likely: Callable[[Tensor], Tensor],
+    streamer,
+    writer: TokenWriter | None,
+) -> Callable[[Tensor], None] | None:
+    """A function that shows a guess of all latents to a streamer, if that has `put_draft`.
+
+    The streamer gets all tokens behind those that it has, (1, m), as from the library's diffusion
+    models.
+
+    Args:
+        text: The text of one sequence.
+        most_likely: Latents (1, n, d) of the pieces to tokens (1, n).
+        streamer: Where they go; may be None.
+        writer: Writes tokens to the streamer as they become final, if given.
+    """
+    if not hasattr(streamer, "put_draft"):
+        return None
+
+    is_written = writer is not None and writer.streamer is not None
+
+    def show(latents: Tensor) -> None:
+        tokens = torch.where(text.is_known, text.ids, most_likely(latents))
+        if is_written:
+            tokens = tokens[:, writer.num_passed :]
+        else:
+            tokens = text.pieces.scatter(tokens)[:, text.first_new :]
+
+        streamer.put_draft(tokens.cpu())
+
+    return show

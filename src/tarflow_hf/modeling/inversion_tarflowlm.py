@@ -33,7 +33,7 @@ from transformers.cache_utils import DynamicLayer
 from .codebook import Gaussians
 from .coupling_head import LogitsProcessor
 from .decoder_tarflowlm import InputCache
-from .slots_tarflowlm import Channels, Known, Observed, to_tokens
+from .slots_tarflowlm import Known, Observed, Order, to_tokens
 
 INVERSE_METHODS = ("auto", "sequential", "parallel")
 
@@ -69,6 +69,9 @@ class InverseOptions(NamedTuple):
         on_position: Called with the latents (B, P, d) of each position that the first flow
             completes, in its order. If it returns True, the positions behind that one are not
             wanted, and are 0.
+        on_guess: Called with latents (B, T, d), in the order of the text, that the rest may still
+            change: the output of every flow before it is inverted, and the first flow's input after
+            each pass of its parallel form.
         drafts: The `Drafts` that guess states of the first flow ahead and verify them; they invert
             it whatever its method.
     """
@@ -81,6 +84,7 @@ class InverseOptions(NamedTuple):
     logits_processor: LogitsProcessor | None = None
     token_processor: LogitsProcessor | None = None
     on_position: Callable[[Tensor], bool | None] | None = None
+    on_guess: Callable[[Tensor], None] | None = None
     drafts: Any = None
 
     def for_flows(
@@ -118,6 +122,7 @@ class InverseOptions(NamedTuple):
                 inverse_method=method,
                 flow_temperatures=(temperature,),
                 on_position=None,
+                on_guess=None,
                 drafts=None,
                 token_processor=None,
                 logits_processor=self.logits_processor
@@ -126,7 +131,8 @@ class InverseOptions(NamedTuple):
             )
             for flow, method, temperature in zip(flows, methods, temperatures, strict=True)
         ]
-        options[0] = options[0]._replace(on_position=self.on_position, drafts=self.drafts)
+        first = {name: getattr(self, name) for name in ("on_position", "on_guess", "drafts")}
+        options[0] = options[0]._replace(**first)
         if self.token_processor is not None:
             options[0] = options[0]._replace(logits_processor=self._process_tokens)
 
@@ -136,15 +142,28 @@ class InverseOptions(NamedTuple):
         logits = self.token_processor(logits)
         return logits if self.logits_processor is None else self.logits_processor(logits)
 
-    def for_slots(self, channels: Channels) -> "InverseOptions":
-        """The options for a flow's own order: `on_position` is called with its states (B, 1, D)."""
-        if self.on_position is None:
-            return self
+    def for_slots(self, order: Order) -> "InverseOptions":
+        """The options for a flow's own order.
+
+        `on_position` is called with its states (B, 1, D), `on_guess` with all of them.
+        """
+        channels, on_position, on_guess = order.channels, self.on_position, self.on_guess
 
         def on_slot(h: Tensor) -> bool | None:
-            return self.on_position(to_tokens(channels.unshuffle(h), channels.patch_size))
+            return on_position(to_tokens(channels.unshuffle(h), channels.patch_size))
 
-        return self._replace(on_position=on_slot)
+        def on_slots(h: Tensor) -> None:
+            on_guess(to_tokens(order.rearrange(h), channels.patch_size))
+
+        return self._replace(
+            on_position=None if on_position is None else on_slot,
+            on_guess=None if on_guess is None else on_slots,
+        )
+
+    def show(self, h: Tensor, patch_size: int) -> None:
+        """Hands a flow's output (B, N, D) on to `on_guess`."""
+        if self.on_guess is not None:
+            self.on_guess(to_tokens(h, patch_size))
 
 
 @dataclass
@@ -477,6 +496,9 @@ def invert_in_parallel(
             if any(options.on_position(h[:, n : n + 1]) for n in positions):
                 h[:, end:] = 0
                 break
+
+        if options.on_guess is not None and end < num_positions:
+            options.on_guess(h)
 
         first = end
 

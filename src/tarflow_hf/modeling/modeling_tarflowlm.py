@@ -155,7 +155,7 @@ class FlowLayer(FlowDecoder):
         if known is not None:
             u = u.masked_fill(known.mask.unsqueeze(-1), 0)  # it may be anything there
 
-        options = options.for_slots(self.channels)
+        options = options.for_slots(order)
         h, report = invert(self, u, codebook, observed, known, options)
         return layout.keep_variables(order.rearrange(h)), report
 
@@ -303,7 +303,7 @@ class FlowStack(nn.Module):
             (temperature,) = options[index].flow_temperatures
             h = h if temperature == 1 else temperature * h
             states.append(h)
-
+            inverse.show(h, self.patch_size)
             with evaluating(layers[index]):
                 h, report = layers[index](
                     h, codebook, layout, known[index], options[index], reverse=True
