@@ -109,7 +109,6 @@ def main():
     if arguments.show_drafts:
         return
 
-
     for sample in range(arguments.num_samples):
         if arguments.show_states:
             for flow in range(len(out.states) - 1, 0, -1):

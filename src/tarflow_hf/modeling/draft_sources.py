@@ -9,14 +9,14 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from .codebook import Gaussians
 from .coupling import mixture_rosenblatt_inverse
 from .coupling_head import LogitsProcessor
-from .decoder_tarflowlm import CACHE_ARGUMENT
-from .inversion_tarflowlm import evaluating
+from .decoder_tarflowlm import CACHE_ARGUMENT, InputCache
+from .inversion_tarflowlm import evaluating, make_cache
 
 # The sureness of an assistant's tokens; that of a lookup is the number of tokens found, at most 4.
 ASSISTED = 5
@@ -125,7 +125,7 @@ class Assistant:
         self.assistant, self.max_tokens, self.cost = assistant, num_tokens, cost
         self.warpers, self.is_coupled = warpers, is_coupled
         self.start = [] if start_token_id is None else [start_token_id]
-        self.caches: dict[int, tuple[DynamicCache, list[int]]] = {}  # with the tokens that are in
+        self.caches: dict[int, tuple[Any, list[int]]] = {}  # with the tokens that are in
 
     def begin(self, u: Tensor, codebook: Gaussians) -> None:
         self.noise, self.codebook = u, codebook
@@ -158,7 +158,7 @@ class Assistant:
     def _logits(self, row: int, text: list[int]) -> Tensor:
         """The assistant's logits (1, V) of what follows a text."""
         text = self.start + text
-        cache, seen = self.caches.get(row, (DynamicCache(), []))
+        cache, seen = self.caches.get(row, (self._make_cache(), []))
         num_same = 0
         while num_same < min(len(seen), len(text) - 1) and seen[num_same] == text[num_same]:
             num_same += 1
@@ -169,7 +169,10 @@ class Assistant:
         self.caches[row] = cache, text
         return self._run(text, num_same, cache)
 
-    def _run(self, text: list[int], num_cached: int, cache: DynamicCache) -> Tensor:
+    def _make_cache(self) -> Cache | InputCache:
+        return DynamicCache()  # without the configuration it can be cropped
+
+    def _run(self, text: list[int], num_cached: int, cache: Cache | InputCache) -> Tensor:
         ids = torch.tensor([text[num_cached:]], device=self.assistant.device)
         options = {CACHE_ARGUMENT: cache, "use_cache": True, "logits_to_keep": 1}
         return self.assistant(input_ids=ids, **options).logits[:, -1]
@@ -185,7 +188,10 @@ class FlowAssistant(Assistant):
         super().__init__(*arguments, **options)
         self.start = [-1]  # in its place
 
-    def _run(self, text: list[int], num_cached: int, cache: DynamicCache) -> Tensor:
+    def _make_cache(self) -> Cache | InputCache:
+        return make_cache(self.assistant.flow.layers[0].decoder)
+
+    def _run(self, text: list[int], num_cached: int, cache: Cache | InputCache) -> Tensor:
         flow, codebook = self.assistant.flow.layers[0], self.assistant.codebook()
         means = codebook.mean[text[1:]].unsqueeze(0)
         inputs = flow.inputs(means, codebook, None, num_cached, len(text))
@@ -244,6 +250,10 @@ def make_assistant(
 
     if assistant.get_output_embeddings() is None or assistant.config.is_encoder_decoder:
         raise ValueError(f"assistant_model, a {names[0]}, is no causal language model.")
+    if assistant._is_stateful:
+        raise ValueError(
+            f"assistant_model, a {names[0]}, keeps a state that takes back no token: take a model with a cache."
+        )
 
     starts = (
         model.config.start_token_id,
