@@ -10,6 +10,7 @@ where it listens.
 import argparse
 import os
 from functools import wraps
+from inspect import isgeneratorfunction
 
 import gradio as gr
 import torch
@@ -79,7 +80,7 @@ def write_tab(model, tokenizer) -> None:
         options = {"num_candidates": num_candidates, "temperature": temperature}
         if has_weights:
             options |= {"top_p": top_p, "mixture_temperature": mixture_temperature}
-        return demo.write(model, tokenizer, prompt, length, seed=seed or 0, **options)
+        yield from demo.settle(model, tokenizer, prompt, length, seed=seed or 0, **options)
 
     hint = (
         "May be empty. Or a text with gaps to fill, a dot for each token: "
@@ -144,7 +145,7 @@ def act(answer, inputs, text_box) -> None:
 
 
 def friendly(answer):
-    """Wraps a function so that its errors become messages on the page."""
+    """Wraps a function, or one that yields, so that its errors become messages on the page."""
 
     @wraps(answer)
     def answer_or_message(*arguments):
@@ -153,7 +154,14 @@ def friendly(answer):
         except ValueError as error:
             return demo.message(error)
 
-    return answer_or_message
+    @wraps(answer)
+    def answers_or_message(*arguments):
+        try:
+            yield from answer(*arguments)
+        except ValueError as error:
+            yield demo.message(error)
+
+    return answers_or_message if isgeneratorfunction(answer) else answer_or_message
 
 
 def text_box(label, **options) -> gr.Textbox:

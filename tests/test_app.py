@@ -36,9 +36,11 @@ def test_the_buttons(app, stack):
     assert set(calls) == {"write", "score", "edit"}
     write, inputs = calls["write"]
     assert inputs == ["Textbox", "Slider", "Slider", "Number"] + ["Slider"] * 3
-    assert written(write(TEXT, 8, 1, None, 1, 1, 2)).startswith(
-        TEXT
-    )  # None: the box of the seed is empty
+    (answer,) = write(TEXT, 8, 1, None, 1, 1, 2)  # None: the box of the seed is empty
+    assert written(answer).startswith(TEXT)
+    *parts, answer = write(TEXT, 8, 1, None, 1, 1, 1)
+    assert parts and all('class="guess"' in part for part in parts) and "Likelihood" in answer
+    assert '<p class="message" role="alert">' in list(write("a" * 40, 8, 1, None, 1, 1, 1))[-1]
     assert "Likelihood" in calls["score"][0](TEXT)
     assert "Before" in calls["edit"][0](TEXT, "fox", 4, 1, 0)
     shown = [

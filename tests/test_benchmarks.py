@@ -12,8 +12,10 @@ import torch
 from transformers import logging
 
 from helpers import ROOT
+from helpers.causal_lms import tiny_causal_lm
 from helpers.scripts import script
 from helpers.training import TEXT
+from tarflow_hf.data import character_tokenizer
 
 
 def benchmark(name: str, *arguments: str, capsys, monkeypatch) -> str:
@@ -31,6 +33,25 @@ def test_benchmark_of_couplings(tmp_path, capsys, monkeypatch):
     assert ours["backward_ms"] > 0
     assert libraries and {row["op"] for row in libraries} == {"(cross-entropy)"}
     assert {row["shape"] for row in libraries} == {ours["shape"]}
+
+
+def test_benchmark_of_drafts(tmp_path, capsys, monkeypatch):
+    tiny_causal_lm("llama", max_position_embeddings=512).save_pretrained(tmp_path / "source")
+    character_tokenizer().save_pretrained(tmp_path / "source")
+    options = ["--texts", "edit", "--rounds", "1", "--new_tokens", "6", "--assistant", "int8"]
+    options += ["--output", str(tmp_path / "rows.jsonl")]
+    folder = str(tmp_path / "source")
+    benchmark("drafts.py", folder, *options, capsys=capsys, monkeypatch=monkeypatch)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["model"], row["drafts"]) for row in rows] == 2 * [
+        (model, drafts)
+        for model in ("TarFlowLM", "source")
+        for drafts in ("prompt lookup", "assistant")
+    ]
+    assert [row["temperature"] for row in rows] == 4 * [0.0] + 4 * [0.7]
+    for row in rows:
+        assert row["speedup"] > 0 and row["cpu_speedup"] > 0 and 0 < row["new_tokens"] <= 6
+        assert row["model"] == "source" or row["changed"] == 0
 
 
 def test_benchmark_of_training(tmp_path, capsys, monkeypatch):

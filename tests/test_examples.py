@@ -1,6 +1,7 @@
 """The short examples, run as from the command line on a small model."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -51,6 +52,17 @@ def run(tmp_path, capsys, monkeypatch):
         return capsys.readouterr().out
 
     return run
+
+
+def test_drafts_are_shown_in_a_terminal(run):
+    pytest.importorskip("transformers", minversion="5.23")  # has a streamer for them
+    options = ["model", "--prompt", "the fox ", "--max_new_tokens", "4", "--seed", "1"]
+    printed = run("generate.py", *options, "--show_drafts", "--sleep_time", "0")
+    assert printed.count("\033[33m") == 2  # the outputs of two flows, in yellow
+    text = re.sub(r"\0337.*?\0338\033\[J", "", printed, flags=re.DOTALL)
+    assert text.strip() == run("generate.py", *options).strip()
+    with pytest.raises(SystemExit):
+        run("generate.py", *options, "--show_drafts", "--num_samples", "2")
 
 
 @pytest.mark.parametrize("script", ["finetune.py", "infill.py", "push.py", "score.py"])

@@ -4,6 +4,8 @@ Also its messages about input that it can't take.
 """
 
 import re
+import time
+from html import unescape
 
 import pytest
 import torch
@@ -56,6 +58,46 @@ def test_write(model, tokenizer):
         "".join(text for text, _, given in row if given) == TEXT for row in rows
     )
     assert "approximates" in answer
+
+
+def settled(part):
+    """Returns what is certain of a text, and the guess behind it."""
+    pattern = r'aria-busy="true">(.*?)<span class="guess">(.*?)</span></p>'
+    return tuple(map(unescape, re.search(pattern, part, re.DOTALL).groups()))
+
+
+@pytest.mark.parametrize("prompt", [TEXT, "", "the [...] is red"])
+def test_a_text_that_settles(model, tokenizer, prompt, monkeypatch):
+    class Every(list):  # a queue from which nothing is left out
+        def empty(self):
+            return True
+
+        def get(self):
+            while not self:
+                time.sleep(0.001)
+            return self.pop(0)
+
+        put = list.append
+
+    monkeypatch.setattr(demo, "SimpleQueue", Every)
+    *parts, answer = demo.settle(model, tokenizer, prompt, 12, seed=3)
+    assert answer == demo.write(model, tokenizer, prompt, 12, seed=3)
+    text = written(answer)
+    states = [settled(part) for part in parts]
+    lengths = [len(certain) for certain, _ in states]
+    assert lengths == sorted(lengths) and states[-1] == (text, "")
+    assert all(text.startswith(certain) for certain, _ in states)
+    guesses = [certain + guess for certain, guess in states if guess]
+    assert len(guesses) >= 3 and {len(guess) for guess in guesses} == {len(text)}
+
+    monkeypatch.undo()
+    *some, last = demo.settle(model, tokenizer, prompt, 12, seed=3)
+    assert last == answer and len(some) <= len(parts)
+    assert list(demo.settle(model, tokenizer, prompt, 12, seed=3, num_candidates=2)) == [
+        demo.write(model, tokenizer, prompt, 12, seed=3, num_candidates=2)
+    ]
+    with pytest.raises(ValueError, match="there is room for"):
+        list(demo.settle(model, tokenizer, "a" * 99, 12))
 
 
 def test_a_text_stops_where_the_model_does_and_may_begin_with_nothing(model, tokenizer):

@@ -2,10 +2,14 @@
 
 `write`, `score` and `edit` take a model in evaluation mode and a visitor's input, and return a part
 of an HTML page with `STYLE_SHEET`. The same seed gives the same answer. If the model does not take
-the text, they raise a `ValueError` that a visitor understands; `message` shows it.
+the text, they raise a `ValueError` that a visitor understands; `message` shows it. `settle` gives
+the text of `write` while it comes about.
 """
 
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -18,7 +22,7 @@ from .bits import likelihood_of_text
 from .page import STYLE_SHEET, render
 from .passes import SEED, Pass, find_passes, passes_section
 
-__all__ = ["SEED", "STYLE_SHEET", "edit", "message", "score", "write"]
+__all__ = ["SEED", "STYLE_SHEET", "edit", "message", "score", "settle", "write"]
 
 GAP = re.compile(r"\[([.…]+)\]")
 
@@ -78,6 +82,72 @@ def write(
         likelihood=_likelihood(model, tokenizer, out.sequences),
     )
     return str(answer)
+
+
+def settle(
+    model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase, *arguments: Any, **options: Any
+) -> Iterator[str]:
+    """The text of `write` as it settles, and then its answer.
+
+    What is certain has the page's colour, the model's guess of the rest is grey. Of several
+    candidates (`num_candidates`) only the answer is given. Parts that nobody has waited for are
+    left out.
+
+    Args:
+        arguments, options: Those of `write`.
+
+    Raises:
+        ValueError: As `write`.
+    """
+    parts: SimpleQueue[str | None] = SimpleQueue()
+    if options.get("num_candidates", 1) == 1:
+        options["streamer"] = _Settling(tokenizer, parts)
+
+    with ThreadPoolExecutor(1) as executor:
+        answer = executor.submit(write, model, tokenizer, *arguments, **options)
+        answer.add_done_callback(lambda _: parts.put(None))
+        part: str | None = ""
+        while part is not None:
+            part = parts.get()
+            while part is not None and not parts.empty():
+                part = parts.get()
+            if part is not None:
+                yield part
+
+        yield answer.result()
+
+
+class _Settling:
+    """A streamer that puts each state of a text into a queue, as a part of an HTML page."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, parts: SimpleQueue):
+        self.tokenizer, self.parts = tokenizer, parts
+        self.certain: list[int] = []
+        self.guess: list[int] = []  # behind it
+
+    def put(self, value: Tensor) -> None:
+        new = value.flatten().tolist()
+        self.certain += new
+        self.guess = self.guess[len(new) :]
+        self._show()
+
+    def put_draft(self, value: Tensor) -> None:
+        new = value.flatten().tolist()
+        self.guess = new + self.guess[len(new) :]
+        self._show()
+
+    def end(self) -> None:
+        self.guess = []
+
+    def _show(self) -> None:
+        certain = self.tokenizer.decode(self.certain)
+        text = self.tokenizer.decode(self.certain + self.guess)
+        # Half a character at the end of what is certain is a part of the guess.
+        while certain and not text.startswith(certain):
+            certain = certain[:-1]
+
+        part = render("demo/settle.html.j2", certain=certain, guess=text[len(certain) :])
+        self.parts.put(str(part))
 
 
 @torch.no_grad()
