@@ -2,10 +2,12 @@
 
     python docs/figures.py              # docs/images/*.svg
 
-Needs matplotlib. The model is the one in checkpoints/python-docs.
+Needs matplotlib. The model is the one in checkpoints/python-docs, and the curves are those of
+benchmarks/results/infilling.jsonl.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import matplotlib
@@ -196,6 +198,41 @@ def draw_directions():
     return figure
 
 
+# --------------------------------------------------------------------------------------------------
+# Gaps
+# --------------------------------------------------------------------------------------------------
+
+RUNS = {
+    "converted": ("pretrained body", BLUE, "o-"),
+    "converted_lora": ("pretrained body, LoRA", GREEN, "s-"),
+    "scratch_longer": ("from random weights", ORANGE, "^-"),
+}
+
+
+def draw_infilling():
+    """The bits of a token in a gap, by steps of training for gaps, and those of left to right."""
+    path = ROOT / "benchmarks" / "results" / "infilling.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    curves = [row for row in rows if row["kind"] == "curve"]
+    gap = curves[0]["gap"]
+    figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+
+    for run, (label, color, style) in RUNS.items():
+        points = [(row["step"], row["bits"]) for row in curves if row["run"] == run]
+        steps, bits = zip(*points, strict=True)
+        axes.plot(steps, bits, style, color=color, label=label, markersize=4)
+
+    (reference,) = (
+        row["bits"]
+        for row in rows
+        if (row["kind"], row["gap"], row["run"]) == ("gap", gap, "left_to_right_longer")
+    )
+    axes.axhline(reference, color=GREY, linestyle="--", label="left to right, reads one side")
+    axes.set(xlabel="steps of training for gaps", ylabel=f"bits a token, gaps of {gap}")
+    axes.legend(frameon=False)
+    return figure
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", help="a folder")
@@ -209,6 +246,7 @@ def main():
         "codebook": draw_codebook(model, tokenizer),
         "couplings": draw_couplings(),
         "directions": draw_directions(),
+        "infilling": draw_infilling(),
     }
 
     folder.mkdir(parents=True, exist_ok=True)
