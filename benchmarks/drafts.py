@@ -5,14 +5,18 @@ drafts and without, taking turns in one run. The library's assisted generation o
 measured in the same rounds.
 
     python benchmarks/drafts.py FOLDER --gguf_file F.gguf      # SmolLM2-135M: needs the package gguf
-    python benchmarks/drafts.py FOLDER_OR_ID --assistant int8  # drafts by the source in 8 bits
+    python benchmarks/drafts.py FOLDER_OR_ID --assistant bfloat16 --drafts assistant   # by the source itself, rounded
 
 `speedup` is the time of a token without drafts over that with them, the median of the rounds'
-ratios; `cpu_speedup` is the same of the process's own time, which other work on the machine disturbs
+ratios, and `total_speedup` that of all rounds' tokens together: each round writes another text, at
+temperatures above 0, and drafts help with some of them. `cpu_speedup` is the same of the process's own time, which other work on the machine disturbs
 less. `per_forward` is the number of new tokens over the model's passes. `changed` counts tokens that
 differ from those without drafts: 0 for a TarFlowLM, but for ties to within rounding; at temperatures
-above 0 the library's are other samples. `copy` repeats its prompt, `edit` changes it, `story`
-does neither.
+above 0 the library's are other samples. With an assistant a second table says how often its tokens
+are the model's, behind the same text: by the same noise (`common`), and by noise of its own
+(`independent`); 1 - `distance`, the total variation distance of the two distributions, is the most
+that any pair of samples can agree, and what rejection sampling keeps. `copy` repeats its prompt,
+`edit` changes it, `story` does neither.
 """
 
 import argparse
@@ -29,6 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.conversion import from_causal_lm, load_source
+from tarflow_hf.modeling.coupling import mixture_rosenblatt_inverse
 
 LIGHTHOUSE = (
     "The lighthouse at Cape Wrath was built in 1828 by Robert Stevenson. It was manned until 1998, when it was "
@@ -52,6 +57,9 @@ PROMPTS = {
 }
 
 
+ROUNDED = ("int8", "bfloat16")
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,11 +68,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gguf_file", help="the file of the source to read")
     parser.add_argument("--name", help="the source's name in the rows")
     parser.add_argument("--texts", nargs="+", choices=PROMPTS, default=list(PROMPTS))
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.3])
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--num_tokens", type=int, default=10, help="that are guessed at most")
     parser.add_argument(
-        "--assistant", choices=["none", "int8"], default="none", help="the source in 8 bits"
+        "--drafts", nargs="+", choices=["prompt lookup", "assistant"], default=["prompt lookup"]
+    )
+    parser.add_argument(
+        "--assistant", choices=ROUNDED, default="int8", help="the source in this dtype"
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="file to append the rows to, as JSON lines")
@@ -72,9 +83,18 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def in_8_bits(source: PreTrainedModel) -> PreTrainedModel:
-    """The source with linear layers whose weights are integers, as an assistant."""
-    small = copy.deepcopy(source)
-    return torch.ao.quantization.quantize_dynamic(small, {nn.Linear}, dtype=torch.qint8)
+    """The source with linear layers in integers, but for `down_proj`, whose inputs have outliers."""
+    config = torch.ao.quantization.per_channel_dynamic_qconfig
+    layers = {
+        name: config
+        for name, module in source.named_modules()
+        if isinstance(module, nn.Linear) and not name.endswith("down_proj")
+    }
+    return torch.ao.quantization.quantize_dynamic(copy.deepcopy(source), layers, torch.qint8)
+
+
+def in_bfloat16(source: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(source).bfloat16()
 
 
 class Case:
@@ -94,11 +114,12 @@ class Case:
     ):
         self.source, self.model, self.prompt = source, model, prompt
         self.temperature, self.new_tokens = temperature, arguments.new_tokens
-        drafts = {"": {}, "prompt lookup": {"prompt_lookup_num_tokens": arguments.num_tokens}}
+        self.drafts = {"": {}}
+        if "prompt lookup" in arguments.drafts:
+            self.drafts["prompt lookup"] = {"prompt_lookup_num_tokens": arguments.num_tokens}
         if assistant is not None:
-            drafts["assistant"] = {"assistant_model": assistant}
+            self.drafts[arguments.assistant] = {"assistant_model": assistant}
 
-        self.drafts = drafts
         self.num_calls = 0
         source.register_forward_hook(self._count)
 
@@ -175,6 +196,7 @@ def measure(case: Case, rounds: int) -> list[dict]:
             "per_forward": sum(lengths[name, drafts]) / sum(passes[name, drafts]),
             "ms_per_token": 1000 * statistics.median(wall[name, drafts]),
             "plain_ms": 1000 * statistics.median(wall[name, ""]),
+            "total_speedup": _total(wall, lengths, name, drafts),
             "speedup": _ratio(wall[name, ""], wall[name, drafts]),
             "cpu_speedup": _ratio(cpu[name, ""], cpu[name, drafts]),
             "changed": changed[name, drafts],
@@ -182,6 +204,46 @@ def measure(case: Case, rounds: int) -> list[dict]:
         for name, drafts in case.ways()
         if drafts
     ]
+
+
+@torch.no_grad()
+def agreement(case: Case, assistant: PreTrainedModel) -> dict:
+    """The share of the assistant's tokens that are the model's, behind the same text."""
+    temperature = case.temperature
+    out = case.model.generate(
+        case.prompt,
+        max_new_tokens=case.new_tokens,
+        generator=torch.Generator().manual_seed(0),
+        mixture_temperature=temperature,
+        return_dict_in_generate=True,
+    )
+    start = case.prompt.new_full((1, 1), case.model.config.start_token_id)
+    ids = torch.cat([start, out.sequences], 1)
+    first = case.prompt.shape[1]
+    written, noise = out.sequences[0, first:], out.noise[0, first : out.sequences.shape[1]]
+
+    logits, others = (
+        model(input_ids=ids, use_cache=False).logits[0, first:-1].float() / temperature
+        for model in (case.source, assistant)
+    )
+    codebook = case.model.codebook()
+    latents = mixture_rosenblatt_inverse(noise, others, *codebook)
+    same = codebook.most_likely(latents, 1)[:, 0] == written
+    p, q = logits.softmax(-1), others.softmax(-1)
+    return {
+        "tokens": len(written),
+        "distance": 0.5 * (p - q).abs().sum(-1).mean().item(),
+        "common": same.float().mean().item(),
+        "independent": (p * q).sum(-1).mean().item(),
+    }
+
+
+def _total(wall: dict, lengths: dict, name: str, drafts: str) -> float:
+    plain, drafted = (
+        sum(x * n for x, n in zip(wall[way], lengths[way], strict=True)) / sum(lengths[way])
+        for way in ((name, ""), (name, drafts))
+    )
+    return plain / drafted
 
 
 def _ratio(plain: list[float], drafted: list[float]) -> float:
@@ -204,27 +266,33 @@ def main():
     source, tokenizer = load_source(arguments.source, gguf_file=arguments.gguf_file)
     source.eval()
     model = from_causal_lm(source, tokenizer)
-    assistant = in_8_bits(source) if arguments.assistant == "int8" else None
-    table.title(
-        text=5,
-        temperature=11,
-        model=9,
-        drafts=13,
-        new_tokens=10,
-        per_forward=11,
-        plain_ms=8,
-        speedup=7,
-        cpu_speedup=11,
-        changed=7,
-    )
+    assistant = None
+    if "assistant" in arguments.drafts:
+        assistant = (in_8_bits if arguments.assistant == "int8" else in_bfloat16)(source)
 
-    for name in arguments.texts:
-        prompt = encode(tokenizer, *PROMPTS[name])
-        for temperature in arguments.temperatures:
-            case = Case(source, model, prompt, temperature, arguments, assistant)
-            facts = {"source": arguments.name or arguments.source, "text": name}
-            for row in measure(case, arguments.rounds):
-                table.row(**facts, temperature=temperature, **row)
+    cases = {
+        (name, temperature): Case(
+            source, model, encode(tokenizer, *PROMPTS[name]), temperature, arguments, assistant
+        )
+        for name in arguments.texts
+        for temperature in arguments.temperatures
+    }
+    facts = {"source": arguments.name or arguments.source}
+    widths = {"text": 5, "temperature": 11}
+
+    if assistant is not None:
+        facts["assistant"] = arguments.assistant
+        table.title(**widths, assistant=9, tokens=6, distance=8, common=6, independent=11)
+        for (name, temperature), case in cases.items():
+            if temperature > 0:
+                row = agreement(case, assistant)
+                table.row(**facts, text=name, temperature=temperature, **row)
+
+    columns = {"model": 9, "drafts": 13, "new_tokens": 10, "per_forward": 11, "plain_ms": 8}
+    table.title(**widths, **columns, total_speedup=13, speedup=7, cpu_speedup=11, changed=7)
+    for (name, temperature), case in cases.items():
+        for row in measure(case, arguments.rounds):
+            table.row(**facts, text=name, temperature=temperature, **row)
 
 
 if __name__ == "__main__":

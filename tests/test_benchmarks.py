@@ -35,20 +35,32 @@ def test_benchmark_of_couplings(tmp_path, capsys, monkeypatch):
     assert {row["shape"] for row in libraries} == {ours["shape"]}
 
 
-def test_benchmark_of_drafts(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("assistant", ["int8", "bfloat16"])
+def test_benchmark_of_drafts(assistant, tmp_path, capsys, monkeypatch):
     tiny_causal_lm("llama", max_position_embeddings=512).save_pretrained(tmp_path / "source")
     character_tokenizer().save_pretrained(tmp_path / "source")
-    options = ["--texts", "edit", "--rounds", "1", "--new_tokens", "6", "--assistant", "int8"]
-    options += ["--output", str(tmp_path / "rows.jsonl")]
+    options = ["--texts", "edit", "--rounds", "1", "--new_tokens", "6"]
+    options += [
+        "--drafts",
+        "prompt lookup",
+        "assistant",
+        "--assistant",
+        assistant,
+        "--output",
+        str(tmp_path / "rows.jsonl"),
+    ]
     folder = str(tmp_path / "source")
     benchmark("drafts.py", folder, *options, capsys=capsys, monkeypatch=monkeypatch)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    agreement = rows.pop(0)
+    assert 0 <= agreement["independent"] <= 1 - agreement["distance"] <= 1
+    assert agreement["common"] > 0.5  # one token in 80 is the most likely
     assert [(row["model"], row["drafts"]) for row in rows] == 2 * [
         (model, drafts)
         for model in ("TarFlowLM", "source")
-        for drafts in ("prompt lookup", "assistant")
+        for drafts in ("prompt lookup", assistant)
     ]
-    assert [row["temperature"] for row in rows] == 4 * [0.0] + 4 * [0.7]
+    assert [row["temperature"] for row in rows] == 4 * [0.0] + 4 * [0.3]
     for row in rows:
         assert row["speedup"] > 0 and row["cpu_speedup"] > 0 and 0 < row["new_tokens"] <= 6
         assert row["model"] == "source" or row["changed"] == 0
