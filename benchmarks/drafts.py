@@ -8,15 +8,16 @@ measured in the same rounds.
     python benchmarks/drafts.py FOLDER_OR_ID --assistant bfloat16 --drafts assistant   # by the source itself, rounded
 
 `speedup` is the time of a token without drafts over that with them, the median of the rounds'
-ratios, and `total_speedup` that of all rounds' tokens together: each round writes another text, at
-temperatures above 0, and drafts help with some of them. `cpu_speedup` is the same of the process's own time, which other work on the machine disturbs
-less. `per_forward` is the number of new tokens over the model's passes. `changed` counts tokens that
-differ from those without drafts: 0 for a TarFlowLM, but for ties to within rounding; at temperatures
-above 0 the library's are other samples. With an assistant a second table says how often its tokens
-are the model's, behind the same text: by the same noise (`common`), and by noise of its own
-(`independent`); 1 - `distance`, the total variation distance of the two distributions, is the most
-that any pair of samples can agree, and what rejection sampling keeps. `copy` repeats its prompt,
-`edit` changes it, `story` does neither.
+ratios; `total_speedup` that of all rounds' tokens together, since at temperatures above 0 each round
+writes another text; `cpu_speedup` the median for the process's own time, which other work on the
+machine disturbs less. `per_forward` is the number of new tokens over the model's passes. `changed`
+counts tokens that differ from those without drafts: 0 for a TarFlowLM, but for ties to within
+rounding; at temperatures above 0 the library's are other samples.
+
+With an assistant a second table says how often its tokens are the model's, behind the same text: by
+the same noise (`common`), and by noise of its own (`independent`). 1 - `distance`, the total variation
+distance of the two distributions, is the most that any pair of samples can agree, and what rejection
+sampling keeps. `copy` repeats its prompt, `edit` changes it, `story` does neither.
 """
 
 import argparse
