@@ -72,6 +72,15 @@ NEUTRAL = {
 }
 
 
+# Options that are no options here, and what there is instead.
+INSTEAD = {
+    "watermark": "a key is no part of a generation config, with which it would be published; give "
+    "generate(..., watermark=tarflow_hf.watermark.NoiseWatermark(key)).",
+    "watermarking_config": "the library's watermarks change the probabilities of tokens. "
+    "tarflow_hf.watermark.NoiseWatermark marks the noise: generate(..., watermark=NoiseWatermark(key)).",
+}
+
+
 @dataclass(frozen=True)
 class GenerationOptions:
     """The options of [`TarFlowLMModel.generate`], which documents each of them.
@@ -146,6 +155,10 @@ class GenerationOptions:
                 unknown += [
                     name for name in _unsupported(source.to_dict(), names) if name not in unknown
                 ]
+
+        for name, instead in INSTEAD.items():
+            if name in unknown:
+                raise ValueError(f"generate does not take {name} here: {instead}")
 
         if unknown:
             raise ValueError(

@@ -26,7 +26,7 @@ from .generation_writing import (
     guess_shower,
 )
 from .inversion_tarflowlm import InverseReport, check_finite
-from .noise_tarflowlm import NoiseMixin, Said, most_likely
+from .noise_tarflowlm import NoiseMixin, Said, Watermark, check_watermark, keyed_noise, most_likely
 from .outputs_tarflowlm import FlowOutput
 from .slots_tarflowlm import Pieces, take
 
@@ -62,6 +62,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
         infill_mask: Tensor | None = None,
+        watermark: Watermark | None = None,
         **kwargs: Any,
     ) -> Tensor | TarFlowLMGenerateOutput:
         """Samples sequences: draws noise u ~ N(0, I), inverts the flows, decodes.
@@ -104,6 +105,8 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
                 others are drawn by the noise there. So what the noise says goes on in the same way
                 after any beginning of it (see `noise_of`). An `attention_mask` (B, T) without a
                 prompt says where the texts are.
+            watermark ([`NoiseWatermark`], *optional*): Takes the noise of new tokens from a key, by
+                which the text can be detected. Over keys the distribution of the text is the same.
             decode ("argmax" or "sample"): Take the most likely tokens under p(x | z), the default,
                 or a sample.
             infill_mask (`torch.Tensor` of shape (B, T), *optional*): 1 (or True) at the tokens of
@@ -176,7 +179,8 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             ValueError: If an option is unknown or out of range (as a keyword, in a generation
                 config or saved with the model), mixture weights are steered though no flow has any,
                 the logits of the next token are processed though the first flow has none,
-                `num_candidates` meets `noise` or a streamer, a prompt leaves no room, a prompt or a
+                `num_candidates` meets `noise` or a streamer, a `watermark` meets `noise` or has no
+                noise to mark, a prompt leaves no room, a prompt or a
                 continuation is no multiple of the patch size, a gap is not of whole patches, or a
                 text has no gap.
 
@@ -194,6 +198,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         # 1. What is asked for.
         prompt, is_real, infill_mask = self._read_prompt(inputs, noise, infill_mask, kwargs)
         options = GenerationOptions.resolve(kwargs, generation_config, self.generation_config)
+        check_watermark(watermark, noise, options)
         self._check_options(options, noise, streamer)
         self._check_weights(options.num_flows)
         if infill_mask is not None:
@@ -204,7 +209,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         self._check_text(text, options, streamer)
 
         # 3. The noise, and what decides between tokens.
-        given, noise = noise, self._draw_noise(text, noise, options, generator)
+        given, noise = noise, self._draw_noise(text, noise, options, generator, watermark)
         choose_tokens = self._token_choice(text, options, generator)
 
         # 4. What is known conditions the flows, as far as the noise does not say it by itself.
@@ -374,8 +379,15 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         noise: Tensor | None,
         options: GenerationOptions,
         generator: torch.Generator | None,
+        watermark: Watermark | None,
     ) -> Tensor:
-        """The noise of the pieces (B, n, d): the given one (B, T, d), or a draw."""
+        """The noise of the pieces (B, n, d): the given one (B, T, d), a draw, or a key's."""
+        if watermark is not None:
+            watermark.remember(self)
+            noise = keyed_noise(watermark, text, self.config.latent_size)
+            dtype = torch.promote_types(self.codebook().mean.dtype, torch.float32)
+            return noise.to(self._home, dtype) * options.temperature
+
         shape = (*text.tokens.shape, self.config.latent_size)
         if noise is None:
             device = self._home if generator is None else generator.device

@@ -14,9 +14,10 @@ References:
     Models*, ICML 2019, arXiv:1905.05824, for noise that is drawn given what was seen.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation import GenerationMixin
 
@@ -167,6 +168,49 @@ class Said(NamedTuple):
         return FlowOutput(
             latents=states[0], noise=states[-1], states=states, inverse_reports=flow.inverse_reports
         )
+
+
+class Watermark(Protocol):
+    """A source of noise that follows from a key: `tarflow_hf.watermark.NoiseWatermark`."""
+
+    def noise(self, first: int, last: int, latent_size: int, stream: int = 0) -> Tensor:
+        """Numbers first, ..., last - 1 of a stream, (last - first, d); below 0 for a prompt."""
+
+    def remember(self, model: Any) -> None:
+        """Notes the model that is going to write."""
+
+
+def check_watermark(
+    watermark: Watermark | None, noise: Tensor | None, options: GenerationOptions
+) -> None:
+    """Raises an error where a watermark is none, or has no noise to mark."""
+    if watermark is None:
+        return
+    if not (hasattr(watermark, "noise") and hasattr(watermark, "remember")):
+        raise TypeError(
+            f"watermark must be a tarflow_hf.watermark.NoiseWatermark, not {type(watermark).__name__}."
+        )
+    if noise is not None:
+        raise ValueError("Give noise or a watermark, which makes noise of its own, not both.")
+    if not options.do_sample:
+        raise ValueError("A watermark is in the noise, and do_sample=False leaves none.")
+
+
+def keyed_noise(watermark: Watermark, text: Text, latent_size: int) -> Tensor:
+    """The noise (B, n, d) of the pieces by a watermark: number 0 at each row's first new token.
+
+    Rows that begin with the same known tokens have the key's streams one after another.
+    """
+    num_seen: dict[tuple[int, ...], int] = {}
+    rows = []
+    lengths, num_leading = text.is_real.sum(-1).tolist(), text.num_leading
+    for ids, length, first in zip(text.ids.tolist(), lengths, num_leading, strict=True):
+        stream = num_seen.get(tuple(ids[:first]), 0)
+        num_seen[tuple(ids[:first])] = stream + 1
+        row = watermark.noise(-first, length - first, latent_size, stream)
+        rows.append(F.pad(row, (0, 0, 0, text.ids.shape[1] - length)))
+
+    return torch.stack(rows)
 
 
 def sample_decoded(

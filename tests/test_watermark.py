@@ -1,0 +1,339 @@
+"""The watermark: exact under every other key, strong under its own, and no change of the text."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from scipy.stats import chisquare, kstest
+
+from helpers import ROOT
+from helpers.enumeration import enumerate_likelihoods
+from helpers.models import CAUSAL, STACKS, flow, make, separated
+from tarflow_hf import TarFlowLMModel
+from tarflow_hf.watermark import (
+    CORRELATIONS,
+    EDITINGS,
+    ROUNDS,
+    Alignment,
+    Evidence,
+    NoiseWatermark,
+    predict,
+    rank_p_value,
+    read_evidence,
+)
+
+CHECKPOINT = ROOT / "checkpoints" / "python-docs"
+MIX_D = [flow("mixture_rosenblatt")]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model of wide distributions, 27 tokens with a latent of 4."""
+    return separated(MIX_D, latent_size=4, max_position_embeddings=256)
+
+
+@pytest.fixture(scope="module")
+def text(model):
+    """Tokens (1, 12 + 100): a prompt of 12, and what the key 42 writes."""
+    prompt = torch.randint(27, (1, 12), generator=torch.Generator().manual_seed(5))
+    return model.generate(prompt, max_new_tokens=100, watermark=NoiseWatermark(key=42))
+
+
+def p_value(model, tokens, num_prompt_tokens=0, **options):
+    mark = NoiseWatermark(key=42, **options)
+    return mark.detect(model, tokens, num_prompt_tokens=num_prompt_tokens).p_value
+
+
+# --------------------------------------------------------------------------------------------------
+# What the noise is
+# --------------------------------------------------------------------------------------------------
+
+
+def test_noise_follows_from_key_stream_and_place():
+    mark = NoiseWatermark(key=42)
+    noise = mark.noise(-3, 9, 5)
+    assert noise.shape == (12, 5) and noise.dtype == torch.float64
+    assert torch.equal(NoiseWatermark(42).noise(-1, 4, 5), noise[2:7])
+    for other in (mark.noise(-3, 9, 5, stream=1), NoiseWatermark("42").noise(-3, 9, 5)):
+        assert not torch.isclose(other, noise).any()
+
+    # The same on any machine, in any version.
+    assert noise[3, :2].tolist() == pytest.approx([-1.210649901249212, -0.5757766337595299])
+
+
+def test_noise_of_keys_is_standard_normal():
+    noise = torch.stack([NoiseWatermark(key).noise(0, 10, 4) for key in range(500)])
+    assert kstest(noise.flatten(), "norm").pvalue > 1e-3
+    products = torch.corrcoef(noise.flatten(1).T) - torch.eye(40)
+    assert products.abs().max() < 5 / 500**0.5
+
+
+def test_the_distribution_of_the_text_is_the_models_over_keys():
+    """All texts of two tokens, against their enumerated probabilities."""
+    model = make(MIX_D, latent_size=1, vocab_size=3, seed=1, initial_log_scale=-0.5)
+    with torch.no_grad():
+        model.flow.layers[0].head.projection.weight.mul_(3)
+
+    log_likelihood, _ = enumerate_likelihoods(model, 2)
+    expected = torch.tensor([log_likelihood[x] for x in itertools.product(range(3), repeat=2)])
+
+    noise = torch.stack([NoiseWatermark(key).noise(0, 2, 1) for key in range(20_000)])
+    generator = torch.Generator().manual_seed(0)
+    tokens = model.generate(noise=noise, decode="sample", generator=generator)
+    counts = torch.bincount(tokens[:, 0] * 3 + tokens[:, 1], minlength=9)
+    frequencies = expected.exp() / expected.exp().sum()
+    assert frequencies.max() / frequencies.min() > 1.5
+    assert chisquare(counts.numpy(), (frequencies * 20_000).numpy()).pvalue > 1e-3
+
+    # `watermark` takes this very noise.
+    for key in range(3):
+        marked = model.generate(max_new_tokens=2, watermark=NoiseWatermark(key))
+        assert torch.equal(marked, model.generate(noise=noise[key : key + 1]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_are_marked_as_each_would_be_alone(model, side):
+    mark = NoiseWatermark(key=1)
+    prompts, mask = torch.randint(27, (3, 6)), torch.ones(3, 6, dtype=torch.long)
+    mask[1, :4] = 0
+    mask = mask if side == "left" else mask.flip(1)
+    together = model.generate(prompts, attention_mask=mask, max_new_tokens=8, watermark=mark)
+    for row in range(3):
+        prompt = prompts[row : row + 1, mask[row] == 1]
+        alone = model.generate(prompt, max_new_tokens=8, watermark=mark)
+        assert torch.equal(together[row, 6:], alone[0, prompt.shape[1] :])
+
+
+def test_copies_of_a_prompt_have_streams_of_their_own(model):
+    mark = NoiseWatermark(key=3, num_streams=4)
+    prompt = torch.randint(27, (1, 4))
+    tokens = model.generate(prompt, max_new_tokens=40, num_return_sequences=4, watermark=mark)
+    assert len({tuple(row) for row in tokens.tolist()}) == 4
+    assert all(mark.detect(model, row[None]).p_value < 1e-6 for row in tokens)
+    with pytest.raises(ValueError, match=r"4 streams.*no stream 4"):
+        model.generate(prompt, max_new_tokens=8, num_return_sequences=5, watermark=mark)
+
+
+# --------------------------------------------------------------------------------------------------
+# Exactness
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [0, 12])
+def test_p_values_of_wrong_keys_are_uniform(model, text, num_prompt_tokens):
+    evidence = read_evidence(model, text[:, :36], num_prompt_tokens)
+    results = [NoiseWatermark(key, max_offset=16).test(evidence) for key in range(1000, 2000)]
+    assert kstest([each.p_value for each in results], "uniform").pvalue > 1e-3
+    assert kstest([each.z_score for each in results], "norm").pvalue > 1e-3
+
+
+def test_ranks_in_rounds_are_uniform():
+    """A key's value among those of reference keys, where the rounds end early."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(4000, 1 + ROUNDS[-1], generator=generator)
+    uniform = torch.rand(4000, generator=generator).tolist()
+    p_values = []
+
+    for own, others, u in zip(values[:, 0], values[:, 1:], uniform, strict=True):
+        above, before = [int((others[:n] > own).sum()) for n in ROUNDS], (0, *ROUNDS)
+        last = 0 if above[0] >= 8 else 1 if above[1] >= 2 else 2
+        p_values.append(rank_p_value(above[last], u, ROUNDS[last], before[last]))
+
+    assert kstest(p_values, "uniform").pvalue > 1e-3
+    smallest = [p for p in p_values if p < 2 / 128]
+    assert kstest(smallest, "uniform", (0, 2 / 128)).pvalue > 1e-3
+
+
+def test_likelihood_ratios_have_mean_one():
+    """The average over fresh keys of a text that says much, in each phase of its patches."""
+    torch.manual_seed(0)
+    mean, variance = 0.4 * torch.randn(2, 5, 2), torch.full((2, 5, 2), 0.7)
+    alignment = Alignment(Evidence(mean, variance, 3, b""), max_offset=4)
+    noise = torch.randn(200_000, 1, alignment.num_places, 2)
+    ratios = torch.cat([alignment.log_ratio(part) for part in noise.split(20_000)]).exp()
+    error = ratios.std() / len(ratios) ** 0.5
+    # Alignments that leave the key's numbers behind are counted as 0.
+    assert 0.95 < ratios.mean() < 1 + 4 * error
+
+
+def continuations(editing, e, t, j):
+    """The sum over what may follow token t at number j, of ratios e (n, J)."""
+    num_tokens, num_places = e.shape
+    if t == num_tokens - 1:
+        return 1.0
+
+    kept = 1 - editing.inserted - sum(editing.deleted) - editing.jumped - editing.ended
+    total = editing.ended + editing.inserted * continuations(editing, e, t + 1, j)
+    for place in range(j + 1, num_places):
+        moves = (0.0, kept, *editing.deleted)
+        step = place - j
+        move = (moves[step] if step < len(moves) else 0.0) + editing.jumped / num_places
+        total = total + move * e[t + 1, place] * continuations(editing, e, t + 1, place)
+
+    return total
+
+
+def test_the_likelihood_ratio_sums_over_all_alignments():
+    """Against all paths of a text of three tokens, one after another."""
+    torch.manual_seed(1)
+    evidence = Evidence(torch.randn(1, 3, 2), torch.rand(1, 3, 2), 0, b"")
+    alignment = Alignment(evidence, max_offset=2)
+    noise = torch.randn(1, 1, alignment.num_places, 2)
+
+    log_l = torch.zeros(len(CORRELATIONS), 3, alignment.num_places)
+    for c, correlation in enumerate(CORRELATIONS):
+        mean = correlation * evidence.mean[0].unsqueeze(1)
+        variance = correlation**2 * (evidence.variance[0].unsqueeze(1) - 1) + 1
+        own, other = (
+            torch.distributions.Normal(*sizes).log_prob(noise[0])
+            for sizes in ((mean, variance.sqrt()), (0.0, 1.0))
+        )
+        log_l[c] = (own - other).sum(-1)
+
+    total = 0.0
+    for editing in EDITINGS:
+        mixed = torch.einsum("c,ctj->tj", torch.tensor(editing.correlated), log_l.exp())
+        e = editing.replaced + (1 - editing.replaced) * mixed
+        for j in range(alignment.num_places):
+            path = e[0, j] * continuations(editing, e, 0, j)
+            total = total + editing.weight * alignment.begin[j] * path
+
+        for t in (1, 2):
+            path = e[t, 0] * continuations(editing, e, t, 0)
+            total = total + editing.weight * alignment.start[t] * path
+
+    assert alignment.log_ratio(noise).item() == pytest.approx(math.log(total), abs=1e-4)
+    weights = [sum(editing.correlated) for editing in EDITINGS]
+    assert weights == pytest.approx([1, 1, 1]) and sum(x.weight for x in EDITINGS) == 1
+    assert alignment.begin.sum() + sum(alignment.start) == pytest.approx(1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Power
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_key_finds_its_text(model, text):
+    known = NoiseWatermark(42).detect(model, text, num_prompt_tokens=12)
+    assert known.p_value < 1e-12 and known.z_score > 7 and known.num_tokens == 100
+    assert known.p_value == pytest.approx(math.exp(known.log_p_value))
+    assert NoiseWatermark(42).detect(model, text, num_prompt_tokens=12) == known
+    assert p_value(model, text) < 1e-12  # the prompt is not known
+    assert p_value(model, text[:, 12:]) < 1e-12  # nor given
+    assert p_value(model, text[:, 60:]) < 1e-9  # cut off at the beginning
+    assert p_value(model, text[:, :50]) < 1e-9  # and at the end
+    assert p_value(model, text[:, 12:], num_streams=1, max_offset=1) < 1e-12
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.3])
+@pytest.mark.parametrize("edit", ["replaced", "deleted", "inserted"])
+def test_edits_leave_the_mark(model, text, edit, rate):
+    generator = torch.Generator().manual_seed(7)
+    is_edited = torch.rand(text.shape[1], generator=generator) < rate
+    others = torch.randint(27, text.shape, generator=generator)
+    if edit == "replaced":
+        edited = torch.where(is_edited, others, text)
+    elif edit == "deleted":
+        edited = text[:, ~is_edited]
+    else:
+        both = torch.stack([others, text], -1).flatten(1)
+        edited = both[:, torch.stack([is_edited, torch.ones_like(is_edited)], -1).flatten()]
+
+    assert p_value(model, edited) < (1e-6 if rate < 0.3 else 1e-3)
+    assert NoiseWatermark(key=43).detect(model, edited).p_value > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_k": 8}, {"top_p": 0.8}, {"mixture_temperature": 0.7}, {"temperature": 0.8}],
+)
+def test_sampling_options_leave_the_mark(model, options):
+    mark = NoiseWatermark(key=42)
+    tokens = model.generate(max_new_tokens=120, watermark=mark, **options)
+    assert mark.detect(model, tokens).p_value < 1e-6
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize(
+    "stack", ["mix-d, mix-1, mix-1", "mix-1, right to left, posterior", "left to right"]
+)
+def test_stacks_and_patches_leave_the_mark(stack, patch_size):
+    flows = (STACKS | CAUSAL)[stack]
+    model = separated(flows, patch_size=patch_size, latent_size=4, max_position_embeddings=128)
+    mark = NoiseWatermark(key=42)
+    tokens = model.generate(max_new_tokens=100, watermark=mark)
+    assert mark.detect(model, tokens).p_value < 1e-6
+    assert mark.detect(model, tokens[:, 17:]).p_value < 1e-6  # not at the beginning of a patch
+    assert NoiseWatermark(key=43).detect(model, tokens).p_value > 1e-3
+
+
+def test_the_shipped_checkpoint_is_marked():
+    model = TarFlowLMModel.from_pretrained(CHECKPOINT)
+    mark = NoiseWatermark(key=42)
+    tokens = model.generate(max_new_tokens=100, watermark=mark)
+    assert mark.detect(model, tokens).p_value < 1e-6
+
+
+def test_conditional_models_leave_the_mark():
+    model = separated(MIX_D, latent_size=4, conditional=True, max_position_embeddings=128)
+    mark = NoiseWatermark(key=42)
+    prompt = torch.randint(27, (1, 10))
+    tokens = model.generate(prompt, max_new_tokens=80, watermark=mark)
+    assert mark.detect(model, tokens, num_prompt_tokens=10).p_value < 1e-9
+
+
+def test_draws_that_agree_say_more_than_draws_that_differ():
+    """The prediction from draws of N(m, v), m ~ N(0, 1 - v), against its exact one at known v."""
+    torch.manual_seed(0)
+    for v in (1.0, 0.01):
+        m = (1 - v) ** 0.5 * torch.randn(20_000)
+        draws = m + v**0.5 * torch.randn(8, 20_000)
+        mean, variance = predict(draws)
+        error = (m - mean).square().mean() + v  # of the next draw
+        assert variance.mean() == pytest.approx(error.item(), rel=0.15)
+
+
+# --------------------------------------------------------------------------------------------------
+# What cannot be
+# --------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_marked_or_detected_is_said(model, text):
+    from transformers import GenerationConfig, WatermarkingConfig
+
+    mark, noise = NoiseWatermark(key=42), torch.randn(1, 8, 4)
+    for error, message, options in (
+        (ValueError, "not both", {"noise": noise, "watermark": mark}),
+        (ValueError, "do_sample=False", {"watermark": mark, "do_sample": False}),
+        (TypeError, "NoiseWatermark, not int", {"watermark": 42}),
+        (ValueError, "NoiseWatermark", {"watermarking_config": WatermarkingConfig()}),
+        (
+            ValueError,
+            "NoiseWatermark",
+            {"generation_config": GenerationConfig(watermarking_config=WatermarkingConfig())},
+        ),
+        (ValueError, "published", {"generation_config": GenerationConfig(watermark=mark)}),
+    ):
+        with pytest.raises(error, match=message):
+            model.generate(**{"max_new_tokens": 8, **options})
+
+    for message, tokens, num_prompt_tokens in (
+        ("one text at a time", text.expand(2, -1), 0),
+        ("must leave something", text, 112),
+        ("vocab_size", text + 27, 0),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mark.detect(model, tokens, num_prompt_tokens)
+
+    for key in ("", b"", 1.5, True):
+        with pytest.raises(ValueError, match="key must be"):
+            NoiseWatermark(key)
+    with pytest.raises(ValueError, match="at least 1"):
+        NoiseWatermark(1, num_streams=0)
+
+    other = separated(MIX_D, latent_size=4, seed=1, max_position_embeddings=256)
+    model.generate(max_new_tokens=2, watermark=mark)
+    with pytest.raises(ValueError, match="another codebook"):
+        mark.detect(other, text)
+    assert repr(mark) == "NoiseWatermark(key=..., num_streams=8)"
