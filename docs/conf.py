@@ -91,7 +91,8 @@ def escape_plain(text: str) -> str:
 
 
 def indent_of(line: str) -> int:
-    return len(line) - len(line.lstrip())
+    """The column at which the text of a line begins, behind the mark of a list's item."""
+    return re.match(r"\s*([-*] +|\d+\. +)?", line).end()
 
 
 def split_blocks(lines: list[str]) -> list[list[str]]:
@@ -117,7 +118,7 @@ def plain_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     depth = 0  # of the last line of text
 
     for block in split_blocks(lines):
-        is_list = block[0].lstrip()[:2] in ("- ", "1.")
+        is_list = re.match(r"\s*([-*]|\d+\.) ", block[0]) is not None
         is_table = block[0].lstrip().startswith("|")
 
         if is_table or (text and not is_list and indent_of(block[0]) > depth):

@@ -281,6 +281,24 @@ def test_formulas_tables_and_doctests_of_docstrings_are_shown_as_they_stand(conf
     ]
 
 
+def test_a_formula_in_a_list_belongs_to_its_item(conf):
+    lines = ["1. One.", "2. The ratio", "", "       y = a / b", "", "   of two.", "", "10. Ten."]
+    conf["plain_docstring"](None, "function", "f", None, None, lines)
+    assert lines == [
+        "1. One.",
+        "2. The ratio",
+        "",
+        "   ::",
+        "",
+        "       y = a / b",
+        "",
+        "   of two.",
+        "",
+        "10. Ten.",
+        "",
+    ]
+
+
 def test_every_page_is_in_the_contents():
     index = (ROOT / "docs" / "index.md").read_text()
     contents = set(re.findall(r"^(\w+)$", index, re.MULTILINE))
