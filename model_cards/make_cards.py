@@ -22,10 +22,14 @@ VOCABULARY_SIZES = {"text8": 27, "gpt2": 50257}  # of the recipes' tokenizers
 
 
 def recipe_card(name: str) -> ModelCard | None:
-    """The card of a recipe's model. A discrete model has none: it is the library's own."""
+    """The card of a recipe's model.
+
+    A discrete model has none: it is the library's own. Neither has a recipe that starts from any
+    other model: its card names that one, when it is saved.
+    """
     recipe = json.loads((RECIPES / f"{name}.json").read_text(encoding="utf-8"))
     options = recipe["options"]
-    if options.get("model") == "ar":
+    if options.get("model") == "ar" or "conversion" in recipe:
         return None
 
     results = RESULTS / f"{name}.json"

@@ -715,6 +715,7 @@ STANDARD = {
     "dataclasses",
     "enum",
     "functools",
+    "inspect",
     "itertools",
     "math",
     "typing",
@@ -804,6 +805,10 @@ FORBIDDEN_PARTS = {
         "__builtins__",
         "__globals__",
         "__subclasses__",
+        "currentframe",
+        "f_builtins",
+        "f_globals",
+        "getmodule",
     ),
 }
 

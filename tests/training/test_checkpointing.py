@@ -14,6 +14,7 @@ from helpers.training import (
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import StreamingPackedTokens
 from tarflow_hf.training import save_model
+from tarflow_hf.training.checkpointing import Progress, save_checkpoint
 
 
 @pytest.mark.parametrize("kind", ["plain", "average, accumulation", "stream", "baseline"])
@@ -139,6 +140,24 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path, data, tokenizer, m
     resumed, losses = run(tmp_path / "full", data, tokenizer, resume=True, **options)
     assert losses == expected
     assert_same_weights(whole, resumed)
+
+
+def test_a_process_leaves_alone_what_others_still_write(tmp_path):
+    """All processes write to one folder: one that is ready earlier may not look at the others' files."""
+    part = tmp_path / ".checkpoint-3.part"
+
+    class OtherProcess:
+        is_main_process = False
+
+        def save_state(self, folder):
+            part.mkdir()
+            (part / ".tmp1234").symlink_to(tmp_path / "not yet there")
+
+        def wait_for_everyone(self):
+            pass
+
+    save_checkpoint(OtherProcess(), tmp_path, Progress(step=3), {}, keep=2)
+    assert os.listdir(part) == [".tmp1234"]
 
 
 @pytest.mark.parametrize("obstacle", ["a file", "no permission"])

@@ -79,7 +79,6 @@ def _written_aside(aside: Path, path: Path) -> Iterator[None]:
     """
     try:
         yield
-        _flush(aside)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
@@ -110,6 +109,7 @@ def save_model(
     with _written_aside(aside, path):
         model.save_pretrained(aside, state_dict=state_dict)
         tokenizer.save_pretrained(aside)
+        _flush(aside)
 
     _replace(aside, path)
 
@@ -150,6 +150,7 @@ def save_checkpoint(
 
             run = {**asdict(progress), **description, "files": _sizes(aside)}
             (aside / "run.json").write_text(json.dumps(run, indent=2, default=str), "utf-8")
+            _flush(aside)  # not before, while other processes write there
 
         if path.exists() and _run_of(path) != progress.run_id:
             path.rename(_free_name(path))
