@@ -233,6 +233,7 @@ def make_rows(
             "layers": config.num_hidden_layers,
             "width": config.hidden_size,
             "vocab_size": config.vocab_size,
+            "log_scale": config.initial_log_scale,
             "parameters": step.model.num_parameters(),
             "batch_size": arguments.batch_size,
             "num_tokens": num_tokens,

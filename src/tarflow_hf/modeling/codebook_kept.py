@@ -10,6 +10,7 @@ Shapes: V components of size d.
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -63,5 +64,9 @@ def _checksums(x: Tensor) -> tuple[int, float]:
     # Words of 64 bits are summed four times as fast.
     is_even = x.dtype == torch.float64 or x.shape[-1] % 2 == 0
     bits = x.contiguous().view(torch.int64 if is_even else torch.int32)
-    ramp = torch.linspace(1.0, 2.0, len(x), dtype=x.dtype)
-    return bits.sum().item(), (ramp @ x).sum().item()
+    return bits.sum().item(), (_ramp(len(x), x.dtype) @ x).sum().item()
+
+
+@cache
+def _ramp(length: int, dtype: torch.dtype) -> Tensor:
+    return torch.linspace(1.0, 2.0, length, dtype=dtype)
