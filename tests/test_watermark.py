@@ -120,10 +120,12 @@ def test_copies_of_a_prompt_have_streams_of_their_own(model):
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_prompt_tokens", [0, 12])
-def test_p_values_of_wrong_keys_are_uniform(model, text, num_prompt_tokens):
-    evidence = read_evidence(model, text[:, :36], num_prompt_tokens)
-    results = [NoiseWatermark(key, max_offset=16).test(evidence) for key in range(1000, 2000)]
+@pytest.mark.parametrize(("num_prompt_tokens", "num_streams"), [(0, 2), (12, 8)])
+def test_p_values_of_wrong_keys_are_uniform(model, text, num_prompt_tokens, num_streams):
+    first = 0 if num_prompt_tokens else 6
+    evidence = read_evidence(model, text[:, first:22], num_prompt_tokens)
+    marks = [NoiseWatermark(key, num_streams, max_offset=8) for key in range(1000, 2000)]
+    results = [mark.test(evidence) for mark in marks]
     assert kstest([each.p_value for each in results], "uniform").pvalue > 1e-3
     assert kstest([each.z_score for each in results], "norm").pvalue > 1e-3
 
@@ -240,8 +242,8 @@ def test_edits_leave_the_mark(model, text, edit, rate):
         both = torch.stack([others, text], -1).flatten(1)
         edited = both[:, torch.stack([is_edited, torch.ones_like(is_edited)], -1).flatten()]
 
-    assert p_value(model, edited) < (1e-6 if rate < 0.3 else 1e-3)
-    assert NoiseWatermark(key=43).detect(model, edited).p_value > 1e-3
+    assert p_value(model, edited, max_offset=32) < (1e-6 if rate < 0.3 else 1e-3)
+    assert NoiseWatermark(key=43, max_offset=32).detect(model, edited).p_value > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -283,15 +285,35 @@ def test_conditional_models_leave_the_mark():
     assert mark.detect(model, tokens, num_prompt_tokens=10).p_value < 1e-9
 
 
-def test_draws_that_agree_say_more_than_draws_that_differ():
-    """The prediction from draws of N(m, v), m ~ N(0, 1 - v), against its exact one at known v."""
-    torch.manual_seed(0)
-    for v in (1.0, 0.01):
-        m = (1 - v) ** 0.5 * torch.randn(20_000)
-        draws = m + v**0.5 * torch.randn(8, 20_000)
-        mean, variance = predict(draws)
-        error = (m - mean).square().mean() + v  # of the next draw
-        assert variance.mean() == pytest.approx(error.item(), rel=0.15)
+def test_the_prediction_is_that_of_a_variance_that_is_not_known():
+    """Against the integral over the mean of the draws, on a grid, for each variance."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([1.0, 0.6, 0.3, 0.1], dtype=torch.float64)
+    means, draws = (
+        0.7 * torch.randn(4, 6, generator=generator),
+        torch.randn(4, 4, 6, generator=generator),
+    )
+    draws = means + spread.unsqueeze(-1) * draws  # (S, 4, 6)
+
+    m = torch.linspace(-6, 6, 40_001, dtype=torch.float64).reshape(-1, 1, 1)
+    moments = torch.zeros(3, *draws.shape[1:], dtype=torch.float64)  # of the next draw: 1, x, x^2
+    moments[0] += 0.5 * torch.distributions.Normal(0, 1).log_prob(draws).sum(0).exp()
+    moments[2] += moments[0]
+    for v in (0.6, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4):
+        weight = torch.distributions.Normal(0, (1 - v) ** 0.5).log_prob(m).exp()
+        for draw in draws:
+            weight = weight * torch.distributions.Normal(m, v**0.5).log_prob(draw).exp()
+
+        weight = weight * 0.5 / 7 * 12 / 40_000
+        each = [weight, weight * m, weight * (m.square() + v)]
+        moments += torch.stack([x.sum(0) for x in each])
+
+    expected_mean = moments[1] / moments[0]
+    mean, variance = predict(draws)
+    assert torch.allclose(mean, expected_mean, atol=1e-6)
+    assert torch.allclose(variance, moments[2] / moments[0] - expected_mean.square(), atol=1e-6)
+    # Draws that agree say where the next one lies, draws that differ do not.
+    assert variance[3].max() < 0.1 and variance[0].median() > 0.8
 
 
 # --------------------------------------------------------------------------------------------------

@@ -61,6 +61,10 @@ CORRELATIONS = (0.99, 0.85, 0.6, 0.4)
 # are above.
 ROUNDS, FEW = (31, 127, 1023), (8, 2, 0)
 
+# Evidence that needs no reference keys: all of them stay below but for a probability of 1e-3, so that
+# P(p <= x) <= x + 1e-9.
+DECISIVE = math.log(1e6)
+
 # Ratios that are computed at once.
 MAX_RATIOS = 2**23
 
@@ -245,20 +249,7 @@ class NoiseWatermark:
         # Of key and text: the references of two keys are independent of each other.
         seed = int.from_bytes(self._hash(f"reference,{evidence.seed.hex()}", 7), "big")
         generator = torch.Generator().manual_seed(seed)
-        uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
-
-        num_keys, above = 0, 0
-        for total, few in zip(ROUNDS, FEW, strict=True):
-            shape = total - num_keys, self.num_streams, alignment.num_places, latent_size
-            above += int((alignment.log_ratio_of_fresh(shape, generator) > observed).sum())
-            num_before, num_keys = num_keys, total
-            if above >= few:
-                break
-
-        log_p = math.log(rank_p_value(above, uniform, num_keys, num_before))
-        if above == 0:
-            log_p = min(-math.log(num_keys + 1), -observed)
-
+        log_p = alignment.log_p_value(observed, self.num_streams, generator)
         log_q = math.log1p(-math.exp(log_p)) if log_p < 0 else -math.inf
         z_score = _quantile(log_p, log_q)
         return WatermarkResult(z_score, math.exp(log_p), log_p, observed, num_tokens)
@@ -425,7 +416,7 @@ class Alignment:
     """
 
     def __init__(self, evidence: Evidence, max_offset: int):
-        self.patch_size, num_tokens, _ = evidence.mean.shape
+        self.patch_size, num_tokens, self.latent_size = evidence.mean.shape
         self.num_tokens, self.first = num_tokens, evidence.first
         self.num_places = max_offset + num_tokens + num_tokens // 2 + 1
 
@@ -441,6 +432,23 @@ class Alignment:
         self.begin = 0.25 * cut / cut.sum()
         self.begin[0] += 0.5
         self.start = (0.25 * behind / behind.sum().clamp(min=0.5)).tolist()
+
+    def log_p_value(self, observed: float, num_streams: int, generator: torch.Generator) -> float:
+        """log p of the evidence log E of a key, by as many reference keys as it takes."""
+        if observed > DECISIVE:
+            return -observed
+
+        uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
+        num_keys, above = 0, 0
+        for total, few in zip(ROUNDS, FEW, strict=True):
+            shape = total - num_keys, num_streams, self.num_places, self.latent_size
+            above += int((self.log_ratio_of_fresh(shape, generator) > observed).sum())
+            num_before, num_keys = num_keys, total
+            if above >= few:
+                break
+
+        log_p = math.log(rank_p_value(above, uniform, num_keys, num_before))
+        return log_p if above else min(-math.log(num_keys + 1), -observed)
 
     def log_ratio_of_fresh(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """log E of fresh keys, of noise (num_keys, num_streams, num_places, d)."""
@@ -464,7 +472,7 @@ class Alignment:
 
         noise = noise.gather(1, streams[..., None, None].expand(-1, -1, *noise.shape[2:]))
         log_ratios = self._quadratic(noise.flatten(0, 1), self.forms, len(CORRELATIONS))
-        ratios = log_ratios.clamp(max=60.0).exp()
+        ratios = log_ratios.clamp_(max=60.0).exp_()
         log_average = self._forward(ratios).reshape(streams.shape)
         return torch.logsumexp(log_average + log_weight[streams], -1)
 
@@ -509,33 +517,38 @@ class Alignment:
             torch.tensor(column) for column in zip(*EDITINGS, strict=True)
         )
         kept = 1 - inserted - deleted.sum(-1) - jumped - ended
-        moves = torch.cat([kept.unsqueeze(-1), deleted], -1).unsqueeze(-1)  # (e, steps, 1)
-        replaced, inserted = replaced.unsqueeze(-1), inserted.unsqueeze(-1)
-        jumped = jumped.unsqueeze(-1) / self.num_places
+        moves = torch.cat([kept.unsqueeze(-1), deleted], -1)
+        moves = moves.unsqueeze(-1).unbind(1)  # of one number, two, ...: (e, 1) each
+        inserted, jumped = inserted.unsqueeze(-1), jumped.unsqueeze(-1) / self.num_places
 
-        shape = len(ratios), len(EDITINGS)
-        state, behind = torch.zeros(*shape, self.num_places), torch.zeros(shape)
-        log_scale = torch.zeros(shape)
+        is_kept = (1 - replaced).unsqueeze(-1) * correlated
+        ratios = (is_kept @ ratios.flatten(2)).unflatten(-1, ratios.shape[2:])
+        ratios = ratios.add_(replaced[:, None, None]).unbind(2)  # (g, e, J) for each token
+
+        # In front of the state lie zeros, from which numbers move to the first places.
+        shape = len(ratios[0]), len(EDITINGS)
+        padded = torch.zeros(*shape, len(moves) + self.num_places)
+        state = padded[..., len(moves) :]
+        state.copy_(ratios[0] * self.begin)
+        behind, total, log_scale = torch.zeros(3, *shape)
 
         for t in range(self.num_tokens):
-            ratio = replaced + (1 - replaced) * (correlated @ ratios[:, :, t])  # (g, e, J)
-            if t == 0:
-                state = ratio * self.begin
-            else:
-                behind = behind + ended * state.sum(-1)
-                moved = jumped * F.pad(state, (1, -1)).cumsum(-1)
-                for step in range(moves.shape[1]):
-                    moved = moved + moves[:, step] * F.pad(state, (step + 1, -step - 1))
+            if t > 0:
+                behind = behind + ended * total
+                moved = padded[..., len(moves) - 1 : -1].cumsum(-1).mul_(jumped)
+                for step, move in enumerate(moves, start=1):
+                    moved.addcmul_(move, padded[..., len(moves) - step :][..., : self.num_places])
 
                 moved[..., 0] += self.start[t] * torch.exp(-log_scale)
-                state = ratio * moved + inserted * state
+                state.mul_(inserted).addcmul_(ratios[t], moved)
 
             scale = state.sum(-1).clamp(min=1e-30)
-            state, behind = state / scale.unsqueeze(-1), behind / scale
+            state.div_(scale.unsqueeze(-1))
+            total, behind = state.sum(-1), behind / scale
             log_scale = log_scale + scale.log()
 
-        total = torch.log(state.sum(-1) + behind) + log_scale
-        return torch.logsumexp(total + weight.log(), -1)
+        log_average = torch.log(total + behind) + log_scale
+        return torch.logsumexp(log_average + weight.log(), -1)
 
 
 def _quadratic_form(evidence: Evidence, correlation: float) -> tuple[Tensor, Tensor]:
