@@ -3,6 +3,7 @@
     python examples/evaluate.py runs/demo/model --data my.txt
     python examples/evaluate.py runs/demo/model --data my.txt --output evaluation.json   # all of it, with its origin
     python examples/evaluate.py runs/ar/model --data python-docs        # the test split of train.py's --dataset
+    python examples/evaluate.py runs/ptb/model --data ptb:FOLDER        # each sentence on its own, with its end
 
 The text is cut into sequences of the model's length, each scored on its own from its first token
 on; no window slides. For a TarFlowLM the figures are upper bounds: from the ELBO (1 sample), and
@@ -19,7 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
-from tarflow_hf.data import PackedTokens, held_out_documents
+from tarflow_hf.baseline import patch_size_of
+from tarflow_hf.data import PackedTokens, SentenceTokens, held_out_documents, is_of_sentences
 from tarflow_hf.evaluation import WHAT_IS_SCORED, evaluate_text, provenance_of
 from tarflow_hf.report import evaluation_text
 
@@ -32,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data",
         required=True,
-        help="a UTF-8 text file, or python-docs or a dataset: its test split",
+        help="a UTF-8 text file; or python-docs, ptb:FOLDER, wikitext2:FOLDER or a dataset: its test split",
     )
     parser.add_argument("--output", type=Path, help="write all figures here, as JSON")
     parser.add_argument(
@@ -52,7 +54,10 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     documents = held_out_documents(arguments.data)
-    text = PackedTokens(documents, tokenizer, sequence_length=1)
+    if is_of_sentences(arguments.data):
+        text = SentenceTokens(documents, tokenizer, patch_size_of(model))
+    else:
+        text = PackedTokens(documents, tokenizer, sequence_length=1)
 
     evaluation, rows = evaluate_text(
         model,

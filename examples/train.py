@@ -32,9 +32,11 @@ from tarflow_hf.conversion import adopt, append_flow, from_causal_lm, load_sourc
 from tarflow_hf.data import (
     PYTHON_DOCS,
     PackedTokens,
+    SentenceTokens,
     StreamingPackedTokens,
-    character_tokenizer,
+    is_of_sentences,
     load_splits,
+    make_tokenizer,
     token_with_highest_id,
     vocabulary_size,
 )
@@ -89,7 +91,10 @@ class RunConfig:
         },
     )
     dataset: str = field(
-        default=PYTHON_DOCS, metadata={"help": f"{PYTHON_DOCS}, a text file, or a Hub dataset"}
+        default=PYTHON_DOCS,
+        metadata={
+            "help": f"{PYTHON_DOCS}, a text file, a Hub dataset, ptb:FOLDER or wikitext2:FOLDER"
+        },
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "configuration of a Hub dataset"}
@@ -100,7 +105,10 @@ class RunConfig:
     )
     tokenizer: str | None = field(
         default=None,
-        metadata={"help": "text8 (27 characters), or any AutoTokenizer; with --from the source's"},
+        metadata={
+            "help": "text8 (27 characters), ptb (50), words (those of the training text), or any AutoTokenizer; with "
+            "--from the source's"
+        },
     )
     sequence_length: int | None = field(
         default=None,
@@ -188,7 +196,7 @@ def parse_arguments() -> tuple[RunConfig, TrainingConfig, dict]:
         raise ValueError(f"There is no option before {unknown[0]!r}.")
 
     run.recipe = name
-    run.tokenizer = run.tokenizer or training.source or "text8"
+    run.tokenizer = run.tokenizer or training.source
     return run, training, model_fields(run, training, recipe)
 
 
@@ -220,15 +228,19 @@ def model_fields(run: RunConfig, training: TrainingConfig, recipe: dict) -> dict
     return fields
 
 
-def data(run: RunConfig, sequence_length: int, tokenizer, seed: int):
-    """The three splits, tokenized and packed into blocks."""
+def data(run: RunConfig, config: TarFlowLMConfig, tokenizer, seed: int):
+    """The three splits, tokenized; packed into blocks, or each line a sequence of its own."""
     splits = load_splits(
         run.dataset,
         text_column=run.text_column,
         dataset_config=run.dataset_config,
         streaming=run.streaming,
     )
-    packed = []
+    if is_of_sentences(run.dataset):
+        patch_size = 1 if run.model == "ar" else config.patch_size
+        return [SentenceTokens(lines, tokenizer, patch_size) for lines in splits.values()]
+
+    sequence_length, packed = tokens_of_sequence(run, config), []
 
     for name, documents in splits.items():
         if run.streaming and name == "train":
@@ -304,10 +316,8 @@ def build_from(training: TrainingConfig, fields: dict, tokenizer):
 def make_model(run: RunConfig, training: TrainingConfig, fields: dict):
     """The model, its configuration and its tokenizer."""
     tokenizer = None
-    if run.tokenizer == "text8":
-        tokenizer = character_tokenizer(with_end=True)
-    elif run.tokenizer != training.source:
-        tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
+    if run.tokenizer is None or run.tokenizer != training.source:
+        tokenizer = make_tokenizer(run.tokenizer, run.dataset)
 
     if training.source:
         model, tokenizer = build_from(training, fields, tokenizer)
@@ -316,7 +326,7 @@ def make_model(run: RunConfig, training: TrainingConfig, fields: dict):
     return *build(run, fields, tokenizer), tokenizer
 
 
-def sequence_length(run: RunConfig, config: TarFlowLMConfig) -> int:
+def tokens_of_sequence(run: RunConfig, config: TarFlowLMConfig) -> int:
     """The tokens of a training sequence.
 
     Raises:
@@ -354,9 +364,7 @@ def main():
     config, model, tokenizer = make_model(run, training, fields)
 
     with accelerator.main_process_first():
-        train_data, validation_data, test_data = data(
-            run, sequence_length(run, config), tokenizer, training.seed
-        )
+        train_data, validation_data, test_data = data(run, config, tokenizer, training.seed)
 
     accelerator.print(
         f"{run.model}: {model.num_parameters():,} parameters; {run.dataset}: {describe(train_data)}"
@@ -388,11 +396,11 @@ def say_beforehand(run: RunConfig, config, train_data, validation_data, accelera
 
 
 def describe(train_data) -> str:
-    return (
-        "a stream"
-        if isinstance(train_data, StreamingPackedTokens)
-        else f"{len(train_data.tokens):,} training tokens"
-    )
+    if isinstance(train_data, StreamingPackedTokens):
+        return "a stream"
+
+    sentences = f" in {len(train_data):,} sentences" * isinstance(train_data, SentenceTokens)
+    return f"{len(train_data.tokens):,} training tokens{sentences}"
 
 
 def report(model, tokenizer, test_data, run: RunConfig) -> None:
@@ -407,8 +415,8 @@ def report(model, tokenizer, test_data, run: RunConfig) -> None:
         length = {"max_new_tokens": run.sequence_length} if run.sequence_length else {}
         tokens = model.generate(**length)
 
-    options = {"num_samples": run.test_samples, "max_sequences": run.test_sequences}
-    scores = score(model, test_data, **options, progress=True)
+    sequences = test_data.first(run.test_sequences)
+    scores = score(model, sequences, num_samples=run.test_samples, progress=True)
     print(f"\nA sample:\n{tokenizer.decode(tokens[0], skip_special_tokens=True)}\n")
     table = likelihood_table(
         scores.rows(), test_data.characters_per_token, test_data.tokens_per_word

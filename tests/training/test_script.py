@@ -53,6 +53,8 @@ def test_recipes(tmp_path, data, tokenizer, monkeypatch, recipe):
         "demo": "python-docs",
         "python": "python-docs",
         "text8": "afmck/text8",
+        "ptb": "ptb:ptb",
+        "wikitext2": "wikitext2:wikitext2",
     }.get(recipe.split("_")[0], "Skylion007/openwebtext")
 
 

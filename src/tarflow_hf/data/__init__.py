@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .characters import (
     END,
@@ -39,17 +39,31 @@ from .characters import (
     token_with_highest_id,
     vocabulary_size,
 )
+from .corpora import (
+    corpus_of,
+    is_of_sentences,
+    load_corpus,
+    penn_treebank_tokenizer,
+    word_tokenizer,
+)
+from .sentences import SentenceTokens
 
 __all__ = [
     "PYTHON_DOCS",
     "CharacterCount",
     "PackedTokens",
+    "SentenceTokens",
     "StreamingPackedTokens",
     "character_tokenizer",
     "checked_ids",
+    "corpus_of",
     "held_out_documents",
     "is_of_characters",
+    "is_of_sentences",
+    "load_corpus",
     "load_splits",
+    "make_tokenizer",
+    "penn_treebank_tokenizer",
     "python_documentation",
     "read_text",
     "say_what_is_lost",
@@ -58,6 +72,7 @@ __all__ = [
     "token_ids",
     "token_with_highest_id",
     "vocabulary_size",
+    "word_tokenizer",
 ]
 
 PYTHON_DOCS = "python-docs"
@@ -188,6 +203,27 @@ def character_tokenizer(with_end: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
+def make_tokenizer(name: str | None, source: str = PYTHON_DOCS) -> PreTrainedTokenizerBase:
+    """The tokenizer of a name, or by default that of a corpus.
+
+    Args:
+        name: "text8" (27 characters), "ptb" (the 50 symbols of Penn Treebank), "words" (those of
+            the source's training text), or any `AutoTokenizer`. None is that of the source: "ptb"
+            of "ptb:FOLDER", "words" of "wikitext2:FOLDER", else "text8".
+        source: As of `load_splits`.
+    """
+    if name is None:
+        name = {"ptb": "ptb", "wikitext2": "words"}.get(source.partition(":")[0], "text8")
+    if name == "text8":
+        return character_tokenizer(with_end=True)
+    if name == "ptb":
+        return penn_treebank_tokenizer()
+    if name == "words":
+        return word_tokenizer(load_splits(source)["train"])
+
+    return AutoTokenizer.from_pretrained(name)
+
+
 def load_splits(
     source: str = PYTHON_DOCS,
     *,
@@ -201,6 +237,7 @@ def load_splits(
         source: One of
 
             - `"python-docs"`: see `python_documentation` and `split_documents`;
+            - `"ptb:FOLDER"` or `"wikitext2:FOLDER"`: a benchmark's corpus, see `load_corpus`;
             - the path of a UTF-8 text file, read without the `datasets` library: see `split_text`;
             - a folder of such files, `*.txt`, each of them a document: see `split_files`;
             - a dataset on the Hub, or a folder of other data files. Its own splits are used; where it has
@@ -217,12 +254,15 @@ def load_splits(
 
     Raises:
         ImportError: if `source` needs the `datasets` library and it is not installed.
+        FileNotFoundError: if the folder of a benchmark's corpus lacks a file.
         ValueError: if the file is empty, binary or not UTF-8, if `source` is neither a file nor a
             dataset, if the dataset has no such column or no "train" split, or if it is too short to
             hold anything out.
     """
     if source == PYTHON_DOCS:
         return split_documents(python_documentation())
+    if corpus_of(source) is not None:
+        return load_corpus(source)
     if Path(source).is_file():
         return split_text(read_text(source))
     if source and (files := _text_files(Path(source))):
@@ -573,6 +613,10 @@ class PackedTokens(Dataset):
 
     def __len__(self) -> int:
         return len(self.tokens) // self.sequence_length
+
+    def first(self, num_sequences: int) -> list[dict[str, torch.Tensor]]:
+        """The first blocks, at most all."""
+        return [self[index] for index in range(min(num_sequences, len(self)))]
 
     def fingerprint(self) -> dict[str, int]:
         """Numbers that another text, tokenizer or length changes."""

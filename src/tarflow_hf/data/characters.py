@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 SAMPLE_SIZE = 8  # characters that a note shows
@@ -100,6 +101,16 @@ def is_of_characters(tokenizer: PreTrainedTokenizerBase) -> bool:
     return is_text8_with_end(tokenizer) or all(len(token) == 1 for token in tokenizer.get_vocab())
 
 
+def is_of_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True if a token is a whole word between spaces, so that a character says nothing on its own."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return (
+        backend is not None
+        and isinstance(backend.model, models.WordLevel)
+        and isinstance(backend.pre_tokenizer, pre_tokenizers.WhitespaceSplit)
+    )
+
+
 def is_text8_with_end(tokenizer: PreTrainedTokenizerBase) -> bool:
     """True for `character_tokenizer(with_end=True)`, if nobody has added another token."""
     is_small = len(tokenizer) == len(SYMBOLS) + 1
@@ -124,7 +135,7 @@ class CharacterCount:
 
     A character is dropped if it has no tokens, an unknown one, or only white space comes back.
     One that comes back otherwise (in small letters, spelled out) is not. White space does not
-    count as dropped.
+    count as dropped. A tokenizer of whole words drops words, not characters: none is counted.
 
     Attributes:
         num_characters: The number of characters in all.
@@ -162,6 +173,9 @@ class CharacterCount:
 
     def _learn(self, characters: list[str]) -> None:
         unknown, decode = self.tokenizer.unk_token_id, self.tokenizer.decode
+        if is_of_words(self.tokenizer):
+            self._is_lost.update(dict.fromkeys(characters, False))
+            return
 
         for character, ids in zip(
             characters, token_ids_of_all(self.tokenizer, characters), strict=True

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..baseline import is_discrete, longest_sequence, patch_size_of
-from ..data import PackedTokens
+from ..data import PackedTokens, SentenceTokens
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from .codebook import codebook_state, reconstruction
 from .likelihood import Likelihood, Scoring, cut_text, score
@@ -78,14 +78,18 @@ class Evaluation(Provenance):
 
 
 def evaluate_text(
-    model: PreTrainedModel, text: PackedTokens, provenance: dict[str, Any], **options: Any
+    model: PreTrainedModel,
+    text: PackedTokens | SentenceTokens,
+    provenance: dict[str, Any],
+    **options: Any,
 ) -> tuple[Evaluation, dict[str, Likelihood]]:
     """Evaluates a model on all tokens of a text.
 
     Args:
         model: A TarFlowLM, or a discrete causal model with a `bos_token_id`.
         text: Its tokens are scored in sequences as long as the model takes, whatever
-            `text.sequence_length` is.
+            `text.sequence_length` is. Sentences are scored one by one, made for the model's patch
+            size.
         provenance: The fields of `Provenance`, by `provenance_of`.
         options: The fields of `Scoring`; `num_samples` is 16 by default.
 
@@ -100,7 +104,11 @@ def evaluate_text(
         raise ValueError("num_flows can't be given: this is a discrete model.")
 
     length = longest_sequence(model)
-    sequences = cut_text(text.tokens, length, patch_size_of(model))[: scoring.max_sequences]
+    if isinstance(text, SentenceTokens):
+        sequences = text.first(scoring.max_sequences)
+    else:
+        sequences = cut_text(text.tokens, length, patch_size_of(model))[: scoring.max_sequences]
+
     scores = score(model, sequences, **vars(scoring))
 
     fields = {
@@ -121,7 +129,7 @@ def evaluate_text(
     return Evaluation(**provenance, **fields), scores.rows()
 
 
-def _likelihood_fields(best: Likelihood, text: PackedTokens) -> dict[str, Any]:
+def _likelihood_fields(best: Likelihood, text: PackedTokens | SentenceTokens) -> dict[str, Any]:
     per_word = text.tokens_per_word
     return {
         "num_tokens": best.num_tokens,
@@ -134,7 +142,7 @@ def _likelihood_fields(best: Likelihood, text: PackedTokens) -> dict[str, Any]:
     }
 
 
-def _elbo_fields(elbo: Likelihood, text: PackedTokens) -> dict[str, Any]:
+def _elbo_fields(elbo: Likelihood, text: PackedTokens | SentenceTokens) -> dict[str, Any]:
     return {
         "elbo_nats_per_token": elbo.nats_per_token,
         "elbo_standard_error": elbo.standard_error,

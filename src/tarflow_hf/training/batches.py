@@ -1,7 +1,7 @@
 """The batches of a run, epoch after epoch, and the checks before the first of them."""
 
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DistributedType
@@ -9,16 +9,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..baseline import text_vocab_size
+from ..baseline import longest_sequence, text_vocab_size
 from ..data import (
     PackedTokens,
+    SentenceTokens,
     StreamingPackedTokens,
     token_with_highest_id,
     vocabulary_size,
 )
 from .config import TrainingConfig
 
-TrainingData: TypeAlias = PackedTokens | StreamingPackedTokens
+HeldOutData: TypeAlias = PackedTokens | SentenceTokens
+TrainingData: TypeAlias = HeldOutData | StreamingPackedTokens
 
 
 def check_batches(
@@ -76,15 +78,41 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         )
 
 
+def check_sentences(model: PreTrainedModel, train_data: TrainingData) -> None:
+    """Checks that the model can learn from padded sentences.
+
+    Raises:
+        ValueError: If it is conditional: spans to observe are drawn for sequences of one length. Or
+            if the longest sentence, filled up to whole patches, is too long for it.
+    """
+    if not isinstance(train_data, SentenceTokens):
+        return
+
+    if getattr(model.config, "conditional", False):
+        raise ValueError("A conditional model is trained on packed text, not on sentences.")
+
+    longest = longest_sequence(model)
+    if train_data.sequence_length > longest:
+        raise ValueError(
+            f"The longest sentence has {train_data.sequence_length} tokens with its end, the model takes {longest}: "
+            "give it a larger max_position_embeddings."
+        )
+
+
 def make_loader(
     train_data: TrainingData, config: TrainingConfig, accelerator: Accelerator
 ) -> DataLoader:
     """The batches of an epoch; each is a part of a step, over all processes."""
+    options: dict[str, Any] = {"shuffle": not isinstance(train_data, IterableDataset)}
+    if isinstance(train_data, SentenceTokens):
+        sampler = train_data.sampler(config.batch_size, config.seed)
+        options = {"sampler": sampler, "collate_fn": train_data.collate}
+
     loader = DataLoader(
         train_data,
         batch_size=config.batch_size // config.gradient_accumulation_steps,
-        shuffle=not isinstance(train_data, IterableDataset),
         drop_last=True,
+        **options,
     )
 
     return accelerator.prepare(loader)

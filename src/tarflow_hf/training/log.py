@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..cost import peak_flops, peak_memory
-from ..data import PackedTokens
 from ..evaluation.likelihood import Likelihood
+from .batches import HeldOutData
 from .checkpointing import Progress
 from .config import TrainingConfig
 from .stages import Stage
@@ -75,7 +75,7 @@ class Log:
         config: TrainingConfig,
         progress: Progress,
         num_steps: int,
-        validation_data: PackedTokens,
+        validation_data: HeldOutData,
     ):
         self.accelerator = accelerator
         self.nats_to_bits_per_character = 1 / (math.log(2) * validation_data.characters_per_token)

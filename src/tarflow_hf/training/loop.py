@@ -7,6 +7,7 @@ import time
 import uuid
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from .. import __version__
 from ..cost import training_flops
-from ..data import PackedTokens
-from ..evaluation.likelihood import Likelihood, Scoring, score_batch
+from ..data import SentenceTokens
+from ..evaluation.likelihood import (
+    Likelihood,
+    Scoring,
+    batches_of_equal_length,
+    score_batch,
+)
 from .adapters import add_lora, merge_lora
-from .batches import TrainingData, check_batches, check_tokenizer, endless, make_loader
+from .batches import (
+    HeldOutData,
+    TrainingData,
+    check_batches,
+    check_sentences,
+    check_tokenizer,
+    endless,
+    make_loader,
+)
 from .checkpointing import (
     BestWeights,
     Progress,
@@ -49,7 +63,7 @@ SAVE, END = 1, 2  # what may be asked for between two steps
 def train(
     model: PreTrainedModel,
     train_data: TrainingData,
-    validation_data: PackedTokens,
+    validation_data: HeldOutData,
     tokenizer: PreTrainedTokenizerBase,
     config: TrainingConfig,
     accelerator: Accelerator | None = None,
@@ -90,6 +104,7 @@ def train(
     stages = make_stages(model, config)
     check_batches(train_data, config, accelerator)
     check_tokenizer(model, tokenizer)
+    check_sentences(model, train_data)
 
     check_output_dir(config.output_dir, config.resume)
     make_output_dir(config.output_dir)
@@ -134,7 +149,7 @@ class Run:
         self,
         model: PreTrainedModel,
         train_data: TrainingData,
-        validation_data: PackedTokens,
+        validation_data: HeldOutData,
         tokenizer: PreTrainedTokenizerBase,
         stages: list[Stage],
         config: TrainingConfig,
@@ -144,6 +159,8 @@ class Run:
         self.model, self.tokenizer, self.stages = model, tokenizer, stages
         self.config, self.accelerator, self.request = config, accelerator, request
         self.validation_data, self.length = validation_data, train_data.sequence_length
+        has_sentences = isinstance(train_data, SentenceTokens)
+        self.mean_length = train_data.mean_length if has_sentences else None
         self.output_dir = Path(config.output_dir)
 
         self.description = describe(model, train_data, validation_data, config, accelerator)
@@ -287,6 +304,9 @@ class Run:
         """Takes an optimiser step, computed in `gradient_accumulation_steps` parts."""
         draws = self._draw()
         num_tokens = mean_missing_tokens(draws, self.accelerator)
+        if self.mean_length is not None:  # then the step's loss is a mean over the corpus's tokens
+            num_tokens = torch.tensor(self.rows * self.mean_length, device=self.accelerator.device)
+
         for part in draws:
             self._add_part(part, num_tokens)
 
@@ -298,7 +318,7 @@ class Run:
         self.progress.step += 1
         self.progress.stage_step += 1
         self.fault.end_step(self.progress.step)
-        self.log.count(self.config.batch_size * self.length)
+        self.log.count(round(self.config.batch_size * (self.mean_length or self.length)))
 
     def _draw(self) -> list[StepDraws]:
         """Returns the draws of each part of the step, in this process."""
@@ -313,10 +333,14 @@ class Run:
 
     def _add_part(self, draws: StepDraws, num_tokens: Tensor | None) -> None:
         """Adds a part's gradients; takes the step if it was the last part."""
-        input_ids = self._next_ids()
+        batch = self._next_batch()
+        input_ids, mask = batch["input_ids"], batch.get("attention_mask")
+        draws = draws.cut(input_ids.shape[1])
 
         with self.accelerator.accumulate(self.wrapped):
-            loss = compute_loss(self.wrapped, input_ids, draws, self.stage.num_flows, num_tokens)
+            loss = compute_loss(
+                self.wrapped, input_ids, draws, self.stage.num_flows, num_tokens, mask
+            )
             self.accelerator.backward(loss)
             self.fault.see_loss(loss)
 
@@ -333,13 +357,13 @@ class Run:
 
         self.total += loss.detach() / self.parts
 
-    def _next_ids(self) -> Tensor:
+    def _next_batch(self) -> dict[str, Tensor]:
         epoch, index, batch = next(self.batches)
         size = self.config.batch_size
         origin = f"{size} sequences, from number {index * (size // self.parts)} of epoch {epoch} on"
         self.origins.setdefault(self.progress.step + 1, origin)  # that of its first part
 
-        return batch["input_ids"]
+        return batch
 
     # ----------------------------------------------------------------------------------------------
     # Looking, and keeping
@@ -477,7 +501,7 @@ class Run:
 def describe(
     model: PreTrainedModel,
     train_data: TrainingData,
-    validation_data: PackedTokens,
+    validation_data: HeldOutData,
     config: TrainingConfig,
     accelerator: Accelerator,
 ) -> dict[str, dict[str, Any]]:
@@ -518,7 +542,7 @@ def is_due(step: int, every: int) -> bool:
 @torch.no_grad()
 def validate(
     model: PreTrainedModel,
-    data: PackedTokens,
+    data: HeldOutData,
     max_sequences: int,
     accelerator: Accelerator,
     num_flows: int | None = None,
@@ -531,18 +555,21 @@ def validate(
     """
     model.eval()
     scoring = Scoring(num_flows=num_flows)
-    num_sequences, length = min(max_sequences, len(data)), data.sequence_length
-    starts = range(0, num_sequences, batch_size)
-    batches = [range(num_sequences)[start : start + batch_size] for start in starts]
-    nats = torch.zeros(num_sequences, dtype=torch.float64, device=accelerator.device)
+    sequences = data.first(max_sequences)
+    num_tokens = torch.tensor(
+        [sequence.get("num_tokens", len(sequence["input_ids"])) for sequence in sequences]
+    )
+    batches = list(batches_of_equal_length(sequences, batch_size))
+    starts = [0, *accumulate(len(batch) for batch in batches)]
+    nats = torch.zeros(len(sequences), dtype=torch.float64, device=accelerator.device)
 
     first = accelerator.process_index
     for index in range(first, first + len(batches), accelerator.num_processes):
-        batch = batches[min(index, len(batches) - 1)]
-        input_ids = torch.stack([data[row]["input_ids"] for row in batch]).to(accelerator.device)
-        scores = score_batch(model, input_ids, batch.start, scoring)
+        number = min(index, len(batches) - 1)
+        ids = torch.stack([sequence["input_ids"] for sequence in batches[number]])
+        scores = score_batch(model, ids.to(accelerator.device), starts[number], scoring)
         if index < len(batches):
-            nats[batch.start : batch.stop] = scores[0].double()
+            nats[starts[number] : starts[number + 1]] = scores[0].double()
 
     nats = accelerator.reduce(nats, "sum").cpu()
-    return Likelihood.of_sequences(nats, torch.full((num_sequences,), length))
+    return Likelihood.of_sequences(nats, num_tokens)

@@ -27,6 +27,10 @@ class StepDraws(NamedTuple):
     observed_mask: Tensor | None = None
     latent_noise: Tensor | None = None
 
+    def cut(self, length: int) -> "StepDraws":
+        """The draws of the first `length` tokens of each sequence."""
+        return StepDraws(*(None if draw is None else draw[:, :length] for draw in self))
+
 
 def draw_step(
     model: PreTrainedModel, shape: tuple[int, int], generator: Generators | None = None
@@ -113,6 +117,7 @@ def compute_loss(
     draws: StepDraws | None = None,
     num_flows: int | None = None,
     num_tokens: Tensor | None = None,
+    attention_mask: Tensor | None = None,
 ) -> Tensor:
     """Nats per token of a batch (B, T): -ELBO of a TarFlowLM, the cross-entropy of a discrete model.
 
@@ -122,16 +127,24 @@ def compute_loss(
         model: Also one that is wrapped for training.
         draws: By `draw_step`, which is called by default.
         num_flows: Cuts the stack after its first flows.
-        num_tokens: Divides the nats of a TarFlowLM, in place of the number of its (missing) tokens.
+        num_tokens: Divides the nats, in place of the number of the (missing) tokens.
+        attention_mask: 1 for real tokens and 0 for padding on the right, (B, T).
     """
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
     if is_discrete(bare):
         inputs = prepend_start(bare, input_ids)
-        return model(input_ids=inputs, labels=inputs, use_cache=False).loss
+        labels, options = inputs, {}
+        if attention_mask is not None:  # no real token sees the padding on its right
+            labels = prepend_start(bare, input_ids.masked_fill(attention_mask == 0, -100))
+        if num_tokens is not None:
+            options["num_items_in_batch"] = num_tokens
+
+        return model(input_ids=inputs, labels=labels, use_cache=False, **options).loss
 
     mask, noise = draw_step(bare, input_ids.shape) if draws is None else draws
     output = model(
         input_ids=input_ids,
+        attention_mask=attention_mask,
         labels=input_ids,
         observed_mask=None if mask is None else mask.to(input_ids.device),
         latent_noise=noise,
