@@ -79,6 +79,16 @@ def alone(more: float = 1, **options: Any) -> Callable[[int], list[dict[str, Any
     return lambda layers: alternating([(mix_d(**options), round(more * layers))])
 
 
+def backwards(layers: int) -> list[dict[str, Any]]:
+    """One Mix-d flow that runs right to left."""
+    return [{**mix_d(), "direction": "right_to_left", "num_hidden_layers": layers}]
+
+
+def halves(layers: int) -> list[dict[str, Any]]:
+    """Half of the layers in the Mix-d flow next to the data, half in a flow the other way over it."""
+    return alternating([(mix_d(), layers - layers // 2), (mix_1(2), layers // 2)])
+
+
 def with_half_in_head(layers: int) -> list[dict[str, Any]]:
     """One Mix-d flow of all layers, and half as many over the tokens of a patch."""
     return alternating([(mix_d(patch_head_layers=layers // 2), layers)])
@@ -118,6 +128,15 @@ GROUPS: dict[str, dict[str, Case]] = {
         "patch 2, equal FLOPs": Case(with_half_in_head, "joint", "FLOPs", {"patch_size": 2}),
         "patch 2, deeper body, equal FLOPs": Case(alone(1.5, patch_head_layers=2), "joint", "FLOPs", {"patch_size": 2}),
         "patch 4, equal FLOPs": Case(with_half_in_head, "joint", "FLOPs", {"patch_size": 4}),
+    },
+    "directions": {
+        "Mix-d, right to left": Case(backwards),
+        "Mix-d, half right to left": Case(halves),
+        "Mix-d, half right to left, progressive": Case(halves, "progressive"),
+    },
+    "patches under flows": {
+        "patch 2, deep": Case(deep(), config={"patch_size": 2}),
+        "patch 4, deep": Case(deep(), config={"patch_size": 4}),
     },
 }  # fmt: skip
 CASES = {name: case for group in GROUPS.values() for name, case in group.items()}

@@ -6,6 +6,10 @@
     python benchmarks/study/run.py --dataset text8.txt --num_layers 12 --hidden_size 768 --num_tokens 1024 \\
         --batch_size 32 --mixed_precision bf16                                   # on a GPU
 
+    python benchmarks/study/run.py --dataset ptb:FOLDER --num_tokens 320 --latent_size 8     # by sentence
+    python benchmarks/study/run.py --dataset wikitext2:FOLDER --cases discrete "Mix-d, one flow, log scale -2"
+    python benchmarks/study/run.py --dataset task:addition --hidden_size 32                  # tasks.py
+
 The cases and their groups stand in `cases.py`. The same command goes on where it stopped: a
 finished run is a row of the output file and is not repeated, an unfinished one resumes from its
 newest checkpoint. What is equal is made so by the width of the feed-forward layers (within 3%, or
@@ -19,7 +23,9 @@ tables and a picture.
 import argparse
 import datetime
 import json
+import math
 import platform
+import shlex
 import statistics
 import time
 from pathlib import Path
@@ -28,13 +34,24 @@ import torch
 import transformers
 from cases import CASES, GROUPS, build
 from report import tables
+from tasks import load_task, optimal_bits, task_of, task_tokenizer
 from transformers import PreTrainedModel, set_seed
 
 from tarflow_hf import TarFlowLMModel
-from tarflow_hf.baseline import flows_of
+from tarflow_hf.baseline import flows_of, patch_size_of
 from tarflow_hf.cost import training_flops
-from tarflow_hf.data import PYTHON_DOCS, PackedTokens, character_tokenizer, load_splits
-from tarflow_hf.evaluation import likelihood
+from tarflow_hf.data import (
+    PYTHON_DOCS,
+    PackedTokens,
+    SentenceTokens,
+    corpus_of,
+    is_of_sentences,
+    load_splits,
+    make_tokenizer,
+    vocabulary_size,
+)
+from tarflow_hf.evaluation import likelihood, score
+from tarflow_hf.evaluation.likelihood import batches_of_equal_length
 from tarflow_hf.training import TrainingConfig, train
 
 SETTINGS = ("dataset", "num_layers", "hidden_size", "num_tokens", "latent_size")
@@ -48,7 +65,7 @@ SETTINGS += (
 )
 
 
-def parse_arguments() -> argparse.Namespace:
+def parser_of_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dataset",
         default=PYTHON_DOCS,
-        help="as of examples/train.py, in the 27 characters of text8",
+        help="as of examples/train.py, or task:NAME; text without symbols of its own in the 27 characters of text8",
     )
     parser.add_argument("--num_layers", type=int, default=6, help="in all; a multiple of 6")
     parser.add_argument("--hidden_size", type=int, default=64)
@@ -67,6 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_steps", type=int, default=1500)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--warmup_steps", type=int, help="default: a fortieth of the steps")
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--test_sequences", type=int, default=512)
     parser.add_argument(
@@ -79,6 +97,11 @@ def parse_arguments() -> argparse.Namespace:
         "--quick", action="store_true", help="width 32, 30 steps, few test sequences"
     )
 
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = parser_of_arguments()
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.hidden_size, arguments.num_tokens, arguments.num_steps = 32, 64, 30
@@ -102,20 +125,49 @@ def stage_steps(mode: str, model: PreTrainedModel, num_steps: int) -> list[int] 
     return [num_steps - sum(steps), *steps]
 
 
-def run(
-    case: str, seed: int, arguments: argparse.Namespace, data: dict[str, PackedTokens], tokenizer
-) -> dict:
+class Data:
+    """A corpus, its tokenizer, and its splits as a model takes them."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        source = self.source = arguments.dataset
+        self.is_task = task_of(source) is not None
+        self.splits = load_task(source) if self.is_task else load_splits(source)
+        self.tokenizer = task_tokenizer() if self.is_task else make_tokenizer(None, source)
+        self.num_tokens, self._made = arguments.num_tokens, {}
+
+    def of(self, patch_size: int) -> dict[str, PackedTokens | SentenceTokens]:
+        """The splits, made once for each patch size where sequences are sentences."""
+        has_sentences = self.is_task or is_of_sentences(self.source)
+        key = patch_size if has_sentences else None
+        if key not in self._made:
+            self._made[key] = {
+                name: SentenceTokens(texts, self.tokenizer, patch_size)
+                if has_sentences
+                else PackedTokens(texts, self.tokenizer, self.num_tokens)
+                for name, texts in self.splits.items()
+            }
+
+        return self._made[key]
+
+
+def run(case: str, seed: int, arguments: argparse.Namespace, corpus: Data) -> dict:
     """Trains a case, goes on with it, or finds it done; returns its row."""
     set_seed(seed)
     config = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary_size(corpus.tokenizer),
         "latent_size": arguments.latent_size,
         "max_position_embeddings": arguments.num_tokens,
         "hidden_size": arguments.hidden_size,
         "num_attention_heads": max(1, arguments.hidden_size // 32),
     }
+    for name in ("eos_token_id", "pad_token_id"):
+        token = getattr(corpus.tokenizer, name)
+        if token is not None and token < config["vocab_size"]:
+            config[name] = token
+
     model = build(case, arguments.num_layers, config)
-    settings = "-".join(str(getattr(arguments, name)).replace("/", "_") for name in SETTINGS)
+    data = corpus.of(patch_size_of(model))
+    settings = "-".join(str(value).replace("/", "_") for value in settings_of(arguments).values())
     folder = arguments.output.parent / settings / f"{case.replace(', ', '_')}-{seed}"
     mode = CASES[case].mode
     training = TrainingConfig(
@@ -125,16 +177,17 @@ def run(
         stage_steps=stage_steps(mode, model, arguments.num_steps),
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
-        warmup_steps=max(1, arguments.num_steps // 40),
+        warmup_steps=arguments.warmup_steps or max(1, arguments.num_steps // 40),
         mixed_precision=arguments.mixed_precision,
         seed=seed,
         log_every=max(1, arguments.num_steps // 50),
+        eval_every=max(1, arguments.num_steps // 5),
         eval_sequences=min(64, arguments.test_sequences),
         save_every=max(1, arguments.num_steps // 5),
         keep_checkpoints=1,
         resume=any(folder.glob("checkpoint-*")),
     )
-    model = train(model, data["train"], data["validation"], tokenizer, training)
+    model = train(model, data["train"], data["validation"], corpus.tokenizer, training)
     entries = [
         json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     ]
@@ -143,18 +196,26 @@ def run(
 
     return {
         "case": case,
+        "model": case,
         "seed": seed,
         "parameters": model.num_parameters(),
         "training_flops_per_token": training_flops(model, arguments.num_tokens)
         / arguments.num_tokens,
-        **score(model, data["test"], arguments),
+        **scores_of(model, data["test"], arguments),
+        **({"optimal_bits_per_character": optimal_bits(corpus.source)} if corpus.is_task else {}),
         "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in steps),
+        "peak_memory_gib": max(entry["peak_memory_gib"] for entry in steps),
         "curve": [(entry["step"], round(entry["bits_per_character"], 4)) for entry in steps],
-        **{name: getattr(arguments, name) for name in SETTINGS},
+        "validation_curve": [
+            (entry["step"], round(entry["validation_bits_per_character"], 4))
+            for entry in entries
+            if "validation_loss" in entry
+        ],
+        "command": command_of(arguments, case, seed),
+        **settings_of(arguments),
         "training_tokens": len(data["train"].tokens),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {platform.machine()}",
+        "device": machine(),
+        "machine": machine(),
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
@@ -163,51 +224,88 @@ def run(
     }
 
 
-def score(model: PreTrainedModel, test: PackedTokens, arguments: argparse.Namespace) -> dict:
+def settings_of(arguments: argparse.Namespace) -> dict:
+    """The settings of a row; a corpus in a folder goes by its name."""
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    if corpus_of(arguments.dataset) is not None:
+        settings["dataset"] = arguments.dataset.partition(":")[0]
+
+    return settings
+
+
+def command_of(arguments: argparse.Namespace, case: str, seed: int) -> str:
+    """The command of a row, with the options that differ from their defaults."""
+    settings = settings_of(arguments)
+    if corpus_of(arguments.dataset) is not None:
+        settings["dataset"] += ":FOLDER"
+
+    settings |= {"warmup_steps": arguments.warmup_steps, "cases": case, "seeds": seed}
+    defaults = parser_of_arguments().parse_args([])
+    words = [
+        word
+        for name, value in settings.items()
+        if value != getattr(defaults, name) and value is not None
+        for word in (f"--{name}", str(value))
+    ]
+    return shlex.join(["python", "benchmarks/study/run.py", *words])
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+
+    return f"CPU, {platform.machine()}"
+
+
+def scores_of(
+    model: PreTrainedModel, test: PackedTokens | SentenceTokens, arguments: argparse.Namespace
+) -> dict:
     """Scores the test text, in bits per character.
 
-    All figures are from the same sequences and the same draws of the latents. `bits_after_flows`
+    All figures are from the same sequences and the same draws of the latents: the ELBO is the mean
+    over the samples of the bound. `test_...` are the bound's, or exact. `bits_after_flows`
     belong to the stack cut after each of its flows. `reconstruction_bits` are those of the tokens
     given their latents: the cost of the codebook's overlapping Gaussians.
     """
     start = time.perf_counter()
-    options = {"max_sequences": arguments.test_sequences}
+    sequences = test.first(arguments.test_sequences)
+    found = score(model, sequences, num_samples=arguments.test_samples)
+    elbo, best = found.one_sample, found.best
 
     def bits(result) -> float:
         return result.bits_per_character(test.characters_per_token)
 
-    whole = likelihood(model, test, **options)
     scores = {
-        "elbo_bits_per_character": bits(whole),
-        "bound_bits_per_character": bits(whole),
-        "standard_error": whole.standard_error * bits(whole) / whole.nats_per_token,
+        "elbo_bits_per_character": bits(elbo),
+        "bound_bits_per_character": bits(best),
+        "test_bits_per_character": bits(best),
+        "test_perplexity": best.perplexity,
+        "standard_error": best.standard_error * bits(best) / best.nats_per_token,
     }
 
     if flows_of(model):
         cuts = range(1, len(model.config.flows))
-        scores["bits_after_flows"] = [
-            bits(likelihood(model, test, num_flows=cut, **options)) for cut in cuts
-        ]
-        scores["bits_after_flows"].append(scores["elbo_bits_per_character"])
-        bound = likelihood(model, test, num_samples=arguments.test_samples, **options)
-        scores["bound_bits_per_character"] = bits(bound)
-        scores["reconstruction_bits"] = reconstruction_bits(model, test, arguments.test_sequences)
+        cut_bits = [bits(likelihood(model, sequences, num_flows=cut)) for cut in cuts]
+        scores["bits_after_flows"] = [*cut_bits, bits(elbo)]
+        scores["reconstruction_bits"] = reconstruction_bits(model, sequences, test)
 
     return {**scores, "seconds_of_scoring": time.perf_counter() - start}
 
 
 @torch.no_grad()
-def reconstruction_bits(model: TarFlowLMModel, test: PackedTokens, num_sequences: int) -> float:
-    sequences = [test[index]["input_ids"] for index in range(min(num_sequences, len(test)))]
-    input_ids = torch.stack(sequences).to(model.device)
-    latents = model.encode(input_ids, generator=torch.Generator(model.device).manual_seed(0))
-    log_prob = model.decode(latents).gather(-1, input_ids.unsqueeze(-1))
+def reconstruction_bits(
+    model: TarFlowLMModel, sequences: list[dict], test: PackedTokens | SentenceTokens
+) -> float:
+    nats, num_tokens = 0.0, 0
+    generator = torch.Generator(model.device).manual_seed(0)
+    for batch in batches_of_equal_length(sequences, 16):
+        input_ids = torch.stack([sequence["input_ids"] for sequence in batch]).to(model.device)
+        latents = model.encode(input_ids, generator=generator)
+        log_prob = model.decode(latents).gather(-1, input_ids.unsqueeze(-1))
+        nats -= log_prob.double().sum().item()
+        num_tokens += input_ids.numel()
 
-    return (
-        -log_prob.double().mean().item()
-        / torch.tensor(2.0).log().item()
-        / test.characters_per_token
-    )
+    return nats / num_tokens / math.log(2) / test.characters_per_token
 
 
 def finished(arguments: argparse.Namespace) -> dict[tuple[str, int], dict]:
@@ -215,17 +313,13 @@ def finished(arguments: argparse.Namespace) -> dict[tuple[str, int], dict]:
     if not arguments.output.is_file():
         return {}
     rows = [json.loads(line) for line in arguments.output.read_text(encoding="utf-8").splitlines()]
-    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    settings = settings_of(arguments)
     return {(row["case"], row["seed"]): row for row in rows if settings.items() <= row.items()}
 
 
 def main():
     arguments = parse_arguments()
-    tokenizer = character_tokenizer()
-    splits = load_splits(arguments.dataset)
-    data = {
-        name: PackedTokens(texts, tokenizer, arguments.num_tokens) for name, texts in splits.items()
-    }
+    corpus = Data(arguments)
     rows = finished(arguments)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
 
@@ -235,7 +329,7 @@ def main():
                 continue
 
             print(f"{case}, seed {seed}", flush=True)
-            rows[case, seed] = run(case, seed, arguments, data, tokenizer)
+            rows[case, seed] = run(case, seed, arguments, corpus)
             with arguments.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[case, seed]) + "\n")
 

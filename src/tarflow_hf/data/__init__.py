@@ -44,6 +44,7 @@ from .corpora import (
     is_of_sentences,
     load_corpus,
     penn_treebank_tokenizer,
+    symbol_tokenizer,
     word_tokenizer,
 )
 from .sentences import SentenceTokens
@@ -69,6 +70,7 @@ __all__ = [
     "say_what_is_lost",
     "split_documents",
     "split_text",
+    "symbol_tokenizer",
     "token_ids",
     "token_with_highest_id",
     "vocabulary_size",

@@ -133,8 +133,19 @@ def penn_treebank_tokenizer() -> PreTrainedTokenizerFast:
         >>> len(tokenizer), tokenizer.eos_token_id, tokenizer("<unk> N").input_ids
         (50, 49, [20, 43, 36, 33, 21, 0, 22])
     """
-    symbols = {character: index for index, character in enumerate(PENN_TREEBANK_SYMBOLS)}
-    tokenizer = Tokenizer(models.BPE(vocab=symbols, merges=[]))
+    return symbol_tokenizer(PENN_TREEBANK_SYMBOLS)
+
+
+def symbol_tokenizer(symbols: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of some characters, in their order, and an end.
+
+    Example:
+        >>> tokenizer = symbol_tokenizer("ab")
+        >>> tokenizer("abba").input_ids, tokenizer.eos_token_id
+        ([0, 1, 1, 0], 2)
+    """
+    vocabulary = {character: index for index, character in enumerate(symbols)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
