@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST ?= .venv-oldest
 
-.PHONY: train test test-oldest docs check wheel-check gpu-check clean
+.PHONY: train test test-oldest docs check wheel-check gpu-check study-ptb study-wikitext2 study-stacks results clean
 
 # Trains the demo: at most five minutes on two CPU cores. A run that was stopped goes on. More options: see
 # examples/train.py.
@@ -40,6 +40,38 @@ RESULTS ?= benchmarks/results
 gpu-check:
 	PYTHONPATH=src $(PYTHON) -m pytest -q tests/modeling/test_coupling_triton.py tests/modeling/test_couplings.py -k triton
 	PYTHONPATH=src $(PYTHON) benchmarks/couplings.py --output $(RESULTS)/couplings.jsonl
+
+# The rows of docs/results.md: a run that was stopped goes on, a row that is there is not made again. The texts' folders
+# are given by PTB and WIKITEXT2; seeds by SEEDS. On CPU cores this takes hours.
+PTB ?= ptb
+WIKITEXT2 ?= wikitext2
+SEEDS ?= 0 1 2
+STUDY := $(BIN)/python benchmarks/study/run.py
+study-ptb: $(VENV)/.installed
+	$(STUDY) $(PTB_OPTIONS) --output $(RESULTS)/ptb.jsonl --cases discrete "Mix-d, one flow" --test_samples 16
+	$(STUDY) $(PTB_OPTIONS) --output $(RESULTS)/ptb.jsonl --cases affine Mix-1 Mix-d --test_samples 4
+
+PTB_OPTIONS = --dataset ptb:$(PTB) --num_tokens 320 --latent_size 8 --num_steps 1200 --learning_rate 0.003 \
+	--warmup_steps 60 --test_sequences 3735
+
+study-wikitext2: $(VENV)/.installed
+	$(STUDY) --dataset wikitext2:$(WIKITEXT2) $(WORDS_OPTIONS) --output $(RESULTS)/wikitext2.jsonl \
+		--cases discrete "Mix-d, one flow, log scale -2"
+
+WORDS_OPTIONS = --num_tokens 64 --latent_size 16 --num_steps 400 --batch_size 16 --test_sequences 256 --test_samples 4
+
+study-stacks: $(VENV)/.installed
+	for task in addition addition-reversed sum-in-front checksum; do \
+		$(STUDY) --dataset task:$$task $(TASK_OPTIONS) --seeds $(SEEDS) --output $(RESULTS)/stacks.jsonl \
+			--cases discrete "Mix-d, one flow" "Mix-d, right to left" "Mix-d, half right to left" || exit 1; \
+	done
+
+TASK_OPTIONS = --hidden_size 32 --num_tokens 16 --latent_size 4 --num_steps 600 --batch_size 64 --learning_rate 0.003 \
+	--test_sequences 1000 --test_samples 4
+
+# The page and the picture of these rows.
+results: $(VENV)/.installed
+	$(BIN)/python benchmarks/study/results.py --rows $(RESULTS)
 
 # The tested versions (constraints.txt) in an environment of their own.
 $(VENV)/.installed: pyproject.toml constraints.txt

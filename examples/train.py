@@ -5,18 +5,21 @@
     python examples/train.py --recipe text8_mixd --stage_steps 8000 1000 1000
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py --recipe openwebtext_deep
     python examples/train.py --dataset my.txt --mode progressive --patience 3 --eval_every 100
+    python examples/train.py --dataset my.txt --tokenizer FOLDER    # one's own: a single flow, recipe demo_one_flow
     python examples/train.py --resume                           # go on where a run stopped
     python examples/train.py --push_to_hub USER/NAME            # publish it at the end
     python examples/train.py --from SOURCE --dataset my.txt     # convert it, and let it learn to fill gaps
 
 A recipe is a file of examples/recipes/, by its name, or any JSON file like these: a model's
-configuration, and options. Options of the command line win over those of the recipe. With --from
+configuration, and options. Options of the command line win over those of the recipe. A model whose
+recipe names no `latent_size` has one that fits the vocabulary: log2 of it, rounded up. With --from
 it has a `conversion` in the configuration's place: options of `from_causal_lm`, and the flows to
 append.
 """
 
 import inspect
 import json
+import math
 import shlex
 import sys
 from collections.abc import Iterable
@@ -73,7 +76,7 @@ class RunConfig:
     recipe: str | None = field(
         default=None,
         metadata={
-            "help": "demo, or with --from convert_then_infill; there are "
+            "help": "demo; with --tokenizer demo_one_flow; with --from convert_then_infill; there are "
             + ", ".join(sorted(p.stem for p in RECIPES.iterdir()))
         },
     )
@@ -173,6 +176,13 @@ def read_recipe(name: str) -> dict:
     return recipe
 
 
+def default_recipe(given) -> str:
+    """The recipe where none is named: with a tokenizer of one's own that of a single flow."""
+    if given.source:
+        return "convert_then_infill"
+    return "demo" if given.tokenizer in (None, "text8") else "demo_one_flow"
+
+
 def parse_arguments() -> tuple[RunConfig, TrainingConfig, dict]:
     """Returns the options and the model's configuration.
 
@@ -180,7 +190,7 @@ def parse_arguments() -> tuple[RunConfig, TrainingConfig, dict]:
     """
     parser = HfArgumentParser((RunConfig, TrainingConfig))
     given = parser.parse_known_args()[0]
-    name = given.recipe or ("convert_then_infill" if given.source else "demo")
+    name = given.recipe or default_recipe(given)
     recipe = read_recipe(name)
     options = recipe.get("options", {})
     known = [action.dest for action in parser._actions]
@@ -262,6 +272,10 @@ def data(run: RunConfig, config: TarFlowLMConfig, tokenizer, seed: int):
 def build(run: RunConfig, fields: dict, tokenizer):
     """The model, from the fields of its configuration and the tokenizer's vocabulary."""
     needed = vocabulary_size(tokenizer)
+    if run.config is None:  # a configuration that was saved leaves out what is by default
+        # The paper's sizes, too: 5 for 27 characters, 16 for 50,257 tokens.
+        fields = {"latent_size": max(1, math.ceil(math.log2(needed))), **fields}
+
     config = TarFlowLMConfig(**{"vocab_size": needed, **fields})
     if config.vocab_size < needed:
         raise ValueError(

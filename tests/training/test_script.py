@@ -14,7 +14,7 @@ from helpers import ROOT
 from helpers.scripts import script
 from helpers.training import STACK, TEXT, config, run
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
-from tarflow_hf.data import character_tokenizer
+from tarflow_hf.data import character_tokenizer, word_tokenizer
 from tarflow_hf.training import make_stages, slow_vocabulary
 
 
@@ -56,6 +56,24 @@ def test_recipes(tmp_path, data, tokenizer, monkeypatch, recipe):
         "ptb": "ptb:ptb",
         "wikitext2": "wikitext2:wikitext2",
     }.get(recipe.split("_")[0], "Skylion007/openwebtext")
+
+
+def test_a_tokenizer_of_ones_own_leads_to_a_single_flow(monkeypatch):
+    """Of a latent size that fits: log2 of the vocabulary. A file of --config is taken as it is."""
+    get = partial(arguments_of, monkeypatch=monkeypatch)
+    assert get("--tokenizer", "text8")[0].recipe == get()[0].recipe == "demo"
+    run_options, _, fields = get("--tokenizer", "folder")
+    assert run_options.recipe == "demo_one_flow" and len(fields["flows"]) == 1
+    assert get("--tokenizer", "folder", "--recipe", "demo_mix1")[0].recipe == "demo_mix1"
+
+    build = runpy.run_path(str(ROOT / "examples" / "train.py"))["build"]
+    words = " ".join(f"w{index}" for index in range(1000))
+    small = {**fields, "hidden_size": 8, "num_attention_heads": 1}
+    for text, latent_size in (("a", 2), (words, 10)):  # and the end of a line, and unknown words
+        assert build(run_options, small, word_tokenizer([text]))[0].latent_size == latent_size
+
+    run_options.config = "mine.json"
+    assert build(run_options, small, word_tokenizer(["a"]))[0].latent_size == 16
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path, monkeypatch):

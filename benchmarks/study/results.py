@@ -1,0 +1,212 @@
+"""The page of results on the benchmarks' corpora: tables and a picture of its rows.
+
+    python benchmarks/study/results.py                        # docs/results.md and docs/results.svg
+
+Reads `ptb.jsonl`, `wikitext2.jsonl` and `stacks.jsonl` in the folder of `--rows`; those that are
+not there are left out. Needs matplotlib for the picture. The text before the first table of an
+existing page is kept.
+"""
+
+import argparse
+import json
+import statistics
+from itertools import groupby
+from pathlib import Path
+
+from report import spread
+
+from tarflow_hf.report import Table
+
+MARK = "<!-- The tables below are made by benchmarks/study/results.py. -->"
+TITLES = {"ptb": "Penn Treebank", "wikitext2": "WikiText-2", "stacks": "Where a stack pays"}
+
+# Bits per character of the test text, under the same protocol.
+PUBLISHED = [
+    ("bipartite discrete flow (Tran et al. 2019)", 1.38),
+    ("AF/SCF (Ziegler & Rush 2019)", 1.46),
+    ("IAF/SCF (Ziegler & Rush 2019)", 1.63),
+    ("sparse probabilistic circuit (Dang et al. 2022)", 1.35),
+]
+
+
+def read(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def settings(row: dict) -> tuple:
+    """What rows must share to be compared."""
+    names = ("dataset", "num_steps", "batch_size", "hidden_size", "num_layers", "num_tokens")
+    return tuple(row[name] for name in names)
+
+
+def by_settings(rows: list[dict]) -> list[tuple[tuple, dict[str, list[dict]]]]:
+    """The rows of each setting, the shorter runs first, by model in the order of the file."""
+    groups = []
+    for key, same in groupby(sorted(rows, key=settings), key=settings):
+        models: dict[str, list[dict]] = {}
+        for row in same:
+            models.setdefault(row["model"], []).append(row)
+        groups.append((key, models))
+
+    return groups
+
+
+def title_of(key: tuple) -> str:
+    """The line over a table.
+
+    Example:
+        >>> title_of(("ptb", 1200, 16, 64, 6, 320))
+        '**ptb**: 6 layers of width 64 in all, 1,200 steps of 16 sequences'
+    """
+    dataset, steps, batch, width, layers, _ = key
+    size = f"{layers} layers of width {width} in all"
+    return f"**{dataset}**: {size}, {steps:,} steps of {batch} sequences"
+
+
+def gap(rows: list[dict], discrete: list[dict] | None, name: str) -> str:
+    """The mean difference to the discrete model, at the seeds that both have."""
+    exact = {row["seed"]: row[name] for row in discrete or []}
+    gaps = [row[name] / exact[row["seed"]] - 1 for row in rows if row["seed"] in exact]
+    return f"{100 * statistics.mean(gaps):+.2f}%" if gaps else ""
+
+
+def after_flows(rows: list[dict]) -> str:
+    cuts = rows[0].get("bits_after_flows", [])
+    if len(cuts) < 2:
+        return ""
+
+    after = zip(*(row["bits_after_flows"] for row in rows), strict=True)
+    return ", ".join(f"{statistics.mean(values):.3f}" for values in after)
+
+
+def table_of_bits(models: dict[str, list[dict]]) -> str:
+    head = ["model", "parameters", "seeds", "bits/char, ELBO", "bits/char, bound", "samples"]
+    head += ["standard error", "to the discrete", "ELBO after each flow"]
+    cells = []
+
+    for model, rows in models.items():
+        is_discrete = model == "discrete"
+        bits, elbo = (
+            spread([row[f"{name}_bits_per_character"] for row in rows]) for name in ("test", "elbo")
+        )
+        cells.append((
+            model,
+            f"{rows[0]['parameters']:,}",
+            len(rows),
+            "" if is_discrete else elbo,
+            f"{bits}, exact" if is_discrete else bits,
+            "" if is_discrete else rows[0]["test_samples"],
+            f"{statistics.mean(row['standard_error'] for row in rows):.3f}",
+            "" if is_discrete else gap(rows, models.get("discrete"), "test_bits_per_character"),
+            after_flows(rows),
+        ))  # fmt: skip
+
+    return Table(head, cells, right=range(1, 8)).to_markdown()
+
+
+def table_of_words(models: dict[str, list[dict]]) -> str:
+    head = ["model", "parameters", "seeds", "test perplexity", "samples", "sequences scored"]
+    head += ["to the discrete"]
+    cells = []
+
+    for model, rows in models.items():
+        perplexity = statistics.mean(row["test_perplexity"] for row in rows)
+        cells.append((
+            model,
+            f"{rows[0]['parameters']:,}",
+            len(rows),
+            f"{perplexity:.1f}" + ", exact" * (model == "discrete"),
+            "" if model == "discrete" else rows[0]["test_samples"],
+            rows[0]["test_sequences"],
+            "" if model == "discrete" else gap(rows, models.get("discrete"), "test_perplexity"),
+        ))  # fmt: skip
+
+    return Table(head, cells, right=range(1, len(head))).to_markdown()
+
+
+def sections(rows: dict[str, list[dict]]) -> list[str]:
+    """The tables as Markdown, a section for each file with rows."""
+    parts = []
+    for name, title in TITLES.items():
+        if not rows[name]:
+            continue
+
+        parts.append(f"## {title}: rows")
+        table = table_of_words if name == "wikitext2" else table_of_bits
+        for key, models in by_settings(rows[name]):
+            note = title_of(key)
+            first = next(iter(models.values()))[0]
+            if "optimal_bits_per_character" in first:
+                note += f"; no model can be below {first['optimal_bits_per_character']:.3f} bits"
+
+            parts += [note, table(models)]
+
+        if name == "ptb":
+            published = Table(["published model", "bits/char"], PUBLISHED)
+            parts.append(published.to_markdown())
+
+    return parts
+
+
+def picture(rows: list[dict], path: Path) -> None:
+    """Draws the validation curves of Penn Treebank's runs, in bits per character."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "results", "font.size": 9, "font.family": "DejaVu Sans"}
+    )
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    colors = {
+        model: f"C{index}" for index, model in enumerate(dict.fromkeys(r["model"] for r in rows))
+    }
+
+    for row in rows:
+        is_discrete = row["model"] == "discrete"
+        axes.plot(
+            *zip(*row["validation_curve"], strict=True),
+            color="black" if is_discrete else colors[row["model"]],
+            linestyle=":" if is_discrete else "-",
+            marker=".",
+            label=f"{row['model']}, {row['num_steps']:,} steps",
+        )
+
+    for name, bits in PUBLISHED:
+        axes.axhline(bits, color="grey", linewidth=0.6)
+        axes.annotate(name, (0, bits), fontsize=6, color="grey", va="bottom")
+
+    axes.set_xlabel("step")
+    axes.set_ylabel("validation, bits per character (of flows: ELBO)")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results.md"))
+    arguments = parser.parse_args()
+    rows = {name: read(arguments.rows / f"{name}.jsonl") for name in TITLES}
+    page = arguments.output
+    before = page.read_text("utf-8").partition(MARK)[0] if page.is_file() else "# Results\n\n"
+    parts = [f"{before}{MARK}"]
+
+    if rows["ptb"]:
+        image = page.with_suffix(".svg")
+        picture(rows["ptb"], image)
+        parts.append(f"![Validation curves on Penn Treebank]({image.name})")
+
+    page.write_text("\n\n".join([*parts, *sections(rows)]) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
