@@ -28,7 +28,7 @@ def study(monkeypatch, tmp_path, capsys):
         )
 
     yield run
-    for name in ("cases", "report", "tasks"):
+    for name in ("cases", "report", "results", "tasks"):
         sys.modules.pop(name, None)
 
 
@@ -98,3 +98,39 @@ def test_tasks(study, tmp_path, monkeypatch):
     rows = rows_of(tmp_path / "rows.jsonl")
     assert [row["model"] for row in rows] == cases
     assert all(row["optimal_bits_per_character"] == optimal_bits("task:checksum") for row in rows)
+
+
+def test_the_page_of_results(study, tmp_path):
+    """Tables by setting, means over seeds, gaps at the seeds that both models have; a picture."""
+    pytest.importorskip("matplotlib")
+    common = {"num_steps": 4, "batch_size": 4, "hidden_size": 32, "num_layers": 6, "num_tokens": 16}
+    common |= {"parameters": 1000, "test_samples": 2, "test_sequences": 12, "standard_error": 0.01}
+    common |= {"validation_curve": [(2, 3.0), (4, 2.0)]}
+
+    def row(dataset, model, seed, bits, **fields):
+        numbers = {"test_bits_per_character": bits, "elbo_bits_per_character": bits + 0.25}
+        names = {"dataset": dataset, "model": model, "seed": seed, "test_perplexity": 100 * bits}
+        return {**common, **names, **numbers, **fields}
+
+    cuts = {"bits_after_flows": [2.5, 2.25]}
+    files = {
+        "ptb": [row("ptb", "discrete", 0, 2.0), row("ptb", "Mix-d", 0, 2.1, **cuts)],
+        "wikitext2": [row("wikitext2", "discrete", 0, 3.0)],
+        "stacks": [
+            row("task:addition", "discrete", seed, 2.0, optimal_bits_per_character=1.5)
+            for seed in (0, 1)
+        ],
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+
+    (tmp_path / "page.md").write_text("# Results\n\nText.\n\n")
+    for _ in range(2):  # made again, it is the same
+        study("results.py", "--rows", ".", "--output", "page.md")
+
+    page = (tmp_path / "page.md").read_text()
+    assert page.startswith("# Results\n\nText.") and page.count("(page.svg)") == 1
+    assert "| Mix-d | 1,000 | 1 | 2.350 | 2.100 | 2 | 0.010 | +5.00% | 2.500, 2.250 |" in page
+    assert "| discrete | 1,000 | 2 |  | 2.000 ± 0.000, exact |" in page
+    assert "no model can be below 1.500 bits" in page and "300.0, exact" in page
+    assert "Dang et al. 2022" in page and (tmp_path / "page.svg").is_file()
