@@ -36,7 +36,7 @@ def read(path: Path) -> list[dict]:
 
 
 def settings(row: dict) -> tuple:
-    """What rows must share to be compared."""
+    """The settings that rows must share to be compared."""
     names = ("dataset", "num_steps", "batch_size", "hidden_size", "num_layers", "num_tokens")
     return tuple(row[name] for name in names)
 

@@ -153,6 +153,37 @@ class Data:
 def run(case: str, seed: int, arguments: argparse.Namespace, corpus: Data) -> dict:
     """Trains a case, goes on with it, or finds it done; returns its row."""
     set_seed(seed)
+    model = build(case, arguments.num_layers, config_of(arguments, corpus))
+    data = corpus.of(patch_size_of(model))
+    training = training_of(case, seed, arguments, model)
+    model = train(model, data["train"], data["validation"], corpus.tokenizer, training)
+    model.requires_grad_(True)
+
+    return {
+        "case": case,
+        "model": case,
+        "seed": seed,
+        "parameters": model.num_parameters(),
+        "training_flops_per_token": training_flops(model, arguments.num_tokens)
+        / arguments.num_tokens,
+        **scores_of(model, data["test"], arguments),
+        **({"optimal_bits_per_character": optimal_bits(corpus.source)} if corpus.is_task else {}),
+        **log_of(Path(training.output_dir)),
+        "command": command_of(arguments, case, seed),
+        **settings_of(arguments),
+        "training_tokens": len(data["train"].tokens),
+        "device": machine(),
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def config_of(arguments: argparse.Namespace, corpus: Data) -> dict:
+    """The fields of the configuration that all cases share."""
     config = {
         "vocab_size": vocabulary_size(corpus.tokenizer),
         "latent_size": arguments.latent_size,
@@ -165,12 +196,16 @@ def run(case: str, seed: int, arguments: argparse.Namespace, corpus: Data) -> di
         if token is not None and token < config["vocab_size"]:
             config[name] = token
 
-    model = build(case, arguments.num_layers, config)
-    data = corpus.of(patch_size_of(model))
+    return config
+
+
+def training_of(
+    case: str, seed: int, arguments: argparse.Namespace, model: PreTrainedModel
+) -> TrainingConfig:
     settings = "-".join(str(value).replace("/", "_") for value in settings_of(arguments).values())
     folder = arguments.output.parent / settings / f"{case.replace(', ', '_')}-{seed}"
     mode = CASES[case].mode
-    training = TrainingConfig(
+    return TrainingConfig(
         output_dir=str(folder),
         num_steps=arguments.num_steps,
         mode=mode,
@@ -187,22 +222,15 @@ def run(case: str, seed: int, arguments: argparse.Namespace, corpus: Data) -> di
         keep_checkpoints=1,
         resume=any(folder.glob("checkpoint-*")),
     )
-    model = train(model, data["train"], data["validation"], corpus.tokenizer, training)
+
+
+def log_of(folder: Path) -> dict:
+    """The speed, the memory and the curves of a run, from its log."""
     entries = [
         json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     steps = [entry for entry in entries if "loss" in entry]
-    model.requires_grad_(True)
-
     return {
-        "case": case,
-        "model": case,
-        "seed": seed,
-        "parameters": model.num_parameters(),
-        "training_flops_per_token": training_flops(model, arguments.num_tokens)
-        / arguments.num_tokens,
-        **scores_of(model, data["test"], arguments),
-        **({"optimal_bits_per_character": optimal_bits(corpus.source)} if corpus.is_task else {}),
         "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in steps),
         "peak_memory_gib": max(entry["peak_memory_gib"] for entry in steps),
         "curve": [(entry["step"], round(entry["bits_per_character"], 4)) for entry in steps],
@@ -211,16 +239,6 @@ def run(case: str, seed: int, arguments: argparse.Namespace, corpus: Data) -> di
             for entry in entries
             if "validation_loss" in entry
         ],
-        "command": command_of(arguments, case, seed),
-        **settings_of(arguments),
-        "training_tokens": len(data["train"].tokens),
-        "device": machine(),
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
 
 

@@ -59,7 +59,7 @@ def test_recipes(tmp_path, data, tokenizer, monkeypatch, recipe):
 
 
 def test_a_tokenizer_of_ones_own_leads_to_a_single_flow(monkeypatch):
-    """Of a latent size that fits: log2 of the vocabulary. A file of --config is taken as it is."""
+    """A latent size of log2 of the vocabulary comes with it. A file of --config is taken as it is."""
     get = partial(arguments_of, monkeypatch=monkeypatch)
     assert get("--tokenizer", "text8")[0].recipe == get()[0].recipe == "demo"
     run_options, _, fields = get("--tokenizer", "folder")
