@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import transformers
 
+from tarflow_hf.modeling.coupling_newton import AUTO_TAKES_NUMBA
+from tarflow_hf.modeling.coupling_numba import numba
 from tarflow_hf.report import Table
 
 
@@ -77,7 +79,7 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device != "cpu" else f"CPU, {platform.machine()}"
 
 
-def facts(device: str) -> dict[str, str | int]:
+def facts(device: str) -> dict[str, str | int | None]:
     """The machine, the time and the versions of a measurement."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -86,6 +88,7 @@ def facts(device: str) -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "numba": numba.__version__ if AUTO_TAKES_NUMBA else None,
     }
 
 

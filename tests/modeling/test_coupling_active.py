@@ -19,7 +19,7 @@ from tarflow_hf.modeling import (
 )
 from tarflow_hf.modeling.codebook import Codebook
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "without_numba")
 
 # (components, dimensions, log scale, spread of the log scales, spread of the logits)
 CODEBOOKS = {

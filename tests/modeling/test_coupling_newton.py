@@ -11,7 +11,7 @@ import torch
 from helpers.couplings import CASES, Case, draw
 from tarflow_hf.modeling import coupling, coupling_newton, coupling_torch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "without_numba")
 
 MIXTURES = {
     **CASES,

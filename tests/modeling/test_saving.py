@@ -721,7 +721,7 @@ STANDARD = {
     "typing",
 }
 
-OPTIONAL = {"triton"}
+OPTIONAL = {"numba", "triton"}
 
 FORBIDDEN_NAMES = {
     "__builtins__",

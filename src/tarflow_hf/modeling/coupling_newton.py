@@ -30,9 +30,15 @@ import torch
 from torch import Tensor
 
 from .coupling_active import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_active
+from .coupling_numba import IS_INSTALLED
+from .coupling_numba import mixture_cdf_inverse as mixture_cdf_inverse_numba
+from .coupling_numba import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_numba
 from .coupling_torch import MixtureCDFInverse, MixtureRosenblattInverse, chunks
 from .coupling_torch import mixture_cdf_inverse as mixture_cdf_inverse_reference
 from .coupling_torch import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
+
+# "auto" does without numba's compiled loops if this is False.
+AUTO_TAKES_NUMBA = IS_INSTALLED
 
 MAX_ROUNDS = 40
 FREE_ROUNDS = 6  # before there are brackets
@@ -229,6 +235,8 @@ class _MixtureRosenblattNewton(MixtureRosenblattInverse):
 
 @torch.compiler.disable  # the number of rounds depends on the values
 def mixture_cdf_inverse(u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
+    if AUTO_TAKES_NUMBA:
+        return mixture_cdf_inverse_numba(u, logits, loc, log_scale)
     if u.dtype != torch.float32:
         return mixture_cdf_inverse_reference(u, logits, loc, log_scale)
     return _MixtureCDFNewton.apply(u, logits, loc, log_scale)
@@ -238,6 +246,8 @@ def mixture_cdf_inverse(u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tenso
 def mixture_rosenblatt_inverse(
     u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor
 ) -> Tensor:
+    if AUTO_TAKES_NUMBA:
+        return mixture_rosenblatt_inverse_numba(u, logits, mean, log_scale)
     if mean.numel() > MAX_CODEBOOK:
         return mixture_rosenblatt_inverse_active(u, logits, mean, log_scale)
     if u.dtype != torch.float32:
