@@ -65,6 +65,68 @@ def test_drafts_are_shown_in_a_terminal(run):
         run("generate.py", *options, "--show_drafts", "--num_samples", "2")
 
 
+def cells_of(line):
+    """The mark, the number, and both tokens with their bits, of a line in two columns."""
+    found = re.fullmatch(r"(>| ) +(\d+) +('.*?'|\".*?\") +(\S+) +('.*?'|\".*?\") +(\S+)", line)
+    return None if found is None else found.groups()
+
+
+@pytest.mark.parametrize("name", ["model", "patches", "conditional"])
+def test_counterfactuals_begin_with_what_is_the_same(run, name):
+    text, prompt = "the quick brown fox ", "the slow"
+    printed = run("counterfactual.py", name, text, "--prompt", prompt, "--no_color")
+    rows = [cells for line in printed.splitlines() if (cells := cells_of(line))]
+    one, other = ("".join(eval(row[place]) for row in rows) for place in (2, 4))
+    assert one == text and other.startswith(prompt) and len(rows) == 20
+    assert [row[1] for row in rows if row[0] == ">"] == ["4"]
+    total = float(printed.split(" bits: " + text)[0].split()[-1])
+    assert sum(float(row[3]) for row in rows) == pytest.approx(total, abs=0.2)
+
+    # Under no other condition the text comes back.
+    same = run("counterfactual.py", name, text, "--prompt", "the quic", "--no_color")
+    assert ">" not in {line[0] for line in same.splitlines() if cells_of(line)}
+    with pytest.raises(SystemExit):
+        run("counterfactual.py", name, text)
+
+
+@pytest.mark.parametrize("name", ["model", "patches"])
+def test_the_nearest_text_contains_its_word(run, name):
+    text, word = "the quick brown ", "dogs"
+    printed = run("counterfactual.py", name, text, "--contains", word, "--no_color")
+    assert word in printed.split(" bits: ")[-1].splitlines()[0]
+
+    script = runpy.run_path(str(ROOT / "examples" / "counterfactual.py"))
+    model = TarFlowLMModel.from_pretrained(name).eval()
+    tokenizer = character_tokenizer()
+    tokens, ids = (torch.tensor(tokenizer(x).input_ids) for x in (text, word))
+    noise = model.noise_of(tokens[None])
+    near = script["nearest_noise"](model, noise, ids)
+    assert word in tokenizer.decode(model.generate(noise=near)[0])
+    change = (near - noise).square().sum().sqrt()
+
+    # A draw of noise for the same text is further away.
+    drawn = model.noise_of(model.generate(noise=near))
+    assert 0 < change < (drawn - noise).square().sum().sqrt() / 2
+
+    # Noise that says the word already stays as it is.
+    assert torch.equal(script["nearest_noise"](model, near, ids), near)
+    with pytest.raises(ValueError, match="no room"):
+        script["nearest_noise"](model, noise[:, :2], ids)
+
+
+def test_compare_by_common_noise(run):
+    same = run("compare.py", "model", "model", "--num_texts", "4", "--num_tokens", "8")
+    assert same.startswith("4 of 4 texts of 8 tokens are the same.")
+    assert "B - A +0.00000" in same and "0.00000 paired" in same
+
+    options = ["--num_texts", "6", "--num_tokens", "16", "--data", "text.txt"]
+    rounded = run("compare.py", "model", "model", "--int8_b", *options)
+    together, apart = map(float, re.search(r"error (\S+) paired, (\S+) unpaired", rounded).groups())
+    assert 0 < together < apart
+    with pytest.raises(ValueError, match="patch_size, 1 and 2"):
+        run("compare.py", "model", "patches")
+
+
 @pytest.mark.parametrize("script", ["finetune.py", "infill.py", "push.py", "score.py"])
 def test_they_are_short_and_open_with_their_launch_lines(script):
     lines = (ROOT / "examples" / script).read_text().splitlines()

@@ -1,0 +1,185 @@
+"""Ask what the noise of a text says under another condition.
+
+The noise that made the text is drawn, whatever wrote it. The same noise then writes after another
+prompt, with other weights of the tokens, or by another checkpoint: what the text would have been.
+
+    python examples/counterfactual.py runs/demo/model "the function returns a list" --prompt "the method"
+    python examples/counterfactual.py runs/demo/model "the function returns a list" --mixture_temperature 0.7
+    python examples/counterfactual.py runs/demo/model "the function returns a list" --checkpoint OTHER
+    python examples/counterfactual.py runs/demo/model "the function returns a list" --contains class
+
+Two columns have the tokens of either text with their bits: grey where they are the same, and an
+arrow at the first that differs. `--contains` changes no condition but the noise, as little as it
+finds to be enough for the word. Noise is continuous, so that there is a nearest text with the word;
+a sampler that draws tokens by Gumbel noise and argmax has counterfactuals (Oberst & Sontag, ICML
+2019, arXiv:1905.05824; Ravfogel et al., ICLR 2025, arXiv:2411.07180), but no likely smallest change.
+"""
+
+import argparse
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
+from tarflow_hf import TarFlowLMModel
+from tarflow_hf.data import checked_ids, say_what_is_lost
+from tarflow_hf.evaluation import token_bits, what_bits_mean
+
+GREY, PLAIN = "\033[90m", "\033[0m"
+
+# Halvings of the way from noise that says the word back to the noise of the text.
+NUM_HALVINGS = 12
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint_of_text", metavar="checkpoint", help="a folder, or of the Hub")
+    parser.add_argument("text", help="whose noise is drawn")
+    parser.add_argument("--prompt", help="begins the other text, in place of as many tokens")
+    parser.add_argument("--checkpoint", help="writes the other text; of the same vocabulary")
+    parser.add_argument("--mixture_temperature", type=float, help="of the weights of Mix-d flows")
+    parser.add_argument("--top_k", type=int)
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--contains", help="the word of the nearest text that has it")
+    parser.add_argument("--num_draws", type=int, default=4, help="of the noise that says the word")
+    parser.add_argument("--no_color", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+
+    arguments = parser.parse_args()
+    conditions = ("prompt", "checkpoint", "mixture_temperature", "top_k", "top_p")
+    given = [name for name in conditions if getattr(arguments, name) is not None]
+    if bool(given) == (arguments.contains is not None):
+        parser.error(f"Give another condition (--{', --'.join(conditions)}), or --contains.")
+
+    return arguments
+
+
+def check_same_space(model: TarFlowLMModel, other: TarFlowLMModel) -> None:
+    """Raises a ValueError unless two models read the same noise and write the same tokens."""
+    for name in ("vocab_size", "latent_size"):
+        sizes = [getattr(each.config, name) for each in (model, other)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"Noise of one model says nothing in the other: {name} is {sizes}.")
+
+
+@torch.no_grad()
+def nearest_noise(
+    model: TarFlowLMModel,
+    noise: Tensor,
+    word: Tensor,
+    num_draws: int = 4,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The nearest noise to some noise (1, T, d) that is found to say a word (w,), (1, T, d).
+
+    At each place the word is written over the text, and the noise of its tokens is drawn, a few
+    times. From each of these a straight line leads back to the given noise, and halving finds the
+    last point that still says the word. The nearest of all has then every number set back that the
+    word does not need.
+
+    Raises:
+        ValueError: If the text is shorter than the word, or no draw says it.
+    """
+    length, width, patch_size = noise.shape[1], len(word), model.config.patch_size
+    starts = torch.arange(0, length - width + 1)
+    if not len(starts):
+        raise ValueError(f"A text of {length} tokens has no room for a word of {width}.")
+
+    starts = starts.repeat_interleave(num_draws)
+    places = torch.arange(length)
+    is_word = (places >= starts.unsqueeze(-1)) & (places < starts.unsqueeze(-1) + width)  # (n, T)
+    tokens = model.generate(noise=noise, eos_token_id=-1).expand(len(starts), -1)
+    written = tokens.masked_scatter(is_word, word.repeat(len(starts)))
+
+    def says(noise: Tensor, is_word: Tensor) -> Tensor:
+        ids = model.generate(noise=noise, eos_token_id=-1)
+        return (ids[is_word].unflatten(0, (len(noise), width)) == word).all(-1)
+
+    # The noise of a patch changes as a whole.
+    is_changed = is_word.unflatten(1, (-1, patch_size)).any(-1, keepdim=True)
+    is_changed = is_changed.expand(-1, -1, patch_size).flatten(1).unsqueeze(-1)
+    drawn = torch.where(is_changed, model.noise_of(written, generator=generator), noise)
+    fits = says(drawn, is_word)
+    if not bool(fits.any()):
+        raise ValueError("No draw of noise says the word: give more of them (--num_draws).")
+
+    drawn, is_word = drawn[fits], is_word[fits]
+    low, high = torch.zeros(len(drawn), 1, 1), torch.ones(len(drawn), 1, 1)  # share of the draw
+    for _ in range(NUM_HALVINGS):
+        middle = (low + high) / 2
+        is_enough = says(torch.lerp(noise, drawn, middle), is_word).reshape(-1, 1, 1)
+        low, high = torch.where(is_enough, low, middle), torch.where(is_enough, middle, high)
+
+    near = torch.lerp(noise, drawn, high)
+    best = (near - noise).square().sum((1, 2)).argmin()
+    near, is_word = near[best : best + 1], is_word[best : best + 1]
+
+    # The largest changes first.
+    for index in (near - noise).abs().flatten().argsort(descending=True).tolist():
+        reset = near.flatten().index_fill(0, torch.tensor(index), noise.flatten()[index].item())
+        reset = reset.reshape(near.shape)
+        if not torch.equal(reset, near) and bool(says(reset, is_word)):
+            near = reset
+
+    return near
+
+
+def print_columns(pieces: list[list[str]], bits: list[list[float]], color: bool) -> None:
+    """Prints the tokens of two texts with their bits, side by side."""
+    has_differed = False
+    for n, (one, other) in enumerate(zip(*pieces, strict=True)):
+        is_first = one != other and not has_differed
+        has_differed = has_differed or is_first
+        mark = ">" if is_first else " "
+        cells = [f"{text!r:>16} {bits[row][n]:8.2f}" for row, text in enumerate((one, other))]
+        line = f"{mark} {n:4} {cells[0]}   {cells[1]}"
+        print(f"{GREY}{line}{PLAIN}" if color and one == other else line)
+
+
+@torch.no_grad()
+def main():
+    arguments = parse_arguments()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint_of_text)
+    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint_of_text).eval()
+    other = model
+    if arguments.checkpoint is not None:
+        other = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
+        check_same_space(model, other)
+
+    ids = checked_ids(tokenizer, arguments.text)
+    say_what_is_lost(tokenizer, [arguments.text])
+    tokens = torch.tensor([ids[: len(ids) // model.config.patch_size * model.config.patch_size]])
+    generator = torch.Generator().manual_seed(arguments.seed)
+    noise = model.noise_of(tokens, generator=generator)
+
+    if arguments.contains is None:
+        names = ("mixture_temperature", "top_k", "top_p")
+        options = {name: getattr(arguments, name) for name in names}
+        prompt = torch.tensor([checked_ids(tokenizer, arguments.prompt or "")], dtype=torch.long)
+        say_what_is_lost(tokenizer, [arguments.prompt or ""], "the prompt")
+        counterfactual = other.generate(prompt, noise=noise, eos_token_id=-1, **options)
+    else:
+        word = torch.tensor(checked_ids(tokenizer, arguments.contains, "the word"))
+        near = nearest_noise(model, noise, word, arguments.num_draws, generator)
+        counterfactual = model.generate(noise=near, eos_token_id=-1)
+        change, number = (near - noise).square().sum().sqrt(), int((near != noise).sum())
+        print(f"The noise moves by {change:.2f}, in {number} of {noise.numel()} numbers.")
+
+    texts = [tokens, counterfactual]
+    bits = [
+        token_bits(each, text, num_samples=4, generator=generator)[0].tolist()
+        for each, text in zip((model, other), texts, strict=True)
+    ]
+    pieces = [[tokenizer.decode([token]) for token in text[0].tolist()] for text in texts]
+    print_columns(pieces, bits, not arguments.no_color)
+    for text, each in zip(texts, bits, strict=True):
+        print(f"{sum(each):8.1f} bits: {tokenizer.decode(text[0])}")
+
+    print(what_bits_mean(model))
+
+
+if __name__ == "__main__":
+    main()
