@@ -16,6 +16,7 @@ a sampler that draws tokens by Gumbel noise and argmax has counterfactuals (Ober
 """
 
 import argparse
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from tarflow_hf.evaluation import token_bits, what_bits_mean
 GREY, PLAIN = "\033[90m", "\033[0m"
 
 # Halvings of the way from noise that says the word back to the noise of the text.
-NUM_HALVINGS = 12
+NUM_HALVINGS = 6
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -84,15 +85,17 @@ def nearest_noise(
         ValueError: If the text is shorter than the word, or no draw says it.
     """
     length, width, patch_size = noise.shape[1], len(word), model.config.patch_size
-    starts = torch.arange(0, length - width + 1)
-    if not len(starts):
+    if length < width:
         raise ValueError(f"A text of {length} tokens has no room for a word of {width}.")
 
-    starts = starts.repeat_interleave(num_draws)
+    starts = torch.arange(length - width + 1).repeat_interleave(num_draws)
     places = torch.arange(length)
     is_word = (places >= starts.unsqueeze(-1)) & (places < starts.unsqueeze(-1) + width)  # (n, T)
-    tokens = model.generate(noise=noise, eos_token_id=-1).expand(len(starts), -1)
-    written = tokens.masked_scatter(is_word, word.repeat(len(starts)))
+    tokens = model.generate(noise=noise, eos_token_id=-1)
+    if bool((tokens.unfold(1, width, 1) == word).all(-1).any()):
+        return noise
+
+    written = tokens.expand(len(starts), -1).masked_scatter(is_word, word.repeat(len(starts)))
 
     def says(noise: Tensor, is_word: Tensor) -> Tensor:
         ids = model.generate(noise=noise, eos_token_id=-1)
@@ -117,14 +120,30 @@ def nearest_noise(
     best = (near - noise).square().sum((1, 2)).argmin()
     near, is_word = near[best : best + 1], is_word[best : best + 1]
 
-    # The largest changes first.
-    for index in (near - noise).abs().flatten().argsort(descending=True).tolist():
-        reset = near.flatten().index_fill(0, torch.tensor(index), noise.flatten()[index].item())
-        reset = reset.reshape(near.shape)
-        if not torch.equal(reset, near) and bool(says(reset, is_word)):
-            near = reset
+    while True:
+        last, near = near, set_back(near, noise, lambda u: says(u, is_word.expand(len(u), -1)))
+        if torch.equal(near, last):
+            return near
 
-    return near
+
+def set_back(near: Tensor, noise: Tensor, says: Callable[[Tensor], Tensor]) -> Tensor:
+    """The noise nearest to some other noise by whole numbers: each that leaves the word is set back.
+
+    The largest changes come first. All beginnings of the changes that are left are tried at once, and the
+    first that loses the word ends in a number that is needed.
+    """
+    shape, near, noise = near.shape, near.flatten(), noise.flatten()
+    order = (near - noise).abs().argsort(descending=True)[: int((near != noise).sum())]
+    is_set_back = torch.ones(len(order), len(order)).tril().bool()
+    while len(order):
+        tried = near.repeat(len(order), 1)
+        tried[:, order] = torch.where(is_set_back, noise[order], near[order])
+        number = int(says(tried.reshape(-1, *shape[1:])).long().cumprod(0).sum())
+        near = tried[number - 1] if number else near
+        order = order[number + 1 :]
+        is_set_back = is_set_back[: len(order), : len(order)]
+
+    return near.reshape(shape)
 
 
 def print_columns(pieces: list[list[str]], bits: list[list[float]], color: bool) -> None:
