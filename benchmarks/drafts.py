@@ -8,9 +8,8 @@ measured in the same rounds.
     python benchmarks/drafts.py FOLDER_OR_ID --assistant bfloat16 --drafts assistant   # by the source itself, rounded
 
 `speedup` is the time of a token without drafts over that with them, the median of the rounds'
-ratios; `total_speedup` that of all rounds' tokens together, since at temperatures above 0 each round
-writes another text; `cpu_speedup` the median for the process's own time, which other work on the
-machine disturbs less. `per_forward` is the number of new tokens over the model's passes. `changed`
+ratios; `cpu_speedup` is the same of the process's own time, which other work on the machine disturbs
+less. `per_forward` is the number of new tokens over the model's passes. `changed`
 counts tokens that differ from those without drafts: 0 for a TarFlowLM, but for ties to within
 rounding; at temperatures above 0 the library's are other samples.
 
@@ -197,7 +196,6 @@ def measure(case: Case, rounds: int) -> list[dict]:
             "per_forward": sum(lengths[name, drafts]) / sum(passes[name, drafts]),
             "ms_per_token": 1000 * statistics.median(wall[name, drafts]),
             "plain_ms": 1000 * statistics.median(wall[name, ""]),
-            "total_speedup": _total(wall, lengths, name, drafts),
             "speedup": _ratio(wall[name, ""], wall[name, drafts]),
             "cpu_speedup": _ratio(cpu[name, ""], cpu[name, drafts]),
             "changed": changed[name, drafts],
@@ -237,14 +235,6 @@ def agreement(case: Case, assistant: PreTrainedModel) -> dict:
         "common": same.float().mean().item(),
         "independent": (p * q).sum(-1).mean().item(),
     }
-
-
-def _total(wall: dict, lengths: dict, name: str, drafts: str) -> float:
-    plain, drafted = (
-        sum(x * n for x, n in zip(wall[way], lengths[way], strict=True)) / sum(lengths[way])
-        for way in ((name, ""), (name, drafts))
-    )
-    return plain / drafted
 
 
 def _ratio(plain: list[float], drafted: list[float]) -> float:
@@ -290,7 +280,7 @@ def main():
                 table.row(**facts, text=name, temperature=temperature, **row)
 
     columns = {"model": 9, "drafts": 13, "new_tokens": 10, "per_forward": 11, "plain_ms": 8}
-    table.title(**widths, **columns, total_speedup=13, speedup=7, cpu_speedup=11, changed=7)
+    table.title(**widths, **columns, speedup=7, cpu_speedup=11, changed=7)
     for (name, temperature), case in cases.items():
         for row in measure(case, arguments.rounds):
             table.row(**facts, text=name, temperature=temperature, **row)
