@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST ?= .venv-oldest
 
-.PHONY: train test test-oldest docs check wheel-check gpu-check study-ptb study-wikitext2 study-stacks results clean
+.PHONY: train test test-oldest fuzz docs check wheel-check gpu-check study-ptb study-wikitext2 study-stacks results clean
 
 # Trains the demo: at most five minutes on two CPU cores. A run that was stopped goes on. More options: see
 # examples/train.py.
@@ -18,6 +18,10 @@ test: check
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest --numprocesses auto --maxprocesses 8 --dist worksteal \
 		tests/modeling tests/test_fixtures.py
+
+# Configurations, batches and calls that the tests have not seen, until one fails or Ctrl-C.
+fuzz: $(VENV)/.installed
+	while FUZZ_EXAMPLES=500 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_fuzzing.py --numprocesses auto; do :; done
 
 # Style and types; .pre-commit-config.yaml has the same for each commit.
 check: $(VENV)/.installed

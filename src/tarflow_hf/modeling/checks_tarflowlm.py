@@ -17,6 +17,7 @@ def check_length(length: int, patch_size: int) -> None:
 
 def check_mask(attention_mask: Tensor, shape: tuple[int, ...]) -> None:
     """Raises a ValueError unless the mask has the shape (B, T)."""
+    check_is_tensor("attention_mask", attention_mask)
     if attention_mask.shape != shape:
         raise ValueError(
             f"attention_mask must have shape (B, T) = {tuple(shape)}, not {tuple(attention_mask.shape)}."
@@ -36,14 +37,18 @@ def require(condition: Tensor, message: str) -> None:
 
 
 def check_ids(
-    input_ids: Tensor, config: PreTrainedConfig, attention_mask: Tensor | None = None
+    input_ids: Tensor,
+    config: PreTrainedConfig,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
 ) -> Tensor:
     """Checks ids (B, T), and replaces those at padding, which may be anything, by 0.
 
     Raises:
         ValueError: If they are no integers of this shape, too many, no multiple of the patch size,
-            or outside the vocabulary.
+            or outside the vocabulary, or if positions do not count them from 0.
     """
+    check_is_tensor("input_ids", input_ids)
     if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
         raise ValueError(
             f"input_ids must be integers of shape (B, T), not empty: {input_ids.dtype}, {tuple(input_ids.shape)}."
@@ -64,6 +69,7 @@ def check_ids(
         f"input_ids must be in 0, ..., vocab_size - 1 = {config.vocab_size - 1}. For a tokenizer of more tokens call "
         "model.resize_token_embeddings(len(tokenizer)), and train these.",
     )
+    check_positions(position_ids, input_ids, attention_mask)
     return input_ids
 
 
@@ -75,11 +81,6 @@ def check_labels(
     A collator that takes every token of the id of padding for padding writes -100 there: that is
     no other label.
     """
-    if labels.shape != input_ids.shape:
-        raise ValueError(
-            f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, not {tuple(labels.shape)}."
-        )
-
     is_label = labels == input_ids
     if pad_token_id is not None:
         is_label = is_label | ((labels == -100) & (input_ids == pad_token_id))
@@ -92,10 +93,18 @@ def check_labels(
     )
 
 
-def check_positions(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+def check_positions(
+    position_ids: Tensor | None, input_ids: Tensor, attention_mask: Tensor | None
+) -> None:
     """Raises a ValueError unless the positions (B, T) count real tokens from 0."""
     if position_ids is None:
         return
+
+    check_is_tensor("position_ids", position_ids)
+    if position_ids.shape[-1:] != input_ids.shape[-1:]:
+        raise ValueError(
+            f"position_ids must have shape (B, T) = {tuple(input_ids.shape)}, not {tuple(position_ids.shape)}."
+        )
 
     expected = torch.arange(position_ids.shape[-1], device=position_ids.device)
     is_counted = position_ids == expected
@@ -110,6 +119,42 @@ def check_positions(position_ids: Tensor | None, attention_mask: Tensor | None) 
     )
 
 
+def check_given(
+    input_ids: Tensor,
+    latent_size: int,
+    labels: Tensor | None,
+    observed_mask: Tensor | None,
+    latents: Tensor | None,
+    latent_noise: Tensor | None,
+) -> None:
+    """Raises a ValueError unless what stands beside ids (B, T) is None or a tensor of its shape."""
+    shape = tuple(input_ids.shape)
+    given = {"labels": (labels, shape), "observed_mask": (observed_mask, shape)}
+    given |= {
+        name: (value, (*shape, latent_size))
+        for name, value in (("latents", latents), ("latent_noise", latent_noise))
+    }
+    for name, (value, expected) in given.items():
+        if value is None:
+            continue
+
+        check_is_tensor(name, value)
+        if value.shape != expected:
+            raise ValueError(f"{name} must have shape {expected}, not {tuple(value.shape)}.")
+
+
+def check_is_tensor(name: str, value: Any) -> None:
+    """Raises a ValueError unless the value is a tensor; the message begins with the name."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, not {type(value).__name__}: {value!r:.40}.")
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """Raises a ValueError unless the generator is one, or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator, not {generator!r:.40}.")
+
+
 def check_not_given(options: dict[str, Any]) -> None:
     """Raises a TypeError if arguments that the model does not have ask for something."""
     given = {name: value for name, value in options.items() if value is not None}
@@ -122,6 +167,13 @@ def check_not_given(options: dict[str, Any]) -> None:
         raise TypeError(f"TarFlowLMModel.forward() has no arguments {unknown}.{hint}")
 
 
+def check_num_flows(num_flows: int | None, num_layers: int) -> None:
+    """Raises a ValueError unless a stack of so many layers can be cut there."""
+    is_number = type(num_flows) is int and 1 <= num_flows <= num_layers
+    if num_flows is not None and not is_number:
+        raise ValueError(f"num_flows must be in 1, ..., {num_layers}, not {num_flows!r}.")
+
+
 def check_stack_arguments(
     num_flows: int | None,
     num_layers: int,
@@ -130,8 +182,7 @@ def check_stack_arguments(
     is_conditional: bool,
 ) -> None:
     """Checks where a stack is cut, and that what is given has a meaning for it."""
-    if num_flows is not None and not 1 <= num_flows <= num_layers:
-        raise ValueError(f"num_flows must be in 1, ..., {num_layers}, not {num_flows}.")
+    check_num_flows(num_flows, num_layers)
     if known is not None and observed_mask is not None:
         raise ValueError(
             "Give known_mask or observed_mask, not both: what is observed has no latents."

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks_tarflowlm import check_generator
 from .coupling import mixture_rosenblatt_log_prob
 from .coupling_product import log_total, nearest, product_of
 from .normal import LOG_SQRT_2PI
@@ -32,7 +33,11 @@ class Gaussians(NamedTuple):
 
         Returns:
             Samples (..., d).
+
+        Raises:
+            ValueError: If the generator is none.
         """
+        check_generator(generator)
         loc = F.embedding(index, self.mean)
         if noise is None and generator is None:
             # torch.compile takes this at any length. It does not take `generator`, even if None.

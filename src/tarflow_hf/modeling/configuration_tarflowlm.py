@@ -5,7 +5,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .coupling_head import at_least_one, true_or_false
+from .coupling_head import at_least_one, number_between, true_or_false
 from .coupling_heads import COUPLING_HEADS
 
 DIRECTIONS = ("left_to_right", "right_to_left", "right_to_left_within_patch")
@@ -162,13 +162,11 @@ class TarFlowLMConfig(PreTrainedConfig):
         if self.posterior_top_k is not None:
             at_least_one("posterior_top_k", self.posterior_top_k)
 
-        self.initializer_range = initializer_range
-        self.initial_log_scale = initial_log_scale
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
-            bos_token_id,
-            eos_token_id,
-            pad_token_id,
-        )
+        self.initializer_range = number_between("initializer_range", initializer_range, 0, 10)
+        self.initial_log_scale = number_between("initial_log_scale", initial_log_scale, -40, 40)
+        self.bos_token_id = _token_id("bos_token_id", bos_token_id)
+        self.eos_token_id = _token_id("eos_token_id", eos_token_id, may_be_several=True)
+        self.pad_token_id = _token_id("pad_token_id", pad_token_id)
 
         self.block_config = self._block_config(
             block_config, hidden_size, num_attention_heads, intermediate_size
@@ -306,6 +304,8 @@ class TarFlowLMConfig(PreTrainedConfig):
             hidden_size = at_least_one("hidden_size", 768 if hidden_size is None else hidden_size)
             num_attention_heads = 12 if num_attention_heads is None else num_attention_heads
             at_least_one("num_attention_heads", num_attention_heads)
+            if intermediate_size is not None:
+                at_least_one("intermediate_size", intermediate_size)
 
             if hidden_size % num_attention_heads:
                 raise ValueError(
@@ -324,12 +324,15 @@ class TarFlowLMConfig(PreTrainedConfig):
         if isinstance(block_config, dict):
             block_config = dict(block_config)
             model_type = block_config.pop("model_type", None)
-            if model_type not in CONFIG_MAPPING:
+            if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
                 raise ValueError(
                     f"block_config needs the model_type of an architecture of transformers, not {model_type!r}."
                 )
 
-            block_config = CONFIG_MAPPING[model_type](**block_config)
+            try:
+                block_config = CONFIG_MAPPING[model_type](**block_config)
+            except Exception as error:
+                raise ValueError(f"block_config is no {model_type!r}: {error}") from error
         elif not isinstance(block_config, PreTrainedConfig):
             raise ValueError(
                 f"block_config must be a configuration or a dict, not {type(block_config).__name__}."
@@ -391,7 +394,7 @@ class TarFlowLMConfig(PreTrainedConfig):
 
         flow = dict(flow)
         for name, allowed in (("coupling", COUPLING_HEADS), ("direction", DIRECTIONS)):
-            if flow.get(name) not in allowed:
+            if flow.get(name) not in tuple(allowed):
                 raise ValueError(
                     f"{where}.{name} must be one of {', '.join(allowed)}, not {flow.get(name)!r}."
                 )
@@ -439,6 +442,20 @@ def _limit_experts(block_config: PreTrainedConfig) -> None:
     taken = getattr(block_config, "num_experts_per_tok", None)
     if counts and isinstance(taken, int):
         block_config.num_experts_per_tok = min(taken, *counts)
+
+
+def _token_id(name: str, value: Any, may_be_several: bool = False) -> int | list[int] | None:
+    """Returns the value if it is None, an integer or, where there may be several, a list of them.
+
+    Raises:
+        ValueError: If it is not; the message begins with the name.
+    """
+    ids = value if may_be_several and isinstance(value, (list, tuple)) else [value]
+    if value is None or (ids and all(type(each) is int for each in ids)):
+        return value
+
+    several = ", a list of integers" if may_be_several else ""
+    raise ValueError(f"{name} must be an integer{several} or None, not {value!r}.")
 
 
 def _default_flows() -> list[dict[str, Any]]:

@@ -132,6 +132,19 @@ def at_least_one(name: str, value: Any) -> int:
     return value
 
 
+def number_between(name: str, value: Any, least: float, most: float) -> float:
+    """Returns the value if it is a number between two others.
+
+    Raises:
+        ValueError: If it is not; the message begins with the name.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
+        raise ValueError(f"{name} must be a number in [{least}, {most}], not {value!r}.")
+
+    return value
+
+
 def true_or_false(name: str, value: Any) -> bool:
     """Returns the value if it is a boolean.
 

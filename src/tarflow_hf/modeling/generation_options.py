@@ -54,6 +54,24 @@ END_OPTIONS = (
     "min_new_tokens",
 )
 
+# The counts, and the least of each. None is taken where it is the default.
+LEAST = {
+    "num_return_sequences": 1,
+    "num_candidates": 1,
+    "max_matching_ngram_size": 1,
+    "num_assistant_tokens": 1,
+    "prompt_lookup_num_tokens": 0,
+    "max_new_tokens": 0,
+    "max_length": 0,
+    "inverse_window": 1,
+    "pad_token_id": -1,
+}
+
+MOST = 2**63 - 1  # that a tensor of integers has room for
+
+# Warpers of the library's that check their own range.
+LIBRARY_WARPERS = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
 # Options of the library that end a text.
 STOP_OPTIONS = ("max_time", "stop_strings")
 
@@ -183,33 +201,26 @@ class GenerationOptions:
         )
 
     def __post_init__(self) -> None:
+        self._check_integers()
+        self._check_numbers()
         if self.decode not in ("argmax", "sample"):
             raise ValueError(f'decode must be "argmax" or "sample", not {self.decode!r}.')
 
-        for name in ("temperature", "mixture_temperature"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, not {value}.")
+        methods = self.inverse_method
+        methods = [methods] if isinstance(methods, str) else methods
+        if not isinstance(methods, (list, tuple)) or not all(type(x) is str for x in methods):
+            raise ValueError(f"inverse_method must be a string or a list of them, not {methods!r}.")
 
-        at_least_one = ["num_return_sequences", "num_candidates", "max_matching_ngram_size"]
-        if self.num_assistant_tokens is not None:
-            at_least_one.append("num_assistant_tokens")
+        for name in ("stopping_criteria", "logits_processor"):
+            functions = getattr(self, name)
+            if not isinstance(functions, (list, tuple)) or not all(map(callable, functions)):
+                raise ValueError(f"{name} must be a list of functions, not {functions!r}.")
 
-        for name in at_least_one:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")
-
-        if not isinstance(self.prompt_lookup_num_tokens, int) or self.prompt_lookup_num_tokens < 0:
+        allowed_tokens = self.prefix_allowed_tokens_fn
+        if allowed_tokens is not None and not callable(allowed_tokens):
             raise ValueError(
-                f"prompt_lookup_num_tokens must be an integer of at least 0, not {self.prompt_lookup_num_tokens!r}."
+                f"prefix_allowed_tokens_fn must be a function, not {allowed_tokens!r}."
             )
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(
-                f"top_k must be a positive integer, or 0 for all components, not {self.top_k!r}."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
 
         if "stop_strings" in self.from_library and self.tokenizer is None:
             raise ValueError(
@@ -217,6 +228,53 @@ class GenerationOptions:
             )
 
         self.warpers()  # the library checks the range of its own
+
+    def _check_integers(self) -> None:
+        """Raises a ValueError where a count or a token is none."""
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (is_integer and least <= value <= MOST):
+                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}.")
+
+        tokens = self.eos_token_id
+        if isinstance(tokens, Tensor):
+            tokens = tokens.flatten().tolist()
+
+        several = tokens if isinstance(tokens, (list, tuple)) else [tokens]
+        if tokens is not None and not all(type(each) is int and each <= MOST for each in several):
+            raise ValueError(
+                f"eos_token_id must be an integer or a list of integers, not {self.eos_token_id!r}."
+            )
+
+    def _check_numbers(self) -> None:
+        """Raises a ValueError where a number is none or out of range."""
+        numbers = {
+            name: getattr(self, name)
+            for name in ("temperature", "mixture_temperature", "top_p", *LIBRARY_WARPERS)
+        }
+        if self.inverse_tolerance is not None:
+            numbers["inverse_tolerance"] = self.inverse_tolerance
+
+        temperatures = [] if self.flow_temperatures is None else self.flow_temperatures
+        if not isinstance(temperatures, (list, tuple)):
+            raise ValueError(f"flow_temperatures must be a list of numbers, not {temperatures!r}.")
+
+        numbers |= {f"flow_temperatures[{i}]": value for i, value in enumerate(temperatures)}
+        for name, value in numbers.items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a number, not {value!r}.")
+
+        for name in ("temperature", "mixture_temperature"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, not {getattr(self, name)}.")
+
+        if type(self.top_k) is not int or self.top_k < 0:
+            raise ValueError(
+                f"top_k must be a positive integer, or 0 for all components, not {self.top_k!r}."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
 
     @property
     def returns_dict(self) -> bool:
@@ -259,7 +317,11 @@ class GenerationOptions:
         others = {
             name: x for name, x in self.from_library.items() if name not in REPETITION_OPTIONS
         }
-        config = GenerationConfig(**others)
+        try:
+            config = GenerationConfig(**others)
+        except Exception as error:  # the library's, each of its own kind
+            raise ValueError(f"The options {sorted(others)} of the library: {error}") from error
+
         config.max_length = length
         config.num_beams = config.num_return_sequences = 1
         end_token_ids = self.end_token_ids

@@ -14,7 +14,7 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput, logging
 
-from .checks_tarflowlm import check_ids
+from .checks_tarflowlm import check_generator, check_ids, check_is_tensor, check_num_flows
 from .drafts_tarflowlm import check_drafts, make_drafts
 from .generation_options import GenerationOptions
 from .generation_writing import (
@@ -196,6 +196,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             (torch.Size([3, 8]), True)
         """
         # 1. What is asked for.
+        check_generator(generator)
         prompt, is_real, infill_mask = self._read_prompt(inputs, noise, infill_mask, kwargs)
         options = GenerationOptions.resolve(kwargs, generation_config, self.generation_config)
         check_watermark(watermark, noise, options)
@@ -276,9 +277,14 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             raise ValueError("Give the prompt as inputs or as input_ids, not as both.")
 
         prompt = inputs if input_ids is None else input_ids
+        attention_mask = kwargs.pop("attention_mask", None)
+        given = {"inputs": prompt, "attention_mask": attention_mask}
+        for name, value in (given | {"noise": noise, "infill_mask": infill_mask}).items():
+            if value is not None:
+                check_is_tensor(name, value)
+
         if prompt is not None and prompt.ndim == 2 and prompt.shape[1] == 0:
             prompt = prompt.long()  # a tokenizer makes numbers of an empty text
-        attention_mask = kwargs.pop("attention_mask", None)
         if prompt is None and noise is not None and attention_mask is not None:
             prompt = attention_mask.new_full(noise.shape[:2], self.config.pad_token_id or 0).long()
             infill_mask = torch.ones_like(prompt)
@@ -306,6 +312,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
 
     def _check_options(self, options: GenerationOptions, noise: Tensor | None, streamer) -> None:
         """Raises a ValueError where options contradict this model, the noise or a streamer."""
+        check_num_flows(options.num_flows, len(self.flow.layers))
         layers = self.flow.layers[: options.num_flows]
         takes_processor = any(layer.head.takes_logits_processor for layer in layers)
         couplings = [flow["coupling"] for flow in self.config.flows[: options.num_flows]]
@@ -325,6 +332,9 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
 
         if options.draft_options:
             check_drafts(options, self.config)
+
+        if streamer is not None and not hasattr(streamer, "put"):
+            raise ValueError(f"streamer must have the methods put and end, not be {streamer!r}.")
 
         num_candidates = options.num_candidates
         if num_candidates > 1 and noise is not None:

@@ -73,7 +73,10 @@ class MixtureCDFHead(CouplingHead):
     def complete(cls, flow: dict[str, Any], index: int, config: PreTrainedConfig) -> None:
         super().complete(flow, index, config)
         where = f"flows[{index}]"
-        at_least_one(f"{where}.head_hidden_size", flow["head_hidden_size"] // 2)
+        width = at_least_one(f"{where}.head_hidden_size", flow["head_hidden_size"])
+        if width < 2:
+            raise ValueError(f"{where}.head_hidden_size must be at least 2, not {width}.")
+
         at_least_one(f"{where}.num_components", flow["num_components"])
         true_or_false(f"{where}.autoregressive", flow["autoregressive"])
 

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from transformers.generation import GenerationMixin
 
 from .checks_tarflowlm import (
+    check_given,
     check_ids,
     check_labels,
     check_length,
     check_not_given,
-    check_positions,
     check_stack_arguments,
     require,
 )
@@ -450,10 +450,11 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             TypeError: If another argument is given, and is neither None nor False.
         """
         check_not_given(not_given)
-        check_positions(position_ids, attention_mask)
 
         # 1. Which tokens are scored.
-        input_ids = check_ids(input_ids, self.config, attention_mask)
+        input_ids = check_ids(input_ids, self.config, attention_mask, position_ids)
+        given = labels, observed_mask, latents, latent_noise
+        check_given(input_ids, self.config.latent_size, *given)
         if labels is not None and observed_mask is None and self.config.conditional:
             observed_mask = observed_by(labels, input_ids, attention_mask, self.config.pad_token_id)
 
@@ -512,10 +513,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         generator: torch.Generator | None = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """A sample of q(z | x), reparametrised: ids (B, T) to latents (B, T, d).
-
-        Its N(0, I) noise (B, T, d) is drawn unless it is given.
-        """
+        """Latents (B, T, d) drawn from q(z | x), by noise (B, T, d) that is drawn or given."""
         return self.codebook().sample(check_ids(input_ids, self.config), generator, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -545,6 +543,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples}.")
 
+        input_ids = check_ids(input_ids, self.config, attention_mask)
         options = {"generator": generator, "num_flows": num_flows, "observed_mask": observed_mask}
         samples = []
         for index in range(num_samples):
