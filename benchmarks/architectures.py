@@ -169,7 +169,9 @@ def result(model_type: str) -> tuple[str, str]:
             if abs(found.elbo_nats - found.source_nats) > 1e-4 or found.max_difference > 1e-3:
                 return "fails", str(found)
 
-            difference = (to_causal_lm(model)(ids).logits - source(ids).logits).abs().max()
+            # A tiny hybrid may have no attention layer, and the library's cache then no length.
+            back, there = (lm(ids, use_cache=False) for lm in (to_causal_lm(model), source))
+            difference = (back.logits - there.logits).abs().max()
             if difference > 1e-4:
                 return "fails", f"on the way back logits differ by {difference:.1e}"
     except ValueError as error:
