@@ -21,7 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.baseline import patch_size_of
-from tarflow_hf.data import PackedTokens, SentenceTokens, held_out_documents, is_of_sentences
+from tarflow_hf.data import (
+    PackedTokens,
+    held_out_documents,
+    is_of_sentences,
+    load_splits,
+    sentence_splits,
+)
 from tarflow_hf.evaluation import WHAT_IS_SCORED, evaluate_text, provenance_of
 from tarflow_hf.report import evaluation_text
 
@@ -55,7 +61,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     documents = held_out_documents(arguments.data)
     if is_of_sentences(arguments.data):
-        text = SentenceTokens(documents, tokenizer, patch_size_of(model))
+        text = sentence_splits(load_splits(arguments.data), tokenizer, patch_size_of(model))["test"]
     else:
         text = PackedTokens(documents, tokenizer, sequence_length=1)
 

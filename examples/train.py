@@ -40,6 +40,7 @@ from tarflow_hf.data import (
     is_of_sentences,
     load_splits,
     make_tokenizer,
+    sentence_splits,
     token_with_highest_id,
     vocabulary_size,
 )
@@ -248,7 +249,7 @@ def data(run: RunConfig, config: TarFlowLMConfig, tokenizer, seed: int):
     )
     if is_of_sentences(run.dataset):
         patch_size = 1 if run.model == "ar" else config.patch_size
-        return [SentenceTokens(lines, tokenizer, patch_size) for lines in splits.values()]
+        return sentence_splits(splits, tokenizer, patch_size).values()
 
     sequence_length, packed = tokens_of_sequence(run, config), []
 

@@ -63,7 +63,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def sentences():
-    return SentenceTokens(8 * LINES, penn_treebank_tokenizer())
+    tokenizer = penn_treebank_tokenizer()
+    return SentenceTokens(8 * LINES, tokenizer, train=SentenceTokens(LINES, tokenizer))
 
 
 def test_penn_treebank_is_read_by_sentence(folder):
@@ -149,6 +150,27 @@ def test_padding_changes_no_likelihood(kind):
     assert loss == pytest.approx(nats / 7, rel=1e-5)
 
 
+def test_a_flow_that_begins_at_the_end_pays_for_the_length(sentences):
+    """Left to right the end is predicted like any token; right to left its place was given away."""
+    lengths = torch.arange(1, 2 * sentences.sequence_length + 1)
+    assert sentences.nats_of_lengths(lengths).neg().exp().sum().item() == pytest.approx(1)
+    assert sentences.nats_of_lengths(lengths[-1:] + 1).item() == float("inf")
+    often = len("it fell") + 1  # two of five lines have this length, one more is for each of 86
+    assert sentences.length_nats[3].exp().item() == pytest.approx((5 + 86) / (2 + 1))
+    assert sentences.lengths[3] == often == sentences.lengths[4]
+
+    set_seed(0)
+    model = TarFlowLMModel(config()).eval()
+    bare = [{"input_ids": each["input_ids"]} for each in sentences.first(5)]
+    for num_flows, expected in ((1, 5 * [0.0]), (2, sorted(sentences.length_nats[:5].tolist()))):
+        with_length = score(model, sentences.first(5), num_flows=num_flows).nats[0]
+        extra = with_length - score(model, bare, num_flows=num_flows).nats[0]
+        assert sorted(extra.tolist()) == pytest.approx(expected)
+
+    with pytest.raises(ValueError, match="knows where a sentence ends"):
+        score(model, SentenceTokens(LINES, penn_treebank_tokenizer()).first())
+
+
 def test_an_epoch_has_each_sentence_once_and_little_padding():
     lengths = torch.randint(1, 289, (1000,), generator=torch.Generator().manual_seed(0)).numpy()
     order = SimilarLengths(lengths, batch_size=16, seed=3)
@@ -211,7 +233,8 @@ def test_scripts_take_the_folder(tmp_path, folder, capsys, monkeypatch):
     script("evaluate.py", *options, "--output", str(tmp_path / "out.json"), **run_script)
     found = json.loads((tmp_path / "out.json").read_text())
     model = TarFlowLMModel.from_pretrained(tmp_path / "run" / "model")
-    test = SentenceTokens(2 * LINES, penn_treebank_tokenizer())
+    train = SentenceTokens(8 * LINES, penn_treebank_tokenizer())
+    test = SentenceTokens(2 * LINES, penn_treebank_tokenizer(), train=train)
     best = score(model, test.first(), num_samples=2).best
     assert found["num_tokens"] == 2 * sum(len(line) + 1 for line in LINES) == best.num_tokens
     assert found["bits_per_character"] == pytest.approx(best.bits_per_token)

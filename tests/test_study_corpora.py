@@ -11,7 +11,16 @@ from helpers.scripts import script
 from tarflow_hf.data import PackedTokens, SentenceTokens, word_tokenizer
 
 SMALL = ["--hidden_size", "32", "--num_steps", "4", "--batch_size", "4", "--latent_size", "3"]
-SMALL += ["--test_sequences", "12", "--test_samples", "2", "--output", "rows.jsonl"]
+SMALL += [
+    "--test_sequences",
+    "12",
+    "--test_samples",
+    "2",
+    "--output",
+    "rows.jsonl",
+    "--runs",
+    "checkpoints",
+]
 FIELDS = {"dataset", "model", "test_bits_per_character", "test_perplexity", "parameters"}
 FIELDS |= {"num_steps", "seed", "machine", "command", "standard_error", "peak_memory_gib"}
 

@@ -48,6 +48,7 @@ from tarflow_hf.data import (
     is_of_sentences,
     load_splits,
     make_tokenizer,
+    sentence_splits,
     vocabulary_size,
 )
 from tarflow_hf.evaluation import likelihood, score
@@ -92,6 +93,9 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output", type=Path, default=Path("runs/study/study.jsonl"), help="rows are appended"
+    )
+    parser.add_argument(
+        "--runs", type=Path, help="of the checkpoints; default: the output's folder"
     )
     parser.add_argument(
         "--quick", action="store_true", help="width 32, 30 steps, few test sequences"
@@ -140,12 +144,14 @@ class Data:
         has_sentences = self.is_task or is_of_sentences(self.source)
         key = patch_size if has_sentences else None
         if key not in self._made:
-            self._made[key] = {
-                name: SentenceTokens(texts, self.tokenizer, patch_size)
+            self._made[key] = (
+                sentence_splits(self.splits, self.tokenizer, patch_size)
                 if has_sentences
-                else PackedTokens(texts, self.tokenizer, self.num_tokens)
-                for name, texts in self.splits.items()
-            }
+                else {
+                    name: PackedTokens(texts, self.tokenizer, self.num_tokens)
+                    for name, texts in self.splits.items()
+                }
+            )
 
         return self._made[key]
 
@@ -203,7 +209,8 @@ def training_of(
     case: str, seed: int, arguments: argparse.Namespace, model: PreTrainedModel
 ) -> TrainingConfig:
     settings = "-".join(str(value).replace("/", "_") for value in settings_of(arguments).values())
-    folder = arguments.output.parent / settings / f"{case.replace(', ', '_')}-{seed}"
+    runs = arguments.runs or arguments.output.parent
+    folder = runs / settings / f"{case.replace(', ', '_')}-{seed}"
     mode = CASES[case].mode
     return TrainingConfig(
         output_dir=str(folder),

@@ -47,7 +47,7 @@ from .corpora import (
     symbol_tokenizer,
     word_tokenizer,
 )
-from .sentences import SentenceTokens
+from .sentences import SentenceTokens, sentence_splits
 
 __all__ = [
     "PYTHON_DOCS",
@@ -68,6 +68,7 @@ __all__ = [
     "python_documentation",
     "read_text",
     "say_what_is_lost",
+    "sentence_splits",
     "split_documents",
     "split_text",
     "symbol_tokenizer",

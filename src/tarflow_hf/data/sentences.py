@@ -6,7 +6,7 @@ train.collate([train[0], train[1]])                # a batch, padded on the righ
 """
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,16 +26,25 @@ class SentenceTokens(Dataset):
     The end is predicted as every token is, so it counts: bits per character are those of the
     characters and of the end, divided by length + 1.
 
+    That makes a distribution over sentences of all lengths of a model that runs left to right: it
+    does not know where the end will be. A flow that runs right to left begins there. Its stack is a
+    distribution over the sentences of each length, so the length costs nats of its own, those of
+    `length_nats`, which `score` adds.
+
     Args:
         sentences: Strings, read once.
         tokenizer: Any tokenizer with an `eos_token`.
         patch_size: P. A sequence whose length is no multiple of it ends in further end tokens.
             Since p(text and more) <= p(text), a bound on the longer text bounds the shorter one.
+        train: The training sentences, whose lengths say how likely a length is.
 
     Attributes:
         sequence_length (int): Tokens of the longest sequence.
         num_tokens (Tensor): Tokens of each sequence, (n,); those that only fill a patch don't
             count.
+        length_nats (Tensor): -log p(length) of each sequence, (n,): how often the training
+            sentences have it, and one more of each length up to twice the longest. None without
+            `train`.
         num_characters (int): Characters, an end counted as one.
         characters (CharacterCount): The characters, and those that the tokenizer drops.
 
@@ -52,7 +61,11 @@ class SentenceTokens(Dataset):
     tokens_per_word = None  # words are not what is counted here
 
     def __init__(
-        self, sentences: Iterable[str], tokenizer: PreTrainedTokenizerBase, patch_size: int = 1
+        self,
+        sentences: Iterable[str],
+        tokenizer: PreTrainedTokenizerBase,
+        patch_size: int = 1,
+        train: "SentenceTokens | None" = None,
     ):
         end = tokenizer.eos_token_id
         if end is None:
@@ -74,6 +87,7 @@ class SentenceTokens(Dataset):
 
         self.lengths = torch.tensor([len(row) for row in rows])
         self.sequence_length = int(self.lengths.max())
+        self.length_nats = None if train is None else train.nats_of_lengths(self.lengths)
         self.tokens = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
         self._starts = self.lengths.cumsum(0) - self.lengths
 
@@ -87,6 +101,15 @@ class SentenceTokens(Dataset):
         """The mean number of tokens in a sequence."""
         return self.lengths.double().mean().item()
 
+    def nats_of_lengths(self, lengths: Tensor) -> Tensor:
+        """-log p(length) of each of some lengths (n,), (n,); infinite beyond twice the longest."""
+        longest = 2 * self.sequence_length
+        counts = torch.bincount(self.lengths, minlength=longest + 1).double()
+        counts[1:] += 1
+        nats = (counts.sum() - counts[0]).log() - counts[1:].log()
+        is_known = lengths <= longest
+        return nats[lengths.clamp(max=longest) - 1].masked_fill(~is_known, torch.inf)
+
     def note(self, what: str = "the text") -> str | None:
         """A sentence on the characters that were dropped; None if none was."""
         return self.characters.note(what)
@@ -95,11 +118,15 @@ class SentenceTokens(Dataset):
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`{"input_ids": (T,), "num_tokens": int}`; T differs from one to the next."""
+        """`{"input_ids": (T,), "num_tokens": int, "ends": True}`, with `train` `length_nats`, too."""
         index = range(len(self))[index]  # raises IndexError, which ends a for loop
         start, length = int(self._starts[index]), int(self.lengths[index])
         ids = self.tokens[start : start + length].long()
-        return {"input_ids": ids, "num_tokens": int(self.num_tokens[index])}
+        row = {"input_ids": ids, "num_tokens": int(self.num_tokens[index]), "ends": True}
+        if self.length_nats is not None:
+            row["length_nats"] = float(self.length_nats[index])
+
+        return row
 
     def first(self, num_sequences: int | None = None) -> list[dict[str, Any]]:
         """The first sequences, in the order of their lengths, so that equal ones share a batch."""
@@ -128,6 +155,19 @@ class SentenceTokens(Dataset):
             "sequence length": self.sequence_length,
             "checksum of the data": zlib.crc32(self.tokens.numpy()),
         }
+
+
+def sentence_splits(
+    splits: Mapping[str, Iterable[str]], tokenizer: PreTrainedTokenizerBase, patch_size: int = 1
+) -> dict[str, SentenceTokens]:
+    """The `SentenceTokens` of each split; lengths are as likely as in "train"."""
+    train = SentenceTokens(splits["train"], tokenizer, patch_size)
+    made = {"train": train}
+    for name, sentences in splits.items():
+        if name != "train":
+            made[name] = SentenceTokens(sentences, tokenizer, patch_size, train)
+
+    return made
 
 
 class SimilarLengths(Sampler[int]):

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..baseline import is_discrete, negative_log_likelihood
+from ..baseline import flows_of, is_discrete, negative_log_likelihood
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from ..noise import latent_noise
 
@@ -180,7 +180,8 @@ def score(model: PreTrainedModel, sequences: Iterable[dict[str, Tensor]], **opti
     Args:
         model: A TarFlowLM, or a discrete causal model with a `bos_token_id`. It is left in
             evaluation mode.
-        sequences: Each `{"input_ids": (T,)}`, as those of `PackedTokens` or `cut_text`.
+        sequences: Each `{"input_ids": (T,)}`, as those of `PackedTokens` or `cut_text`, or as those
+            of `SentenceTokens`.
         options: The fields of `Scoring`.
 
     Raises:
@@ -195,7 +196,8 @@ def score(model: PreTrainedModel, sequences: Iterable[dict[str, Tensor]], **opti
         batches, sequences, scoring.max_sequences, "scoring", scoring.progress
     ):
         ids = torch.stack([sequence["input_ids"] for sequence in batch]).to(model.device)
-        nats.append(score_batch(model, ids, len(num_tokens), scoring).cpu().double())
+        batch_nats = score_batch(model, ids, len(num_tokens), scoring).cpu().double()
+        nats.append(batch_nats + nats_of_lengths(model, batch, scoring.num_flows))
         num_tokens.extend(int(sequence.get("num_tokens", ids.shape[1])) for sequence in batch)
 
     if not nats:
@@ -204,6 +206,30 @@ def score(model: PreTrainedModel, sequences: Iterable[dict[str, Tensor]], **opti
     scores = Scores(torch.cat(nats, 1), torch.tensor(num_tokens), is_discrete(model))
     _check_finite(scores.nats)
     return scores
+
+
+def nats_of_lengths(
+    model: PreTrainedModel, batch: list[dict[str, Any]], num_flows: int | None = None
+) -> Tensor:
+    """The nats (B,) that the lengths of sentences cost under a model that begins at the end; else 0.
+
+    Raises:
+        ValueError: If they do cost, and the sentences were made without the training sentences.
+    """
+    is_sentence = [sequence.get("ends", False) for sequence in batch]
+    begins_at_the_end = any(
+        flow.direction == "right_to_left" for flow in flows_of(model)[:num_flows]
+    )
+    if not (begins_at_the_end and any(is_sentence)):
+        return torch.zeros(len(batch), dtype=torch.float64)
+
+    if any("length_nats" not in sequence for sequence in batch):
+        raise ValueError(
+            "A stack with a right-to-left flow knows where a sentence ends: give SentenceTokens the training "
+            "sentences, by whose lengths the length is scored."
+        )
+
+    return torch.tensor([sequence["length_nats"] for sequence in batch], dtype=torch.float64)
 
 
 def with_progress(

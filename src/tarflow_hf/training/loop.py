@@ -25,6 +25,7 @@ from ..evaluation.likelihood import (
     Likelihood,
     Scoring,
     batches_of_equal_length,
+    nats_of_lengths,
     score_batch,
 )
 from .adapters import add_lora, merge_lora
@@ -569,7 +570,8 @@ def validate(
         ids = torch.stack([sequence["input_ids"] for sequence in batches[number]])
         scores = score_batch(model, ids.to(accelerator.device), starts[number], scoring)
         if index < len(batches):
-            nats[starts[number] : starts[number + 1]] = scores[0].double()
+            lengths = nats_of_lengths(model, batches[number], num_flows).to(nats.device)
+            nats[starts[number] : starts[number + 1]] = scores[0].double() + lengths
 
     nats = accelerator.reduce(nats, "sum").cpu()
     return Likelihood.of_sequences(nats, num_tokens)
