@@ -52,18 +52,18 @@ WIKITEXT2 ?= wikitext2
 SEEDS ?= 0 1 2
 STUDY := $(BIN)/python benchmarks/study/run.py --runs runs/study
 study-ptb: $(VENV)/.installed
-	$(STUDY) $(PTB_OPTIONS) --num_steps 1200 --test_samples 16 --cases discrete "Mix-d, one flow"
-	$(STUDY) $(PTB_OPTIONS) --num_steps 1200 --test_samples 4 --cases Mix-d Mix-1 affine
-	$(STUDY) $(PTB_OPTIONS) --num_steps 2400 --test_samples 4 --cases discrete "Mix-d, one flow"
+	$(STUDY) $(PTB_OPTIONS) --test_samples 16 --cases discrete "Mix-d, one flow"
+	$(STUDY) $(PTB_OPTIONS) --test_samples 4 --cases Mix-d Mix-1 affine
+	$(STUDY) $(PTB_OPTIONS) --test_samples 1 --cases discrete "Mix-d, one flow" --seeds 1
 
-PTB_OPTIONS = --dataset ptb:$(PTB) --num_tokens 320 --latent_size 8 --learning_rate 0.003 --warmup_steps 60 \
+PTB_OPTIONS = --dataset ptb:$(PTB) --num_steps 1200 --num_tokens 320 --latent_size 8 --learning_rate 0.003 --warmup_steps 60 \
 	--test_sequences 3735 --output $(RESULTS)/ptb.jsonl
 
 study-wikitext2: $(VENV)/.installed
 	$(STUDY) --dataset wikitext2:$(WIKITEXT2) $(WORDS_OPTIONS) --output $(RESULTS)/wikitext2.jsonl \
 		--cases discrete "Mix-d, one flow, log scale -2"
 
-WORDS_OPTIONS = --num_tokens 64 --latent_size 16 --num_steps 300 --batch_size 16 --test_sequences 256 --test_samples 4
+WORDS_OPTIONS = --num_tokens 64 --latent_size 16 --num_steps 100 --batch_size 16 --test_sequences 128 --test_samples 1
 
 study-stacks: $(VENV)/.installed
 	for task in addition addition-reversed sum-in-front checksum; do \

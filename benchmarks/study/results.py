@@ -72,6 +72,11 @@ def gap(rows: list[dict], discrete: list[dict] | None, name: str) -> str:
     return f"{100 * statistics.mean(gaps):+.2f}%" if gaps else ""
 
 
+def samples_of(rows: list[dict]) -> str:
+    """The samples of the bound, of each run that has another number of them."""
+    return ", ".join(str(samples) for samples in dict.fromkeys(row["test_samples"] for row in rows))
+
+
 def after_flows(rows: list[dict]) -> str:
     cuts = rows[0].get("bits_after_flows", [])
     if len(cuts) < 2:
@@ -97,7 +102,7 @@ def table_of_bits(models: dict[str, list[dict]]) -> str:
             len(rows),
             "" if is_discrete else elbo,
             f"{bits}, exact" if is_discrete else bits,
-            "" if is_discrete else rows[0]["test_samples"],
+            "" if is_discrete else samples_of(rows),
             f"{statistics.mean(row['standard_error'] for row in rows):.3f}",
             "" if is_discrete else gap(rows, models.get("discrete"), "test_bits_per_character"),
             after_flows(rows),
@@ -165,19 +170,22 @@ def picture(rows: list[dict], path: Path) -> None:
         model: f"C{index}" for index, model in enumerate(dict.fromkeys(r["model"] for r in rows))
     }
 
-    for row in rows:
+    first = min(row["seed"] for row in rows)
+    for row in (row for row in rows if "validation_curve" in row):
         is_discrete = row["model"] == "discrete"
         axes.plot(
             *zip(*row["validation_curve"], strict=True),
             color="black" if is_discrete else colors[row["model"]],
             linestyle=":" if is_discrete else "-",
             marker=".",
-            label=f"{row['model']}, {row['num_steps']:,} steps",
+            label=row["model"] if row["seed"] == first else None,
         )
 
     for name, bits in PUBLISHED:
         axes.axhline(bits, color="grey", linewidth=0.6)
-        axes.annotate(name, (0, bits), fontsize=6, color="grey", va="bottom")
+        place = {"xytext": (4, 1 if bits > 1.36 else -1), "textcoords": "offset points"}
+        align = "bottom" if bits > 1.36 else "top"
+        axes.annotate(name, (0, bits), fontsize=6, color="grey", va=align, **place)
 
     axes.set_xlabel("step")
     axes.set_ylabel("validation, bits per character (of flows: ELBO)")
