@@ -61,7 +61,7 @@ PTB_OPTIONS = --dataset ptb:$(PTB) --num_steps 1200 --num_tokens 320 --latent_si
 
 study-wikitext2: $(VENV)/.installed
 	$(STUDY) --dataset wikitext2:$(WIKITEXT2) $(WORDS_OPTIONS) --output $(RESULTS)/wikitext2.jsonl \
-		--cases discrete "Mix-d, one flow, log scale -2"
+		--cases discrete "Mix-d, one flow, equal blocks"
 
 WORDS_OPTIONS = --num_tokens 64 --latent_size 16 --num_steps 100 --batch_size 16 --test_sequences 128 --test_samples 1
 

@@ -75,7 +75,7 @@ def test_wikitext2(study, tmp_path):
         (tmp_path / f"wiki.{name}.tokens").write_text("\n".join(lines) + "\n")
 
     options = ["--dataset", f"wikitext2:{tmp_path}", "--num_tokens", "16", *SMALL]
-    study("run.py", "--cases", "discrete", "Mix-d, one flow, log scale -2", *options)
+    study("run.py", "--cases", "discrete", "Mix-d, one flow, equal blocks", *options)
     discrete, flow = rows_of(tmp_path / "rows.jsonl")
     assert discrete["dataset"] == flow["dataset"] == "wikitext2"
     assert 15 < discrete["test_perplexity"] < 100 > flow["test_perplexity"] > 15  # V = 32

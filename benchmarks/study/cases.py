@@ -22,7 +22,8 @@ class Case:
     """A model of the study. The discrete one has no `flows`.
 
     `equal` is what the width of the feed-forward layers makes equal to the discrete model:
-    "parameters", or "FLOPs" of a sequence.
+    "parameters", or "FLOPs" of a sequence; with "blocks" they are as wide as the discrete model's,
+    and a large vocabulary's codebook comes besides.
     """
 
     flows: Callable[[int], list[dict[str, Any]]] | None  # of the layers in all
@@ -134,6 +135,11 @@ GROUPS: dict[str, dict[str, Case]] = {
         "Mix-d, half right to left": Case(halves),
         "Mix-d, half right to left, progressive": Case(halves, "progressive"),
     },
+    "words": {
+        "Mix-d, one flow, equal blocks": Case(
+            alone(), "joint", "blocks", {"initial_log_scale": -2.0}
+        ),
+    },
     "patches under flows": {
         "patch 2, deep": Case(deep(), config={"patch_size": 2}),
         "patch 4, deep": Case(deep(), config={"patch_size": 4}),
@@ -168,6 +174,9 @@ def build(name: str, layers: int, config: dict[str, Any]) -> PreTrainedModel:
     discrete = make(discrete=True)
     if case.flows is None:
         return discrete
+
+    if case.equal == "blocks":
+        return make(discrete.config.intermediate_size)
 
     # It is linear in the width of the feed-forward layers.
     width, target = discrete.config.intermediate_size, size(discrete)

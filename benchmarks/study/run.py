@@ -7,7 +7,7 @@
         --batch_size 32 --mixed_precision bf16                                   # on a GPU
 
     python benchmarks/study/run.py --dataset ptb:FOLDER --num_tokens 320 --latent_size 8     # by sentence
-    python benchmarks/study/run.py --dataset wikitext2:FOLDER --cases discrete "Mix-d, one flow, log scale -2"
+    python benchmarks/study/run.py --dataset wikitext2:FOLDER --cases discrete "Mix-d, one flow, equal blocks"
     python benchmarks/study/run.py --dataset task:addition --hidden_size 32                  # tasks.py
 
 The cases and their groups stand in `cases.py`. The same command goes on where it stopped: a
