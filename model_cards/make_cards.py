@@ -18,7 +18,8 @@ from tarflow_hf.hub import model_card
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 RECIPES = FOLDER.parent / "examples" / "recipes"
-VOCABULARY_SIZES = {"text8": 27, "gpt2": 50257}  # of the recipes' tokenizers
+# Of the recipes' tokenizers, or of the data that bring one.
+VOCABULARY_SIZES = {"text8": 27, "gpt2": 50257, "python-docs": 27, "ptb": 50}
 
 
 def recipe_card(name: str) -> ModelCard | None:
@@ -32,10 +33,11 @@ def recipe_card(name: str) -> ModelCard | None:
     if options.get("model") == "ar" or "conversion" in recipe:
         return None
 
+    tokenizer = options.get("tokenizer") or options["dataset"].partition(":")[0]
     results = RESULTS / f"{name}.json"
     evaluation = json.loads(results.read_text(encoding="utf-8")) if results.exists() else None
     return model_card(
-        TarFlowLMConfig(vocab_size=VOCABULARY_SIZES[options["tokenizer"]], **recipe["config"]),
+        TarFlowLMConfig(vocab_size=VOCABULARY_SIZES[tokenizer], **recipe["config"]),
         {**options, "command": f"accelerate launch examples/train.py --recipe {name}"},
         evaluation,
         repo_id=f"USER/tarflowlm-{name.replace('_', '-')}",

@@ -403,7 +403,7 @@ def test_bad_input():
     some = torch.tensor([[1, 1, 0, 0, 0, 0]] * 2)
 
     cases = [
-        (dict(observed_mask=some[:, :4]), r"shape \(B, T\) = \(2, 6\)"),
+        (dict(observed_mask=some[:, :4]), r"observed_mask must have shape \(2, 6\)"),
         (dict(observed_mask=2 * some), "0 and 1"),
         (dict(observed_mask=some.roll(1, 1)), "whole patches"),
         (dict(observed_mask=torch.ones_like(ids)), "covers a whole sequence"),

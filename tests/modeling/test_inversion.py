@@ -376,7 +376,7 @@ def test_bad_options():
         ({"inverse_method": ["auto", "auto"]}, "2 entries for 3 flows"),
         (
             {"inverse_method": "parallel", "inverse_window": 0},
-            "inverse_window must be at least 1, not 0",
+            "inverse_window must be an integer of at least 1, not 0",
         ),
         (
             {"inverse_method": "parallel", "inverse_tolerance": -1.0},

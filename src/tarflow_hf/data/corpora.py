@@ -131,7 +131,7 @@ def penn_treebank_tokenizer() -> PreTrainedTokenizerFast:
     Example:
         >>> tokenizer = penn_treebank_tokenizer()
         >>> len(tokenizer), tokenizer.eos_token_id, tokenizer("<unk> N").input_ids
-        (50, 49, [20, 43, 36, 33, 21, 0, 22])
+        (50, 49, [19, 43, 36, 33, 20, 0, 21])
     """
     return symbol_tokenizer(PENN_TREEBANK_SYMBOLS)
 

@@ -97,7 +97,9 @@ class InverseOptions(NamedTuple):
                 asked for.
         """
         if self.inverse_window is not None and self.inverse_window < 1:
-            raise ValueError(f"inverse_window must be at least 1, not {self.inverse_window}.")
+            raise ValueError(
+                f"inverse_window must be an integer of at least 1, not {self.inverse_window}."
+            )
         if self.inverse_tolerance is not None and not self.inverse_tolerance >= 0:
             raise ValueError(f"inverse_tolerance must not be negative: {self.inverse_tolerance}.")
         if is_differentiable and self.capture_step:

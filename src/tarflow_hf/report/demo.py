@@ -90,8 +90,8 @@ def settle(
     """The text of `write` as it settles, and then its answer.
 
     What is certain has the page's colour, the model's guess of the rest is grey. Of several
-    candidates (`num_candidates`) only the answer is given. Parts that nobody has waited for are
-    left out.
+    candidates (`num_candidates`) only the answer is given. Parts behind the first that nobody has
+    waited for are left out.
 
     Args:
         arguments, options: Those of `write`.
@@ -106,13 +106,12 @@ def settle(
     with ThreadPoolExecutor(1) as executor:
         answer = executor.submit(write, model, tokenizer, *arguments, **options)
         answer.add_done_callback(lambda _: parts.put(None))
-        part: str | None = ""
+        part = parts.get()
         while part is not None:
+            yield part
             part = parts.get()
             while part is not None and not parts.empty():
                 part = parts.get()
-            if part is not None:
-                yield part
 
         yield answer.result()
 
