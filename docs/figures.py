@@ -8,6 +8,7 @@ benchmarks/results/infilling.jsonl.
 
 import argparse
 import json
+import runpy
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tarflow_hf import TarFlowLMModel
+from tarflow_hf.evaluation import token_bits
 from tarflow_hf.modeling.coupling import affine, mixture_cdf, mixture_rosenblatt
 from tarflow_hf.modeling.normal import normal_log_prob
 
@@ -233,6 +235,42 @@ def draw_infilling():
     return figure
 
 
+# --------------------------------------------------------------------------------------------------
+# Noise
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw_counterfactual(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase):
+    """A text and the nearest that has a word: their letters, and the bits of each."""
+    nearest_noise = runpy.run_path(str(ROOT / "examples" / "counterfactual.py"))["nearest_noise"]
+    text, word = "the function returns a list of strings", "class"
+    ids, word = (torch.tensor(tokenizer(x).input_ids) for x in (text, word))
+    generator = torch.Generator().manual_seed(0)
+    noise = model.noise_of(ids[None], generator=generator)
+    near = nearest_noise(model, noise, word, generator=generator)
+    texts = [ids[None], model.generate(noise=near)]
+    is_moved = (near != noise).any(-1)[0].tolist()
+
+    figure, both = plt.subplots(2, 1, figsize=(9, 3.2), layout="constrained")
+    for axes, tokens, color in zip(both, texts, (BLUE, ORANGE), strict=True):
+        bits = token_bits(model, tokens, num_samples=4, generator=generator)[0].tolist()
+        is_same = (tokens == texts[0])[0] & (tokens == texts[1])[0]
+        colors = ["#c8c8cf" if same else color for same in is_same.tolist()]
+        axes.bar(range(len(bits)), [max(x, 0.0) for x in bits], color=colors)
+        letters = [tokenizer.decode([token]).replace(" ", "␣") for token in tokens[0].tolist()]
+        axes.set_xticks(range(len(letters)), letters, family="monospace")
+        axes.tick_params(axis="x", length=0)
+        axes.set(ylabel="bits", ylim=(0, 6))
+        axes.set_title(f"{sum(bits):.1f} bits in all", loc="right", fontsize=9, color=color)
+
+    for place, moved in enumerate(is_moved):
+        if moved:
+            both[1].get_xticklabels()[place].set(color=ORANGE, weight="bold")
+
+    return figure
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", help="a folder")
@@ -247,6 +285,7 @@ def main():
         "couplings": draw_couplings(),
         "directions": draw_directions(),
         "infilling": draw_infilling(),
+        "counterfactual": draw_counterfactual(model, tokenizer),
     }
 
     folder.mkdir(parents=True, exist_ok=True)

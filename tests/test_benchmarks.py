@@ -66,6 +66,35 @@ def test_benchmark_of_drafts(assistant, tmp_path, capsys, monkeypatch):
         assert row["model"] == "source" or row["changed"] == 0
 
 
+def test_benchmark_of_watermarks(tmp_path, capsys, monkeypatch):
+    tiny_causal_lm("llama", max_position_embeddings=512).save_pretrained(tmp_path / "source")
+    character_tokenizer().save_pretrained(tmp_path / "source")
+    output = tmp_path / "rows.jsonl"
+    options = ["--num_texts", "3", "--lengths", "8", "40", "--edited_length", "40"]
+    options += ["--max_offset", "4", "--temperatures", "1", "--output", str(output)]
+    folder = str(tmp_path / "source")
+    benchmark("watermark.py", folder, *options, capsys=capsys, monkeypatch=monkeypatch)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+
+    # The mark of green lists costs likelihood, and no mark costs nothing.
+    costs = {row["mark"]: row["cost"] for row in rows if row["kind"] == "likelihood"}
+    assert costs["none"] == pytest.approx(0, abs=1e-5) and costs["WatermarkingConfig"] > 1e-3
+    nats = {row["mark"]: row["nats"] for row in rows if row["kind"] == "likelihood"}
+    assert len(nats) == 4 and all(3.5 < value < 5.5 for value in nats.values())
+
+    rows = [row for row in rows if row["kind"] == "power"]
+    assert len(rows) == 3 * (2 + 9) and {row["texts"] for row in rows} == {3}
+    for mark in ("NoiseWatermark", "WatermarkingConfig", "SynthID-Text"):
+        short, long, *edits = (row["median"] for row in rows if row["mark"] == mark)
+        assert long < short < 0 and long < -3 and max(edits) <= 0
+
+    output.unlink()
+    options += ["--checkpoint", str(ROOT / "checkpoints" / "python-docs")]
+    benchmark("watermark.py", *options, capsys=capsys, monkeypatch=monkeypatch)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {row["mark"] for row in rows} == {"NoiseWatermark"} and rows[1]["median"] < -3
+
+
 def test_benchmark_of_training(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # whose measure.py it imports
     run = partial(benchmark, "training.py", capsys=capsys, monkeypatch=monkeypatch)
