@@ -310,3 +310,18 @@ def test_architectures_are_exact_or_refused(tmp_path, capsys, monkeypatch):
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", page.read_text(), re.MULTILINE)
     assert rows == [("bloom", "exact"), ("gemma2", "refused"), ("llama", "exact")]
     assert "2 exact, 1 refused, 0 fails, 0 not tried" in page.read_text()
+
+
+def test_benchmark_of_serving(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    options = ["--clients", "1", "3", "--requests", "4", "--tokens", "3", "--rounds", "1"]
+    options += ["--memory_after", "2", "6", "--output", str(tmp_path / "rows.jsonl")]
+    folder = str(ROOT / "checkpoints" / "python-docs")
+    benchmark("serving.py", folder, *options, capsys=capsys, monkeypatch=monkeypatch)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    *load, trouble, before, after = rows
+    assert [row["clients"] for row in load] == [1, 3]
+    assert all(row["changed"] == 0 and row["requests_per_second"] > 0 for row in load)
+    assert trouble["wrong_statuses"] == {} and trouble["changed"] == 0 and trouble["is_alive"]
+    assert trouble["bad_requests"] == 9 and trouble["cut_off"] == 4
+    assert after["resident_bytes"] < 1.05 * before["resident_bytes"]

@@ -163,6 +163,11 @@ def check_not_given(options: dict[str, Any]) -> None:
         hint = ""
         if "inputs_embeds" in unknown:
             hint = " It reads ids and draws their latents, which can be given as latents=..."
+        if "cu_seq_lens_q" in unknown:
+            hint = (
+                " Sequences that share a row cannot be told apart: give each a row, or with TRL take "
+                'packing_strategy="wrapped".'
+            )
 
         raise TypeError(f"TarFlowLMModel.forward() has no arguments {unknown}.{hint}")
 

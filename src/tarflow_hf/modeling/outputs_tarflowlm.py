@@ -55,6 +55,18 @@ class TarFlowLMOutput(ModelOutput):
 
         return make_logits()
 
+    @property
+    def last_hidden_state(self) -> Tensor:
+        """There is none: the distribution of a token is that of a stack, not of one linear map.
+
+        Raises:
+            AttributeError: Always; it says how TRL's trainers take the model's own loss.
+        """
+        raise AttributeError(
+            "There are no last hidden states from which the next token follows: the loss is the model's own. For TRL's "
+            "SFTTrainer, in a subclass: compute_loss = transformers.Trainer.compute_loss."
+        )
+
     def keep_label_logits(self, *arguments: Any) -> None:
         """Makes `label_logits` of the bound and the other arguments, if `["logits"]` is read."""
         self._make_label_logits = partial(label_logits, self.elbo, *arguments)
