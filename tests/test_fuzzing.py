@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from helpers.checkpoints import assert_same_state
 from helpers.fuzzing import answer, batches, draw_model, fuzz, has_whole_rows, masks, real_of
 from helpers.models import STACKS, make
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
@@ -293,4 +294,6 @@ def test_saved_and_loaded(tmp_path_factory, data):
     noise = draws((2, config.max_position_embeddings, config.latent_size), 5)
     assert torch.equal(loaded.generate(noise=noise), model.generate(noise=noise))
     ids = torch.zeros(2, config.patch_size, dtype=torch.long)
-    assert torch.equal(loaded(ids).elbo, model(ids).elbo)
+    # Bit for bit the same weights; how they lie in memory moves the last digits of a sum.
+    assert_same_state(loaded.state_dict(), model.state_dict())
+    torch.testing.assert_close(loaded(ids).elbo, model(ids).elbo, atol=1e-11, rtol=1e-12)
