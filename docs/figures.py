@@ -3,7 +3,7 @@
     python docs/figures.py              # docs/images/*.svg
 
 Needs matplotlib. The model is the one in checkpoints/python-docs, and the curves are those of
-benchmarks/results/infilling.jsonl.
+benchmarks/results/infilling.jsonl and watermark.jsonl.
 """
 
 import argparse
@@ -240,6 +240,58 @@ def draw_infilling():
 # --------------------------------------------------------------------------------------------------
 
 
+MARKS = {
+    "NoiseWatermark": ("NoiseWatermark", BLUE, "o-"),
+    "WatermarkingConfig": ("green lists", ORANGE, "s-"),
+    "SynthID-Text": ("SynthID-Text", GREEN, "^-"),
+}
+
+
+def draw_watermark():
+    """Evidence for each mark against the number of tokens, at two temperatures, and after edits."""
+    path = ROOT / "benchmarks" / "results" / "watermark.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row["kind"] == "power" and row["model"] == "SmolLM2-135M"]
+    figure, (whole, cooler, edits) = plt.subplots(
+        1, 3, figsize=(9.6, 3.2), layout="constrained", sharey=True
+    )
+
+    for mark, (label, color, style) in MARKS.items():
+        for axes, temperature in ((whole, 1.0), (cooler, 0.7)):
+            own = [
+                row
+                for row in rows
+                if (row["mark"], row["edit"], row["temperature"]) == (mark, "none", temperature)
+            ]
+            points = [(row["tokens"], -row["median"]) for row in own]
+            axes.plot(*zip(*points, strict=True), style, color=color, label=label, markersize=4)
+            axes.set(title=f"temperature {temperature:g}", xlabel="tokens")
+
+        for edit, line in (("replaced", "-"), ("deleted", "--"), ("inserted", ":")):
+            own = [
+                row
+                for row in rows
+                if (row["mark"], row["temperature"]) == (mark, 1.0) and row["edit"] == edit
+            ]
+            points = [(100 * row["rate"], -row["median"]) for row in own]
+            edits.plot(*zip(*points, strict=True), line, color=color, marker="o", markersize=3)
+
+    edits.set(title=f"{own[0]['tokens']} tokens, edited, temperature 1", xlabel="% of the tokens")
+    for edit, line in (("replaced", "-"), ("deleted", "--"), ("inserted", ":")):
+        edits.plot([], [], line, color=GREY, label=edit)
+
+    for axes in (whole, cooler, edits):
+        for level in (3, 6):
+            axes.axhline(level, color=GREY, linewidth=0.6)
+
+    whole.set(ylabel="median of p", yscale="log", ylim=(0.5, 60))
+    whole.set_yticks([1, 3, 6, 10, 30], [f"1e-{n}" for n in (1, 3, 6, 10, 30)])
+    whole.set_yticks([], minor=True)
+    whole.legend(frameon=False)
+    edits.legend(frameon=False)
+    return figure
+
+
 @torch.no_grad()
 def draw_counterfactual(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase):
     """A text and the nearest that has a word: their letters, and the bits of each."""
@@ -285,6 +337,7 @@ def main():
         "couplings": draw_couplings(),
         "directions": draw_directions(),
         "infilling": draw_infilling(),
+        "watermark": draw_watermark(),
         "counterfactual": draw_counterfactual(model, tokenizer),
     }
 
