@@ -115,7 +115,11 @@ def test_scores(data):
 @fuzz(60, st.data())
 @torch.no_grad()
 def test_flows_and_back(data):
-    """Latents to noise to latents, and noise to latents to noise."""
+    """The inverse of noise has that noise again, drawn or made of given latents.
+
+    Between components, where the density is 1e-13, rounding of the noise moves latents by 1e-3:
+    there the noise says how good an inverse is, and the latents do not.
+    """
     model = draw_model(data)
     ids, mask = data.draw(batches(model))
     patch_size = model.config.patch_size
@@ -127,14 +131,12 @@ def test_flows_and_back(data):
     start = start * real_of(mask, ids).unsqueeze(-1)
     method = data.draw(st.sampled_from(["auto", "sequential", "parallel"]))
     options = {"num_flows": data.draw(st.integers(1, len(model.flow.layers)))}
-    there = model.flow(start, mask, **options)
-    back = model.flow(there.noise, mask, reverse=True, inverse_method=method, **options)
-    error = (back.latents - start).abs().max()
-    assert error <= 1e-5 * (1 + start.abs().max()), error
-    back = model.flow(start, mask, reverse=True, inverse_method=method, **options)
-    there = model.flow(back.latents, mask, **options)
-    error = (there.noise - start).abs().max()
-    assert error <= 1e-5 * (1 + start.abs().max()), error
+    is_mamba = model.config.block_config.model_type == "mamba"  # which computes in float32 inside
+    tolerance = 1e-5 if is_mamba else 1e-8
+    for noise in (model.flow(start, mask, **options).noise, start):
+        back = model.flow(noise, mask, reverse=True, inverse_method=method, **options)
+        again = model.flow(back.latents, mask, **options).noise
+        torch.testing.assert_close(again, noise, atol=tolerance, rtol=tolerance)
 
 
 # -------------------------------------------------------------------------------------- generation
@@ -297,3 +299,79 @@ def test_saved_and_loaded(tmp_path_factory, data):
     # Bit for bit the same weights; how they lie in memory moves the last digits of a sum.
     assert_same_state(loaded.state_dict(), model.state_dict())
     torch.testing.assert_close(loaded(ids).elbo, model(ids).elbo, atol=1e-11, rtol=1e-12)
+
+
+# -------------------------------------------------------------------------------- what was found
+
+IDS = torch.tensor([[1, 2], [3, 4]])
+EMPTY = torch.zeros(1, 0, dtype=torch.long)
+FOUND = {
+    "max_new_tokens": 1.5,
+    "num_flows": False,
+    "inverse_method": False,
+    "inverse_tolerance": "3",
+    "flow_temperatures": False,
+    "top_k": True,
+    "top_p": "3",
+    "eos_token_id": "a",
+    "pad_token_id": [],
+    "suppress_tokens": 9,
+    "begin_suppress_tokens": "3",
+    "no_repeat_ngram_size": True,
+    "max_time": "3",
+    "streamer": True,
+    "noise": True,
+    "generator": 3,
+}
+FOUND_FIELDS = {
+    "intermediate_size": 2.5,
+    "initializer_range": None,
+    "initial_log_scale": math.nan,
+    "eos_token_id": "a",
+    "pad_token_id": [],
+    "block_config": {"model_type": ["llama"]},
+}
+FOUND_IN_FORWARD = {
+    "attention_mask": True,
+    "labels": [1],
+    "observed_mask": 1,
+    "latents": torch.zeros(2, 2),
+    "latent_noise": torch.zeros(1, 2, 2),
+    "position_ids": torch.tensor(1),
+    "generator": 3,
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_an_option_of_a_wrong_kind_is_named(name):
+    with pytest.raises(ValueError, match=name):
+        SHARED["mix-d"].generate(IDS[:1], **{name: FOUND[name]})
+
+
+@pytest.mark.parametrize("name", FOUND_FIELDS)
+def test_a_field_of_a_wrong_kind_is_named(name):
+    flow = {"coupling": "affine", "direction": "left_to_right", "num_hidden_layers": 1}
+    fields = {"hidden_size": 16, "num_attention_heads": 2, "flows": [flow]}
+    if name == "block_config":
+        fields = {"flows": [flow]}
+
+    with pytest.raises(ValueError, match=name):
+        TarFlowLMConfig(**fields, **{name: FOUND_FIELDS[name]})
+
+
+@pytest.mark.parametrize("name", FOUND_IN_FORWARD)
+def test_an_argument_of_a_wrong_kind_is_named(name):
+    with pytest.raises(ValueError, match=name):
+        SHARED["mix-d"](IDS, **{name: FOUND_IN_FORWARD[name]})
+
+
+def test_a_coupling_and_a_width_of_a_wrong_kind_are_named():
+    for name, value in (("coupling", []), ("head_hidden_size", "a"), ("head_hidden_size", 1)):
+        flow = {"coupling": "mixture_cdf", "direction": "left_to_right", "num_hidden_layers": 1}
+        with pytest.raises(ValueError, match=name):
+            TarFlowLMConfig(flows=[flow | {name: value}])
+
+
+def test_a_bound_of_nothing():
+    with pytest.raises(ValueError, match="not empty"):
+        SHARED["mix-d"].importance_weighted_bound(EMPTY, EMPTY)

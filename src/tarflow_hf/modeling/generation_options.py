@@ -1,6 +1,7 @@
 """The options of `generate`: one object, which checks itself."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -227,6 +228,10 @@ class GenerationOptions:
                 "stop_strings are searched in decoded text: give the tokenizer, generate(..., tokenizer=tokenizer)."
             )
 
+        for name, value in self.from_library.items():
+            if value is True and name != "renormalize_logits":  # which counts as 1 in the library
+                raise ValueError(f"{name} says how much or which, not whether: it cannot be True.")
+
         self.warpers()  # the library checks the range of its own
 
     def _check_integers(self) -> None:
@@ -255,6 +260,8 @@ class GenerationOptions:
         }
         if self.inverse_tolerance is not None:
             numbers["inverse_tolerance"] = self.inverse_tolerance
+        if "max_time" in self.from_library:
+            numbers["max_time"] = self.from_library["max_time"]
 
         temperatures = [] if self.flow_temperatures is None else self.flow_temperatures
         if not isinstance(temperatures, (list, tuple)):
@@ -317,16 +324,24 @@ class GenerationOptions:
         others = {
             name: x for name, x in self.from_library.items() if name not in REPETITION_OPTIONS
         }
-        try:
+        with self.naming_options():
             config = GenerationConfig(**others)
-        except Exception as error:  # the library's, each of its own kind
-            raise ValueError(f"The options {sorted(others)} of the library: {error}") from error
 
         config.max_length = length
         config.num_beams = config.num_return_sequences = 1
         end_token_ids = self.end_token_ids
         config._eos_token_tensor = torch.tensor(end_token_ids) if end_token_ids else None
         return config
+
+    @contextmanager
+    def naming_options(self) -> Iterator[None]:
+        """Makes whatever the library raises for its options a ValueError that names them."""
+        try:
+            yield
+        except Exception as error:
+            raise ValueError(
+                f"The library does not take these values of {sorted(self.from_library)}: {error}"
+            ) from error
 
     def processors(self) -> LogitsProcessorList:
         """The processors of one's own, and those that the library warns of without a prompt."""

@@ -502,9 +502,11 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
 
         config = options.library_config(text.tokens.shape[1])
         config.max_length = None
-        criteria = self._get_stopping_criteria(
-            config, StoppingCriteriaList(options.stopping_criteria), options.tokenizer
-        )
+        with options.naming_options():
+            criteria = self._get_stopping_criteria(
+                config, StoppingCriteriaList(options.stopping_criteria), options.tokenizer
+            )
+
         return TextEnds(text, criteria) if criteria else None
 
     def _writer(
@@ -554,13 +556,15 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         groups = []
         for (prompt_length, places), rows in members.items():
             num_new = int((text.is_real & ~text.is_known)[rows[0]].sum())
-            process = self._get_logits_processor(
-                options.library_config(prompt_length + num_new),
-                input_ids_seq_length=prompt_length,
-                prefix_allowed_tokens_fn=options.allowed_tokens(rows),
-                logits_processor=options.processors(),
-                device=self._home,
-            )
+            with options.naming_options():
+                process = self._get_logits_processor(
+                    options.library_config(prompt_length + num_new),
+                    input_ids_seq_length=prompt_length,
+                    prefix_allowed_tokens_fn=options.allowed_tokens(rows),
+                    logits_processor=options.processors(),
+                    device=self._home,
+                )
+
             groups.append(RowGroup(torch.tensor(rows), list(places), process))
 
         return groups
