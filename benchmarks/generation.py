@@ -58,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", help="a trained stack instead, with its own patch size")
     parser.add_argument("--hidden_size", type=int, help="another width than the configuration's")
+    parser.add_argument("--latent_size", type=int, help="another than the configuration's")
     parser.add_argument(
         "--vocab_size", type=int, default=27, help="where the configuration names none"
     )
@@ -151,8 +152,9 @@ def build(arguments: argparse.Namespace, patch_size: int, **options: int) -> Tar
         flow | (options if flow["coupling"] == "mixture_rosenblatt" else {})
         for flow in fields.get("flows", [])
     ] or None
-    if arguments.hidden_size is not None:
-        fields["hidden_size"] = arguments.hidden_size
+    for name in ("hidden_size", "latent_size"):
+        if getattr(arguments, name) is not None:
+            fields[name] = getattr(arguments, name)
 
     return TarFlowLMModel(TarFlowLMConfig(**fields | {"patch_size": patch_size}))
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from helpers.checkpoints import assert_same_state
-from helpers.fuzzing import answer, batches, draw_model, fuzz, has_whole_rows, masks, real_of
+from helpers.fuzzing import COUNT, answer, batches, draw_model, fuzz, has_whole_rows, masks, real_of
 from helpers.models import STACKS, make
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.evaluation import token_bits
@@ -18,6 +18,14 @@ from tarflow_hf.evaluation import token_bits
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CLOSE = {"atol": 1e-8, "rtol": 1e-8}
+
+
+@pytest.fixture(autouse=True)
+def many_results():
+    """At least a sixth of a test's calls have a result."""
+    COUNT.clear()
+    yield
+    assert COUNT["results"] >= COUNT["calls"] / 6, COUNT
 
 
 def draws(shape, seed):

@@ -3,6 +3,7 @@
 import os
 import signal
 import traceback
+from collections import Counter
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -69,13 +70,20 @@ def in_time():
         signal.signal(signal.SIGALRM, before)
 
 
+# The calls of the test that runs, and those that had a result: a test of errors only shows nothing.
+COUNT = Counter()
+
+
 def answer(call, *args, **kwargs):
     """The result of a call and None; or None and the project's own error, which has a message.
 
     Any other error is one of the test.
     """
+    COUNT["calls"] += 1
     try:
-        return call(*args, **kwargs), None
+        result = call(*args, **kwargs)
+        COUNT["results"] += 1
+        return result, None
     except (ValueError, TypeError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         is_own = Path(last.filename).is_relative_to(SOURCE) and "raise" in last.line

@@ -22,12 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers
+from tokenizers import Regex, normalizers
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .characters import (
-    END,
     SYMBOLS,
     CharacterCount,
     checked_ids,
@@ -184,26 +183,14 @@ def character_tokenizer(with_end: bool = False) -> PreTrainedTokenizerFast:
         >>> tokenizer.decode(tokenizer("In 1984: (war) is PEACE").input_ids)
         'in one nine eight four war is peace'
     """
-    # BPE without merges, not WordLevel: it splits a text into characters by itself, faster than a
-    # pre-tokenizer would.
-    vocabulary = {character: index for index, character in enumerate(SYMBOLS)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.normalizer = normalizers.Sequence(
+    rules = normalizers.Sequence(
         [
             *(normalizers.Replace(str(digit), f" {word} ") for digit, word in enumerate(DIGITS)),
             normalizers.Replace(Regex("[^A-Za-z]+"), " "),
             normalizers.Lowercase(),  # last, where only ASCII is left: the Kelvin sign is no k
         ]
     )
-    tokenizer.decoder = decoders.Fuse()
-
-    special = {"eos_token": END, "pad_token": END} if with_end else {}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-        **special,
-    )
+    return symbol_tokenizer(SYMBOLS, rules, with_end)
 
 
 def make_tokenizer(name: str | None, source: str = PYTHON_DOCS) -> PreTrainedTokenizerBase:

@@ -136,23 +136,35 @@ def penn_treebank_tokenizer() -> PreTrainedTokenizerFast:
     return symbol_tokenizer(PENN_TREEBANK_SYMBOLS)
 
 
-def symbol_tokenizer(symbols: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of some characters, in their order, and an end.
+def symbol_tokenizer(
+    symbols: str, normalizer: normalizers.Normalizer | None = None, with_end: bool = True
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of some characters, in their order, and an end, which is padding too.
+
+    Args:
+        symbols: Other characters are left out.
+        normalizer: Changes a text before that.
+        with_end: False leaves out the end.
 
     Example:
         >>> tokenizer = symbol_tokenizer("ab")
         >>> tokenizer("abba").input_ids, tokenizer.eos_token_id
         ([0, 1, 1, 0], 2)
     """
+    # BPE without merges, not WordLevel: it splits a text into characters by itself, faster than a
+    # pre-tokenizer would.
     vocabulary = {character: index for index, character in enumerate(symbols)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.decoder = decoders.Fuse()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+
+    special = {"eos_token": END, "pad_token": END} if with_end else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=END,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
+        **special,
     )
 
 

@@ -176,6 +176,9 @@ class SimilarLengths(Sampler[int]):
     The sequences are shuffled, those of every `BATCHES_SORTED` batches are sorted by length, and
     the batches are shuffled. What is left behind the last whole batch comes last.
 
+    The library's `LengthGroupedSampler` keeps the order inside a group from long to short, and draws
+    from a generator. This order follows from seed and epoch only, so that a resumed run has the same.
+
     Args:
         lengths: Of the sequences, (n,).
         batch_size: Sequences in a batch.

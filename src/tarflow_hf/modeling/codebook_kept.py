@@ -64,9 +64,9 @@ def _checksums(x: Tensor) -> tuple[int, float]:
     # Words of 64 bits are summed four times as fast.
     is_even = x.dtype == torch.float64 or x.shape[-1] % 2 == 0
     bits = x.contiguous().view(torch.int64 if is_even else torch.int32)
-    return bits.sum().item(), (_ramp(len(x), x.dtype) @ x).sum().item()
+    return bits.sum().item(), (_ramp(len(x), x.dtype, x.device) @ x).sum().item()
 
 
 @cache
-def _ramp(length: int, dtype: torch.dtype) -> Tensor:
-    return torch.linspace(1.0, 2.0, length, dtype=dtype)
+def _ramp(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.linspace(1.0, 2.0, length, dtype=dtype, device=device)

@@ -343,7 +343,7 @@ def solve(u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> tuple[T
     z = torch.full_like(u, math.nan)
     bounds = (REACH[u.dtype], SMALL_STEP[u.dtype], MAX_DROPPED[u.dtype])
     sizes = (4, len(scale)), (4, len(scale)), (NUM_BINS, 3)
-    room = [torch.empty(size, dtype=torch.float64).numpy() for size in sizes]
+    room = [u.new_empty(size, dtype=torch.float64).numpy() for size in sizes]
     inputs = [x.numpy() for x in (u.double(), weight, means, scale)]
     _solve_rows(*inputs, bounds, *room, z.numpy(), is_found.numpy())
     return z, is_found
@@ -397,7 +397,7 @@ def solve_scalars(u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> 
     z = torch.full_like(u, math.nan)
     bounds = (REACH[u.dtype], SMALL_STEP[u.dtype], MAX_DROPPED[u.dtype])
     sizes = (4, num_components), (4 * num_components, 3)
-    room = [torch.empty(size, dtype=torch.float64).numpy() for size in sizes]
+    room = [u.new_empty(size, dtype=torch.float64).numpy() for size in sizes]
     inputs = [x.double().contiguous().numpy() for x in (u, logits, loc, log_scale)]
     _solve_scalars(*inputs, bounds, *room, z.numpy())
     return z
