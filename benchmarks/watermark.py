@@ -53,27 +53,8 @@ EDITS = [("none", 0.0)] + [
 
 NOISE, GREEN, SYNTHID = "NoiseWatermark", "WatermarkingConfig", "SynthID-Text"
 SYNTHID_KEYS = [
-    654,
-    400,
-    836,
-    123,
-    340,
-    443,
-    597,
-    160,
-    57,
-    29,
-    590,
-    639,
-    13,
-    715,
-    468,
-    990,
-    966,
-    226,
-    324,
-    585,
-]
+    654, 400, 836, 123, 340, 443, 597, 160, 57, 29, 590, 639, 13, 715, 468, 990, 966, 226, 324, 585,
+]  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -26,9 +26,10 @@ Given the text, the noise of any other key is N(0, I) and independent of it. So
 - the average E of likelihood ratios has mean 1, and P(E >= x) <= 1 / x by Markov's inequality;
 - the rank of E among the values of n fresh keys is uniform.
 
-The p-value is the rank's, made continuous by a random number that follows from the key, and 1 / E
-where no fresh key comes near. It is exactly uniform above 1 / (n + 1), and too large, if anything,
-below, whoever wrote the text, however long it is, and whatever was searched.
+The p-value is the rank's, made continuous by a random number that follows from the key. It is 1 / E
+where no fresh key comes near, and without fresh keys where E is above 1e6 (`DECISIVE`). It is exactly
+uniform above 1 / (n + 1), and too large, if anything, below, whoever wrote the text, however long it
+is, and whatever was searched.
 
 References:
     Kirchenbauer et al., *A Watermark for Large Language Models*, ICML 2023, arXiv:2301.10226.
