@@ -1,21 +1,36 @@
 """The benchmarks and the study, at reduced size."""
 
+import hashlib
 import json
 import re
 import runpy
 import sys
+import zipfile
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import logging
+from transformers import AutoTokenizer, logging
 
 from helpers import ROOT
 from helpers.causal_lms import tiny_causal_lm
 from helpers.scripts import script
 from helpers.training import TEXT
 from tarflow_hf.data import character_tokenizer
+
+BOOK = """Before it
+*** START OF THIS PROJECT GUTENBERG EBOOK X ***
+
+Produced by Nobody
+
+{}
+
+End of the Project Gutenberg EBook
+
+*** END OF THIS PROJECT GUTENBERG EBOOK X ***
+After it
+"""
 
 
 def benchmark(name: str, *arguments: str, capsys, monkeypatch) -> str:
@@ -325,3 +340,52 @@ def test_benchmark_of_serving(tmp_path, capsys, monkeypatch):
     assert trouble["wrong_statuses"] == {} and trouble["changed"] == 0 and trouble["is_alive"]
     assert trouble["bad_requests"] == 9 and trouble["cut_off"] == 4
     assert after["resident_bytes"] < 1.05 * before["resident_bytes"]
+
+
+def test_texts_are_made_from_their_sources(tmp_path, capsys, monkeypatch):
+    """A changed download is an error; a book is held out in part; tags go."""
+    texts = runpy.run_path(str(ROOT / "benchmarks" / "texts.py"))
+    source = tmp_path / "source"
+    paragraphs = [f"Part {index},\r\nwith a _stress_." for index in range(100)]
+    book = BOOK.format("\r\n\r\n".join(paragraphs)).encode()
+    (source / "X_7" / "abc").mkdir(parents=True)
+    (source / "X_7" / "abc" / "7.txt").write_bytes(book)
+    for name, files in {
+        "brown": {"brown/ca02": "b/nn ,/,", "brown/ca01": "a/at 1/2/cd", "brown/cats": "x"},
+        "movie_reviews": {"movie_reviews/neg/c.txt": "bad .", "movie_reviews/pos/c.txt": "caf\xe9"},
+    }.items():
+        with zipfile.ZipFile(source / f"{name}.zip", "w") as archive:
+            for path, text in files.items():
+                archive.writestr(path, text.encode("latin-1"))
+
+    def sum_of(path):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    values = {
+        "BOOKS_FROM": f"{source.as_uri()}/",
+        "NLTK": f"{source.as_uri()}/",
+        "BOOKS": [texts["Book"]("X_7", "abc", hashlib.sha256(book).hexdigest())],
+        "BROWN": sum_of(source / "brown.zip"),
+        "REVIEWS": sum_of(source / "movie_reviews.zip"),
+    }
+    for name, value in values.items():
+        monkeypatch.setitem(texts["main"].__globals__, name, value)
+
+    def make(text):
+        monkeypatch.setattr(sys, "argv", ["texts.py", text, str(tmp_path / text)])
+        texts["main"]()
+        return tmp_path / text
+
+    folder = make("doyle")
+    lines = {path.stem: path.read_text().splitlines() for path in folder.glob("*.txt")}
+    assert lines["train"] == [f"Part {index}, with a stress." for index in range(96)]
+    assert lines["validation"] == [f"Part {index}, with a stress." for index in (96, 97)]
+    assert lines["test"] == [f"Part {index}, with a stress." for index in (98, 99)]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    assert tokenizer.decode(tokenizer("Part 1, a stress.\n").input_ids) == "Part 1, a stress.\n"
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
+    assert make("brown-and-reviews").read_text() == "a 1\nb ,bad .\ncaf\xe9"
+
+    monkeypatch.setitem(texts["main"].__globals__, "BROWN", "0" * 64)
+    with pytest.raises(ValueError, match=r"brown\.zip has changed"):
+        make("brown-and-reviews")

@@ -55,6 +55,7 @@ def test_recipes(tmp_path, data, tokenizer, monkeypatch, recipe):
         "text8": "afmck/text8",
         "ptb": "ptb:ptb",
         "wikitext2": "wikitext2:wikitext2",
+        "doyle": "doyle",
     }.get(recipe.split("_")[0], "Skylion007/openwebtext")
 
 
