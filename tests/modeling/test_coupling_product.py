@@ -159,6 +159,35 @@ def test_tables_are_made_once_and_again_after_every_change():
     assert codebook_kept.kept(make, *codebook()) == 5
 
 
+def test_inside_unchanged_a_codebook_is_summed_once(monkeypatch):
+    codebook = Codebook(300, 8)
+    sums = []
+    count = codebook_kept._checksums
+    monkeypatch.setattr(codebook_kept, "_checksums", lambda x: sums.append(x) or count(x))
+
+    def make(mean, log_scale):
+        return mean.clone()
+
+    first = codebook_kept.kept(make, *codebook())
+    codebook.mean.data.add_(1.0)  # seen by no version
+    sums.clear()
+    with codebook_kept.unchanged():
+        second = codebook_kept.kept(make, *codebook())
+        assert not torch.equal(first, second) and len(sums) == 2
+        assert codebook_kept.kept(make, *codebook()) is second and len(sums) == 2
+        with torch.no_grad():
+            codebook.mean.add_(1.0)
+        assert torch.equal(codebook_kept.kept(make, *codebook()), second + 1) and len(sums) == 4
+
+    codebook.mean.data.add_(1.0)
+    assert torch.equal(codebook_kept.kept(make, *codebook()), second + 2) and len(sums) == 6
+    with torch.inference_mode(), codebook_kept.unchanged():
+        mean, log_scale = (x.clone() for x in codebook())
+        table = codebook_kept.kept(make, mean, log_scale)
+        mean.add_(1.0)  # tensors of this mode have no version
+        assert torch.equal(codebook_kept.kept(make, mean, log_scale), table + 1)
+
+
 def near_of(z, mean, log_scale):
     return coupling_product.near(z, coupling_product.product_of(z, mean, log_scale))
 

@@ -3,13 +3,15 @@
 They serve the forms of Mix-d for large codebooks on a CPU, `coupling_active.py` and
 `coupling_product.py`. A codebook is known by its place in memory and its version, which every
 optimiser and every `copy_` changes, and by checksums of all its numbers, which show what is written
-to a tensor's `.data` (an average of the weights, say).
+to a tensor's `.data` (an average of the weights, say). Inside `unchanged` that is checked once.
 
 Shapes: V components of size d.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -27,6 +29,21 @@ class _Entry(NamedTuple):
 
 
 _entries: OrderedDict[tuple, _Entry] = OrderedDict()
+# The versions of the codebooks, by their places, whose checksums were right inside `unchanged`.
+_checked: ContextVar[dict[tuple, tuple] | None] = ContextVar("_checked", default=None)
+
+
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """Inside, nothing writes to a tensor's `.data`: a version says all after the first look.
+
+    One step of generation looks at a codebook and at its latents some five times.
+    """
+    token = _checked.set({})
+    try:
+        yield
+    finally:
+        _checked.reset(token)
 
 
 def kept(make: Callable[[Tensor, Tensor], Any], mean: Tensor, log_scale: Tensor) -> Any:
@@ -36,11 +53,16 @@ def kept(make: Callable[[Tensor, Tensor], Any], mean: Tensor, log_scale: Tensor)
     """
     mean, log_scale = mean.detach(), log_scale.detach()
     place = (mean.data_ptr(), log_scale.data_ptr(), mean.shape, mean.stride(), mean.dtype)
-    state = state_of(mean, log_scale)
+    checked, versions = _checked.get(), _versions(mean, log_scale)
 
     entry = _entries.get(place)
-    if entry is None or entry.state != state:
-        entry = _Entry(mean, log_scale, state, {})
+    is_known = checked is not None and checked.get(place) == versions and -1 not in versions
+    if entry is None or not is_known:
+        state = *versions, *_checksums(mean), *_checksums(log_scale)
+        if entry is None or entry.state != state:
+            entry = _Entry(mean, log_scale, state, {})
+        if checked is not None:
+            checked[place] = versions
 
     _entries[place] = entry
     _entries.move_to_end(place)
@@ -53,10 +75,17 @@ def kept(make: Callable[[Tensor, Tensor], Any], mean: Tensor, log_scale: Tensor)
     return entry.tables[make]
 
 
-def state_of(*tensors: Tensor) -> tuple:
-    """The versions of tensors, and their checksums."""
-    versions = (-1 if x.is_inference() else x._version for x in tensors)
-    return *versions, *(sum_ for x in tensors for sum_ in _checksums(x))
+def state_of(x: Tensor) -> tuple:
+    """The version of a tensor, and its checksums where that does not say all."""
+    versions = _versions(x)
+    return (
+        versions if _checked.get() is not None and -1 not in versions else versions + _checksums(x)
+    )
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    """The versions of tensors; -1 for those of `torch.inference_mode`, which have none."""
+    return tuple(-1 if x.is_inference() else x._version for x in tensors)
 
 
 def _checksums(x: Tensor) -> tuple[int, float]:

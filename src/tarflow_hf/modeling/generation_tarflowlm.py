@@ -15,6 +15,7 @@ from transformers.generation import (
 from transformers.utils import ModelOutput, logging
 
 from .checks_tarflowlm import check_generator, check_ids, check_is_tensor, check_num_flows
+from .codebook_kept import unchanged
 from .drafts_tarflowlm import check_drafts, make_drafts
 from .generation_options import GenerationOptions
 from .generation_writing import (
@@ -54,6 +55,7 @@ class TarFlowLMGenerateOutput(ModelOutput):
 
 class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
     @torch.no_grad()
+    @unchanged()
     def generate(
         self,
         inputs: Tensor | None = None,
