@@ -57,9 +57,9 @@ def page(model, tokenizer, name: str) -> gr.Blocks:
 
     with gr.Blocks(title=f"TarFlowLM: {name}", analytics_enabled=False) as blocks:
         gr.Markdown(
-            f"# TarFlowLM: {name}\nA language model that flows: noise becomes text in "
-            f"{len(config.flows)} passes, one for each flow "
-            f"([paper](https://arxiv.org/abs/2507.00425)). {model.num_parameters():,} parameters, "
+            f"# TarFlowLM: {name}\nA language model that turns noise into text by an invertible map "
+            f"([paper](https://arxiv.org/abs/2507.00425)). Flows: {len(config.flows)}, "
+            f"{model.num_parameters():,} parameters, "
             f"{config.vocab_size:,} tokens in the vocabulary, texts of up to "
             f"{config.max_position_embeddings} tokens."
         )
