@@ -5,7 +5,7 @@
     python benchmarks/generation.py --checkpoint runs/demo/model      # a trained stack
     python benchmarks/generation.py --config examples/recipes/openwebtext_deep.json --patch_sizes 1   # on a GPU
 
-Three tables.
+Four tables.
 
 1. Whole stacks, in every mode: with random weights where no checkpoint is given, whose flows are
    easier to invert in parallel than trained ones. `--patch_steps 0 --train_steps 0` leaves it at
@@ -15,6 +15,7 @@ Three tables.
    `--patch_steps` on the Python documentation; the ELBO of held-out text in bits per character.
 3. Trained flows, one by one, in parallel and sequentially: of the checkpoint, or of a small Mix-1
    stack that is trained first.
+4. With `--parts`: where the time of "auto" goes, flow by flow.
 
 A mode whose tokens differ from those of the sequential inverse for the same noise gets no time.
 Times are medians of repeats in which the modes take turns.
@@ -22,8 +23,13 @@ Times are medians of repeats in which the modes take turns.
 
 import argparse
 import json
-from functools import cache
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, wraps
 from pathlib import Path
+from unittest import mock
 
 import torch
 from measure import Results, median_times
@@ -33,6 +39,7 @@ from transformers import AutoModel, DynamicCache, set_seed
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, character_tokenizer, load_splits
 from tarflow_hf.evaluation import likelihood
+from tarflow_hf.modeling.generation_writing import TokenWriter
 from tarflow_hf.modeling.inversion_tarflowlm import InverseOptions
 from tarflow_hf.modeling.slots_tarflowlm import to_positions, to_tokens
 from tarflow_hf.training import TrainingConfig, compute_loss, discrete_baseline, make_optimizer
@@ -81,6 +88,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--train_steps", type=int, default=300, help="of the third table's stack; 0: no such table"
     )
+    parser.add_argument(
+        "--log_scale", type=float, help="of the codebook: -3 is separated, as a trained one"
+    )
+    parser.add_argument("--parts", action="store_true", help="the fourth table, too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument(
@@ -156,6 +167,9 @@ def build(arguments: argparse.Namespace, patch_size: int, **options: int) -> Tar
         if getattr(arguments, name) is not None:
             fields[name] = getattr(arguments, name)
 
+    if arguments.log_scale is not None:
+        fields["initial_log_scale"] = arguments.log_scale
+
     return TarFlowLMModel(TarFlowLMConfig(**fields | {"patch_size": patch_size}))
 
 
@@ -213,15 +227,22 @@ def train(
 # ------------------------------------------------------------------------------------ how it is run
 
 
-def whole_stacks(arguments: argparse.Namespace, table: Results) -> None:
-    """Every mode of `generate` at every size, and the library's own model beside them."""
-    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+def stacks_of(arguments: argparse.Namespace) -> dict[int, TarFlowLMModel]:
+    """The stacks by their patch size."""
     if arguments.checkpoint:
         models = [AutoModel.from_pretrained(arguments.checkpoint)]
     else:
         models = [build(arguments, patch_size) for patch_size in arguments.patch_sizes]
 
-    models = {model.config.patch_size: model.to(device, dtype).eval() for model in models}
+    dtype = getattr(torch, arguments.dtype)
+    return {model.config.patch_size: model.to(arguments.device, dtype).eval() for model in models}
+
+
+def whole_stacks(
+    models: dict[int, TarFlowLMModel], arguments: argparse.Namespace, table: Results
+) -> None:
+    """Every mode of `generate` at every size, and the library's own model beside them."""
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
     config = next(iter(models.values())).config
     library = discrete_baseline(config).to(device, dtype).eval()
     methods = {
@@ -274,6 +295,53 @@ def whole_stacks(arguments: argparse.Namespace, table: Results) -> None:
             for name, patch_size in differ:
                 values = dict.fromkeys(("seconds", "tokens_per_second", "ratio"), "differs")
                 table.row(mode=name, patch=patch_size, batch=batch, tokens=length, **values)
+
+
+@contextmanager
+def times_of_parts(model: TarFlowLMModel) -> Iterator[Counter]:
+    """The seconds inside, by flow and part: inputs, decoder, coupling; and the choice of tokens."""
+    seconds = Counter()
+
+    def timed(key: tuple[str, str], method: Callable) -> Callable:
+        @wraps(method)
+        def run(*args, **kwargs):
+            start = time.perf_counter()
+            result = method(*args, **kwargs)
+            seconds[key] += time.perf_counter() - start
+            return result
+
+        return run
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(model.flow.layers):
+            names = {"inputs": "inputs", "context": "decoder", "invert_position": "coupling"}
+            for name, part in names.items():
+                method = timed((str(index), part), getattr(layer, name))
+                stack.enter_context(mock.patch.object(layer, name, method))
+
+        put = timed(("", "tokens"), TokenWriter.put)
+        stack.enter_context(mock.patch.object(TokenWriter, "put", put))
+        yield seconds
+
+
+def parts(model: TarFlowLMModel, arguments: argparse.Namespace, table: Results) -> None:
+    """The time of each part of "auto" on a CPU; means over the repeats."""
+    table.title(flow=4, part=8, batch=5, tokens=6, seconds=9, share=5)
+    for batch in arguments.batch_sizes:
+        for length in arguments.num_tokens:
+            noise = torch.randn(batch, length, model.config.latent_size)
+            model.generate(noise=noise)
+            with times_of_parts(model) as seconds:
+                start = time.perf_counter()
+                for _ in range(arguments.repeats):
+                    model.generate(noise=noise)
+                total = time.perf_counter() - start
+
+            seconds["", "the rest"] = total - seconds.total()
+            for (flow, part), value in seconds.items():
+                size = {"batch": batch, "tokens": length}
+                values = {"seconds": value / arguments.repeats, "share": value / total}
+                table.row(flow=flow, part=part, **size, **values)
 
 
 def patches(arguments: argparse.Namespace, table: Results) -> None:
@@ -392,7 +460,10 @@ def main():
     set_seed(0)
     table = Results(arguments.device, arguments.output)
     with torch.no_grad():
-        whole_stacks(arguments, table)
+        models = stacks_of(arguments)
+        whole_stacks(models, arguments, table)
+        if arguments.parts:
+            parts(next(iter(models.values())), arguments, table)
 
     if arguments.patch_steps and not arguments.checkpoint:
         patches(arguments, table)

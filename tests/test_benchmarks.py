@@ -166,19 +166,26 @@ def test_benchmark_of_generation(tmp_path, capsys, monkeypatch):
         "0",
         "--repeats",
         "1",
+        "--log_scale",
+        "-1",
+        "--parts",
         "--output",
         str(tmp_path / "rows.jsonl"),
     ]
     benchmark("generation.py", *options, capsys=capsys, monkeypatch=monkeypatch)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     modes = ["sequential", "parallel", "auto", "cached loop", "without a cache"]
-    whole, patches = rows[:11], rows[11:]
+    parts = [row for row in rows if "part" in row]
+    whole, patches = rows[:11], rows[11 + len(parts) :]
     assert [(row["mode"], row["patch"]) for row in whole] == [
         ("transformers, Llama", 1), *((mode, patch) for patch in (1, 2) for mode in modes)
     ]  # fmt: skip
     for row in whole:
         assert row["ratio"] == pytest.approx(whole[0]["seconds"] / row["seconds"])
 
+    assert sum(row["share"] for row in parts) == pytest.approx(1)
+    assert {row["part"] for row in parts} >= {"inputs", "decoder", "coupling", "the rest"}
+    assert all(0 < row["share"] < 1 for row in parts)
     assert [(row["patch"], row["head_layers"]) for row in patches] == [(1, 0), (2, 0), (2, 1)]
     assert all(3 < row["bits"] < 10 and row["speedup"] > 0 for row in patches)
 
