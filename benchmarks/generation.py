@@ -238,12 +238,18 @@ def stacks_of(arguments: argparse.Namespace) -> dict[int, TarFlowLMModel]:
     return {model.config.patch_size: model.to(arguments.device, dtype).eval() for model in models}
 
 
+def facts_of(model: TarFlowLMModel) -> dict[str, float]:
+    names = ("vocab_size", "latent_size", "hidden_size", "initial_log_scale")
+    return {name: getattr(model.config, name) for name in names}
+
+
 def whole_stacks(
     models: dict[int, TarFlowLMModel], arguments: argparse.Namespace, table: Results
 ) -> None:
     """Every mode of `generate` at every size, and the library's own model beside them."""
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
     config = next(iter(models.values())).config
+    model_facts = facts_of(next(iter(models.values())))
     library = discrete_baseline(config).to(device, dtype).eval()
     methods = {
         name: options
@@ -290,6 +296,7 @@ def whole_stacks(
                 ratio = times[LIBRARY, 1] / seconds
                 speed = batch * length / seconds
                 values = {"seconds": seconds, "tokens_per_second": speed, "ratio": ratio}
+                values |= model_facts
                 table.row(mode=name, patch=patch_size, batch=batch, tokens=length, **values)
 
             for name, patch_size in differ:
@@ -339,7 +346,7 @@ def parts(model: TarFlowLMModel, arguments: argparse.Namespace, table: Results) 
 
             seconds["", "the rest"] = total - seconds.total()
             for (flow, part), value in seconds.items():
-                size = {"batch": batch, "tokens": length}
+                size = {"batch": batch, "tokens": length, **facts_of(model)}
                 values = {"seconds": value / arguments.repeats, "share": value / total}
                 table.row(flow=flow, part=part, **size, **values)
 
