@@ -14,9 +14,8 @@ from inspect import isgeneratorfunction
 
 import gradio as gr
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
+from tarflow_hf.hub import load_checkpoint
 from tarflow_hf.report import demo
 
 THEME = gr.themes.Default(
@@ -41,11 +40,7 @@ def main():
         help="default: $CHECKPOINT, or else runs/demo/model",
     )
     checkpoint = parser.parse_args().checkpoint
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    if torch.cuda.is_available():
-        model.cuda()
-
+    model, tokenizer = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     footer = ["api", "gradio", "settings"]
     page(model, tokenizer, checkpoint).launch(
         theme=THEME, css_paths=demo.STYLE_SHEET, footer_links=footer

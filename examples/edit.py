@@ -7,16 +7,19 @@ Encode it, change its noise (or the state of a flow), and decode it again.
     python examples/edit.py runs/demo/model "the function returns a list" --towards "a class without any state"
 
 With `--num_flows l` the edit is one of the state h of flow l, and what the flows above it have made
-is kept.
+is kept. All that is read after a redrawn token may change, too: in a terminal what changed is in
+reverse video. To change a part and nothing else, fill a gap: examples/infill.py.
 """
 
 import argparse
+import sys
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 
-import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.data import checked_ids, say_what_is_lost
+from tarflow_hf.hub import load_checkpoint
+from tarflow_hf.report import Pass
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,7 +28,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
     parser.add_argument("text")
-    parser.add_argument("--redraw", metavar="START:END", help="tokens to draw anew")
+    parser.add_argument(
+        "--redraw", metavar="START:END", type=part, help="tokens to draw anew; the first is 0"
+    )
     parser.add_argument(
         "--towards", metavar="TEXT", help="another text, to go to in steps; the longer one is cut"
     )
@@ -38,6 +43,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def part(text: str) -> range:
+    """The numbers from START to before END."""
+    start, _, end = text.partition(":")
+    if not (start.isdigit() and end.isdigit() and int(start) < int(end)):
+        raise argparse.ArgumentTypeError(f"must be START:END, such as 4:12, not {text!r}")
+
+    return range(int(start), int(end))
+
+
 def interpolate(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     """Interpolates along the great circle: what lies between two draws of N(0, I) looks like one."""
     angle = torch.acos(torch.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1)).reshape(
@@ -47,12 +61,17 @@ def interpolate(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     return torch.where(angle.sin() > 1e-3, circle, torch.lerp(a, b, t))
 
 
+def marked(tokenizer, ids: torch.Tensor, is_changed: torch.Tensor) -> str:
+    """The text, in which what changed is in reverse video."""
+    runs = Pass("", ids, is_changed, torch.zeros_like(is_changed)).segments(tokenizer)
+    return "".join(f"\x1b[7m{text}\x1b[27m" if changed else text for text, changed, _ in runs)
+
+
 @torch.no_grad()
 def main():
     arguments = parse_arguments()
     set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
+    model, tokenizer = load_checkpoint(arguments.checkpoint)
 
     texts = [
         checked_ids(tokenizer, text)
@@ -65,19 +84,29 @@ def main():
     states = model.flow(latents, num_flows=arguments.num_flows).noise  # of the stack cut there
     edits = states[:1]
 
-    if arguments.redraw is not None:
-        start, end = map(int, arguments.redraw.split(":"))
-        edits[:, start:end] = torch.randn_like(edits[:, start:end])
+    if (redraw := arguments.redraw) is not None:
+        if redraw.stop > length:
+            raise ValueError(
+                f"--redraw {redraw.start}:{redraw.stop} goes beyond the text, which has {length} tokens."
+            )
+        edits[:, redraw] = torch.randn_like(edits[:, redraw])
 
     if arguments.towards is not None:
         steps = torch.linspace(0, 1, arguments.steps).tolist()
         edits = torch.cat([interpolate(edits, states[1:], step) for step in steps])
 
-    print(
-        "\n".join(
-            tokenizer.batch_decode(model.generate(noise=edits, num_flows=arguments.num_flows))
+    edited = model.generate(noise=edits, num_flows=arguments.num_flows)
+    is_changed = edited.cpu() != torch.tensor(texts[0][:length])
+    if sys.stdout.isatty() and arguments.towards is None:
+        print(marked(tokenizer, edited[0], is_changed[0]))
+    else:
+        print("\n".join(tokenizer.batch_decode(edited)))
+
+    if redraw is not None and arguments.towards is None:
+        print(
+            f"{len(redraw)} of {length} tokens were redrawn, {int(is_changed.sum())} changed.",
+            file=sys.stderr,
         )
-    )
 
 
 if __name__ == "__main__":

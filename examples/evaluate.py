@@ -17,9 +17,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.baseline import patch_size_of
 from tarflow_hf.data import (
     PackedTokens,
@@ -29,6 +27,7 @@ from tarflow_hf.data import (
     sentence_splits,
 )
 from tarflow_hf.evaluation import WHAT_IS_SCORED, evaluate_text, provenance_of
+from tarflow_hf.hub import load_checkpoint
 from tarflow_hf.report import evaluation_text
 
 
@@ -57,8 +56,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    model, tokenizer = load_checkpoint(arguments.checkpoint, arguments.device)
     documents = held_out_documents(arguments.data)
     if is_of_sentences(arguments.data):
         text = sentence_splits(load_splits(arguments.data), tokenizer, patch_size_of(model))["test"]

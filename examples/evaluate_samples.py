@@ -18,9 +18,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.data import PackedTokens, held_out_documents
 from tarflow_hf.evaluation import (
     JUDGE,
@@ -35,6 +33,7 @@ from tarflow_hf.evaluation import (
     reference_sequences,
     sample_to_file,
 )
+from tarflow_hf.hub import load_checkpoint
 from tarflow_hf.report import sample_text
 
 
@@ -81,8 +80,7 @@ def parse_arguments() -> argparse.Namespace:
 def main():
     # 1. Everything that may be missing is looked for before the long part.
     arguments = parse_arguments()
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    model, tokenizer = load_checkpoint(arguments.checkpoint, arguments.device)
     judge = None
     if not arguments.no_judge:
         judge = Judge(

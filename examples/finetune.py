@@ -9,16 +9,10 @@ checkpoint. Its losses are nats per token: minus the ELBO.
 """
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.data import PackedTokens, load_splits
+from tarflow_hf.hub import load_checkpoint
 from tarflow_hf.training import trainer_checkpoint
 
 
@@ -34,8 +28,7 @@ def main():
     parser.add_argument("data", help="a text file, a folder of them, or a dataset of the Hub")
     training, given = parser.parse_args_into_dataclasses()
     resume = trainer_checkpoint(training)
-    tokenizer = AutoTokenizer.from_pretrained(given.checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(given.checkpoint, dtype=torch.float32)
+    model, tokenizer = load_checkpoint(given.checkpoint, dtype=torch.float32)
 
     splits = load_splits(given.data)
     length = model.config.max_position_embeddings

@@ -10,12 +10,12 @@ Each ratio is given by the true count and, in brackets, by the paper's: see `tar
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from transformers import AutoConfig
 
 from tarflow_hf import TarFlowLMConfig
+from tarflow_hf.data import read_json
 from tarflow_hf.evaluation import (
     GPT2_SIZES,
     PATCH_SIZES,
@@ -23,6 +23,7 @@ from tarflow_hf.evaluation import (
     count_flops,
     figure_7,
 )
+from tarflow_hf.hub import check_checkpoint
 from tarflow_hf.report import flops_table, patch_size_table, plot_flops, plot_patch_sizes
 
 
@@ -34,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     one.add_argument(
         "--checkpoint", help="count this model alone: a folder, or a repository of the Hub"
     )
-    one.add_argument("--recipe", type=Path, help="count this recipe's model alone")
+    one.add_argument("--recipe", type=Path, help="count this recipe's model alone: a file")
     parser.add_argument("--sizes", nargs="+", choices=list(GPT2_SIZES), default=list(GPT2_SIZES))
     parser.add_argument("--patch_sizes", type=int, nargs="+", default=list(PATCH_SIZES))
     parser.add_argument(
@@ -50,10 +51,15 @@ def main():
     arguments = parse_arguments()
     if arguments.checkpoint or arguments.recipe:
         if arguments.recipe:
-            config = TarFlowLMConfig(
-                **json.loads(arguments.recipe.read_text(encoding="utf-8"))["config"]
-            )
+            recipe = read_json(arguments.recipe)
+            if "config" not in recipe:
+                raise ValueError(
+                    f"{arguments.recipe} has no `config`: its model comes from --from."
+                )
+
+            config = TarFlowLMConfig(**recipe["config"])
         else:
+            check_checkpoint(arguments.checkpoint, needs_tokenizer=False)
             config = AutoConfig.from_pretrained(arguments.checkpoint)
 
         count = count_flops(config)

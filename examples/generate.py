@@ -11,10 +11,10 @@ python examples/generate.py runs/demo/model --show_drafts          # guesses in 
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 
-import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.data import checked_ids, say_what_is_lost
+from tarflow_hf.hub import load_checkpoint
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -75,8 +75,7 @@ def parse_arguments() -> argparse.Namespace:
 def main():
     arguments = parse_arguments()
     set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
+    model, tokenizer = load_checkpoint(arguments.checkpoint)
 
     prompt = None
     if arguments.prompt:

@@ -12,10 +12,10 @@ import argparse
 import re
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 
-import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.data import say_what_is_lost, token_ids
+from tarflow_hf.hub import load_checkpoint
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,9 +32,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
+    if "_" not in arguments.text:
+        raise ValueError("The text has no gap: write an underscore for each token that is missing.")
+
     set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
+    model, tokenizer = load_checkpoint(arguments.checkpoint)
 
     ids, is_gap = [], []
     for piece in re.findall("_+|[^_]+", arguments.text):

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tarflow_hf.baseline import is_discrete
 from tarflow_hf.data import PackedTokens, held_out_documents
@@ -24,6 +23,7 @@ from tarflow_hf.evaluation import (
     evolution_of_text,
     provenance_of,
 )
+from tarflow_hf.hub import load_checkpoint
 from tarflow_hf.report import evolution_table, plot_evolution
 
 
@@ -50,8 +50,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    model, tokenizer = load_checkpoint(arguments.checkpoint, arguments.device)
     if is_discrete(model):
         raise ValueError(f"{arguments.checkpoint} has no flows: it is a {type(model).__name__}.")
 

@@ -9,13 +9,10 @@
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
-from tarflow_hf import TarFlowLMModel
-from tarflow_hf.hub import model_card, publish
+from tarflow_hf.data import read_json
+from tarflow_hf.hub import load_checkpoint, model_card, publish
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,14 +32,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    model = TarFlowLMModel.from_pretrained(arguments.checkpoint)
-    recipe = json.loads(arguments.recipe.read_bytes()) if arguments.recipe else None
-    evaluation = json.loads(arguments.evaluation.read_bytes()) if arguments.evaluation else None
+    recipe = read_json(arguments.recipe) if arguments.recipe else None
+    evaluation = read_json(arguments.evaluation) if arguments.evaluation else None
+    model, tokenizer = load_checkpoint(arguments.checkpoint)
     training, text = None, ""
 
     if recipe is not None:
         command = f"accelerate launch examples/train.py --recipe {arguments.recipe.stem}"
-        training, text = {**recipe["options"], "command": command}, recipe["description"]
+        training = {**recipe.get("options", {}), "command": command}
+        text = recipe.get("description", "")
 
     names = {"repo_id": arguments.repo_id, "description": text}
     card = model_card(model.config, training, evaluation, **names)
@@ -50,7 +48,6 @@ def main():
         print(card)
         return
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     options = {"private": arguments.private, "branch": arguments.branch, "tag": arguments.tag}
     print(publish(model, tokenizer, arguments.repo_id, card=card, **options).commit_url)
 

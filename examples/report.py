@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tarflow_hf.baseline import flows_of
 from tarflow_hf.data import PackedTokens, held_out_documents, token_ids
@@ -34,6 +33,7 @@ from tarflow_hf.evaluation import (
     reference_sequences,
     sample_to_file,
 )
+from tarflow_hf.hub import load_checkpoint
 from tarflow_hf.report import (
     SEED,
     codebook_section,
@@ -98,8 +98,7 @@ def main():
             f"There is no folder {arguments.output.parent} to write {arguments.output.name} in."
         )
 
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    model, tokenizer = load_checkpoint(arguments.checkpoint, arguments.device)
     judge = None
     if arguments.judge:
         judge = Judge(*load_judge(arguments.judge, arguments.device), progress=True)

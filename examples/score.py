@@ -4,16 +4,16 @@
     python examples/score.py USER/NAME "a text" --num_samples 64           # a tighter bound
 
 Nats of a TarFlowLM are upper bounds, of the whole text; texts of different lengths compare by nats
-per token. All texts share a batch: shorter ones are padded on the right, and masked.
+per token. All texts share a batch: shorter ones are padded on the right, and masked. A file, or a
+text longer than the model's sequences: examples/evaluate.py.
 """
 
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf.data import checked_ids, say_what_is_lost
+from tarflow_hf.hub import load_checkpoint
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,8 +33,7 @@ def parse_arguments() -> argparse.Namespace:
 @torch.no_grad()
 def main():
     arguments = parse_arguments()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
+    model, tokenizer = load_checkpoint(arguments.checkpoint)
 
     patch_size = model.config.patch_size
     named = enumerate(arguments.texts, 1)

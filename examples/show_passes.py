@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tarflow_hf.hub import load_checkpoint
 from tarflow_hf.report import SEED, draw_passes, few_changes, passes_page, passes_text
 
 
@@ -44,8 +44,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     arguments = parse_arguments()
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).to(arguments.device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    model, tokenizer = load_checkpoint(arguments.checkpoint, arguments.device)
 
     options = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     passes = draw_passes(

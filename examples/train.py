@@ -18,7 +18,6 @@ append.
 """
 
 import inspect
-import json
 import math
 import shlex
 import sys
@@ -40,12 +39,13 @@ from tarflow_hf.data import (
     is_of_sentences,
     load_splits,
     make_tokenizer,
+    read_json,
     sentence_splits,
     token_with_highest_id,
     vocabulary_size,
 )
 from tarflow_hf.evaluation import WHAT_IS_SCORED, score
-from tarflow_hf.hub import check_access, model_card, publish
+from tarflow_hf.hub import check_access, check_checkpoint, model_card, publish
 from tarflow_hf.report import likelihood_table
 from tarflow_hf.training import (
     RunStopped,
@@ -143,23 +143,6 @@ def check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
             raise ValueError(f"There is no {what} {name!r}: {hint}")
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: If there is no such file, or something else in it. The message names the place.
-    """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read as JSON: {error}") from error
-
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object, {{...}}, not {type(content).__name__}.")
-
-    return content
-
-
 def read_recipe(name: str) -> dict:
     """The `config` and the `options` of a recipe, by name or path.
 
@@ -228,7 +211,7 @@ def model_fields(run: RunConfig, training: TrainingConfig, recipe: dict) -> dict
     if training.source and run.model == "ar":
         raise ValueError("--from makes a tarflowlm: leave out --model ar.")
 
-    fields = read_json(Path(run.config)) if run.config else recipe.get(kind, {})
+    fields = read_json(run.config) if run.config else recipe.get(kind, {})
     if training.source:
         check_names("option of a conversion", fields, CONVERSION)
     else:
@@ -304,6 +287,9 @@ def build_from(training: TrainingConfig, fields: dict, tokenizer):
     fields = dict(fields)
     flows = fields.pop("append_flows", [])
     source, gguf_file = training.source, training.gguf_file
+    if gguf_file is None:
+        check_checkpoint(source, needs_tokenizer=False)
+
     if gguf_file is None and AutoConfig.from_pretrained(source).model_type == "tarflowlm":
         model = TarFlowLMModel.from_pretrained(source, dtype=torch.float32)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)

@@ -18,6 +18,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
+    TextIteratorStreamer,
+    pipeline,
 )
 
 from helpers import ROOT
@@ -453,6 +455,36 @@ def test_the_script_brings_all_that_belongs_to_a_model(converted):
     )
     tokens = model.generate(**chat, max_new_tokens=4)
     assert torch.equal(tokens[:, : chat["input_ids"].shape[1]], chat["input_ids"])
+
+
+def test_a_converted_model_chats_in_a_pipeline(converted):
+    """Alone, in a batch and through a streamer: the answer is that of `generate`."""
+    model, tokenizer = (
+        each.from_pretrained(converted[0]) for each in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    write = pipeline("text-generation", model=str(converted[0]), tokenizer=tokenizer)
+    chats = [[{"role": "user", "content": text}] for text in ("hi", "a longer question")]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    answers = []
+    for chat in chats:
+        inputs = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        tokens = model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        answers.append(
+            {"role": "assistant", "content": tokenizer.decode(tokens, skip_special_tokens=True)}
+        )
+
+    assert all(answer["content"] for answer in answers)
+    assert [write(chat, **options)[0]["generated_text"] for chat in chats] == [
+        [*chat, answer] for chat, answer in zip(chats, answers, strict=True)
+    ]
+    together = write(chats, batch_size=2, **options)
+    assert [each[0]["generated_text"][-1] for each in together] == answers
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    write(chats[1], streamer=streamer, **options)
+    assert "".join(streamer) == answers[1]["content"]
 
 
 def test_what_the_script_writes_needs_transformers_and_torch_only(converted, clean_room):

@@ -7,11 +7,13 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from tarflow_hf import data
@@ -315,6 +317,34 @@ def test_bad_files_are_refused(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"bad\.txt.*{message}"):
         load_splits(str(path))
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path):
+    """Python takes the locale's encoding for text files: in the C locale without UTF-8 mode, ASCII."""
+    path = tmp_path / "größe.txt"
+    path.write_bytes("größe und maß\n".encode() * 50)
+    code = (
+        "import sys, locale; from tarflow_hf.data import load_splits; print(locale.getpreferredencoding(False)); "
+        "print(ascii(load_splits(sys.argv[1])['train'][0][:5]))"
+    )
+    environment = {
+        "PYTHONPATH": str(SOURCE),
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+    }
+    printed = run_python(code, str(path), **environment).splitlines()
+    assert printed[0] != "UTF-8" and printed[1] == ascii("größe")
+
+
+def test_long_work_has_a_bar(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("tarflow_hf.data.tqdm", partial(tqdm, mininterval=0))
+    monkeypatch.setattr("tarflow_hf.data.BAR_DELAY", 0)
+    monkeypatch.setattr("tarflow_hf.data.BATCH", 100)
+    PackedTokens(["some text " * 50] * 3, character_tokenizer(), 8)
+    bars = capsys.readouterr().err.split("\r")
+    assert any(bar.startswith("tokenizing: 100%") and "1.50k/1.50k" in bar for bar in bars)
+    assert any("<" in bar and "character/s]" in bar for bar in bars)  # time that remains; rate
 
 
 def test_import_needs_no_optional_library():

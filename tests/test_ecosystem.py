@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     GenerationConfig,
+    TorchAoConfig,
     pipeline,
 )
 
@@ -252,6 +253,33 @@ def test_bitsandbytes(bits, tolerance, tmp_path):
     loss, expected = (each(ids, labels=ids).loss for each in (quantised, model))
     assert 0 < abs(loss - expected) < tolerance, loss - expected  # nats per token
     assert_same_output(again, observe(quantised))
+
+
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_torchao(kind, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    folder = ROOT / "checkpoints" / "python-docs"
+    model = AutoModel.from_pretrained(folder)
+    config = TorchAoConfig(getattr(quantization, kind)())
+    quantised = AutoModel.from_pretrained(folder, quantization_config=config)
+    linears = [each for each in quantised.modules() if isinstance(each, torch.nn.Linear)]
+    assert len(linears) > 7 * model.config.num_hidden_layers  # the projections, too
+    assert all(type(each.weight.data).__name__ == "Int8Tensor" for each in linears)
+
+    text = "the function returns a list of strings that the module defines"
+    ids = character_tokenizer()(text, return_tensors="pt").input_ids
+    noise = torch.randn(1, 40, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loss, expected = (each(ids, labels=ids).loss for each in (quantised, model))
+        written = quantised.generate(noise=noise)
+
+    assert 0 < abs(loss - expected) < 0.005, loss - expected  # nats per token
+    assert (written == model.generate(noise=noise)).float().mean() > 0.8
+
+    quantised.save_pretrained(tmp_path / "quantised")
+    again = AutoModel.from_pretrained(tmp_path / "quantised")
+    assert_same_output(again, observe(quantised))
+    assert torch.equal(again.generate(noise=noise), written)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

@@ -314,3 +314,115 @@ def test_finetune_goes_on_where_it_stopped(run):
     assert sum("'loss'" in line for line in printed.splitlines()) == 2
     with pytest.raises(SystemExit, match="0"):
         run("finetune.py", "--help")
+
+
+# --- Messages
+
+
+def error_of(run, *arguments):
+    """The error of a script that has no network, and stands at the end without another above it."""
+    with pytest.raises(Exception) as caught:
+        run(*arguments)
+
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
+    return str(caught.value)
+
+
+CHECKPOINT_FIRST = {
+    "edit.py": ["a text"],
+    "evaluate.py": ["--data", "text.txt"],
+    "evaluate_samples.py": ["--data", "text.txt", "--no_judge"],
+    "finetune.py": ["text.txt", "--output_dir", "mine", "--report_to", "none", "--use_cpu"],
+    "generate.py": [],
+    "infill.py": ["a ___ text"],
+    "latent_evolution.py": ["--data", "text.txt"],
+    "push.py": ["tester/name", "--print_card"],
+    "report.py": ["--data", "text.txt"],
+    "score.py": ["a text"],
+    "show_passes.py": [],
+}
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Fails where something asks the Hub, which without a network takes minutes to give up."""
+
+    def refuse(*_arguments, **_options):
+        raise AssertionError("The Hub was asked.")
+
+    for name in ("hf_hub_download", "get_hf_file_metadata"):
+        monkeypatch.setattr(f"huggingface_hub.file_download.{name}", refuse)
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
+    monkeypatch.setattr("transformers.utils.hub.snapshot_download", refuse)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("script", CHECKPOINT_FIRST)
+def test_a_checkpoint_that_is_not_there_is_said_at_once(run, script):
+    rest = CHECKPOINT_FIRST[script]
+    reason = error_of(run, script, "runs/modle/x", *rest)
+    assert (
+        reason.startswith("There is no file or folder runs/modle/x: ") and "has no runs" in reason
+    )
+    assert "Give the folder of a checkpoint" in reason
+
+    Path("run/model").mkdir(parents=True)
+    Path("run/model/config.json").write_text("{}")
+    assert "It holds a run, whose model is run/model." in error_of(run, script, "run", *rest)
+    assert "run/model has a model and no tokenizer" in error_of(run, script, "run/model", *rest)
+
+
+@pytest.mark.usefixtures("offline")
+def test_other_paths_that_lead_nowhere(run):
+    for arguments in (
+        ["train.py", "--from", "no/such/folder"],
+        ["convert.py", "no/such/folder", "out"],
+        ["flops.py", "--checkpoint", "no/such/folder"],
+        ["train.py", "--tokenizer", "no/such/folder"],
+        ["evaluate_samples.py", "model", "--data", "text.txt", "--judge", "no/such/folder"],
+    ):
+        assert error_of(run, *arguments).startswith("There is no file or folder no/such/folder")
+
+    for script in ("evaluate.py", "latent_evolution.py", "report.py"):
+        reason = error_of(run, script, "model", "--data", "txet.txt")
+        assert "did you mean text.txt? Give a UTF-8 text file" in reason
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["infill.py", "model", "a text"], "no gap: write an underscore"),
+        (["edit.py", "model", "a text", "--redraw", "4:10"], "beyond the text, which has 6 tokens"),
+        (["flops.py", "--recipe", "demo"], "demo can't be read as JSON: .*No such file"),
+        (
+            ["push.py", "model", "me/it", "--evaluation", "text.txt"],
+            "text.txt can't be read as JSON",
+        ),
+        (["score.py", "model", "a text " * 30], "210 tokens is longer than .* Cut it"),
+    ],
+)
+def test_wrong_arguments_are_named(run, arguments, message):
+    assert re.search(message, error_of(run, *arguments))
+
+
+@pytest.mark.parametrize("given", ["4", "4:", "7:4", "a:b", "4:4"])
+def test_a_part_that_is_none_is_refused(run, given, capsys):
+    with pytest.raises(SystemExit):
+        run("edit.py", "model", "a text", "--redraw", given)
+    assert f"must be START:END, such as 4:12, not '{given}'" in capsys.readouterr().err
+
+
+def test_an_edit_says_what_it_changed(run, capsys, monkeypatch):
+    text, options = "the quick brown", ["--redraw", "4:6", "--seed", "1"]
+    edited = run("edit.py", "model", text, *options).removesuffix("\n")
+    num_changed = sum(a != b for a, b in zip(text, edited, strict=True))
+    assert num_changed > 2  # what is read after them changes, too
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["edit.py", "model", text, *options])
+    runpy.run_path(str(ROOT / "examples" / "edit.py"), run_name="__main__")
+    shown = capsys.readouterr()
+    assert f"2 of 15 tokens were redrawn, {num_changed} changed.\n" in shown.err
+    marked = re.findall("\x1b\\[7m(.*?)\x1b\\[27m", shown.out)
+    assert sum(map(len, marked)) == num_changed
+    assert re.sub("\x1b\\[2?7m", "", shown.out) == edited + "\n"

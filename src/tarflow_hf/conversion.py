@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from .data import lost_path
 from .modeling.configuration_tarflowlm import TarFlowLMConfig
 from .modeling.inversion_tarflowlm import evaluating
 from .modeling.modeling_tarflowlm import FlowLayer, TarFlowLMModel
@@ -194,8 +195,13 @@ def load_source(
     The arguments are those of [`from_causal_lm`].
 
     Raises:
+        FileNotFoundError: If the source is a path that leads nowhere.
         ValueError: If it is no causal language model of the library.
     """
+    advice = "Give a folder with a causal language model, or a repository of the Hub."
+    if reason := lost_path(str(source), advice):
+        raise FileNotFoundError(reason)
+
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     if gguf_file is None:
         config = AutoConfig.from_pretrained(source)

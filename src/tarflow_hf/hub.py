@@ -1,6 +1,7 @@
 """Publishes a model with its code, tokenizer and card in one commit, and loads it back.
 
     publish(model, tokenizer, "USER/NAME", card=model_card(model.config, repo_id="USER/NAME"))
+    model, tokenizer = load_checkpoint("USER/NAME")   # or a folder; what is wrong with that is said
 
 Everything that can be wrong on this side is found before anything is written. `model.push_to_hub`
 and `Trainer(push_to_hub=True)` work as in the library, without these checks.
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -24,16 +26,29 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     get_token,
+    try_to_load_from_cache,
 )
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .cards import model_card
-from .data import token_with_highest_id, vocabulary_size
+from .data import lost_path, token_with_highest_id, vocabulary_size
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
-__all__ = ["PublishError", "check_access", "model_card", "publish"]
+__all__ = [
+    "PublishError",
+    "check_access",
+    "check_checkpoint",
+    "load_checkpoint",
+    "model_card",
+    "publish",
+]
 
 PROBE = "the quick brown fox jumps over the lazy dog"
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
@@ -51,6 +66,92 @@ REPLACED_FILES = {
 
 class PublishError(RuntimeError):
     """A model does not load as it should, or has not arrived. The message says what the Hub has."""
+
+
+def load_checkpoint(
+    name: str | os.PathLike, device: str | torch.device = "cpu", **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads the model of a checkpoint, in evaluation mode, and its tokenizer.
+
+    Args:
+        name: A folder, or a repository of the Hub; a TarFlowLM or a discrete baseline.
+        options: Those of `AutoModelForCausalLM.from_pretrained`, such as `dtype`.
+
+    Raises:
+        FileNotFoundError: If it is a folder that does not exist or lacks a file: see
+            `check_checkpoint`.
+
+    Example:
+        >>> model, tokenizer = load_checkpoint("checkpoints/python-docs")
+        >>> model.config.vocab_size
+        27
+    """
+    check_checkpoint(name)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, **options).to(device).eval()
+    return model, tokenizer
+
+
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def check_checkpoint(name: str | os.PathLike, needs_tokenizer: bool = True) -> None:
+    """Checks a folder with a checkpoint before anything is loaded.
+
+    A name that may be one of the Hub is left to it. If no such folder is here, that is said, because
+    without a network it takes the Hub's client minutes to give up.
+
+    Raises:
+        FileNotFoundError: If the name is a path and nothing is there, or if the folder has no
+            configuration or no tokenizer. The message says what it has.
+        NotADirectoryError: If it is a file.
+    """
+    folder = Path(name)
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"{name} is a file. Give the folder that it is in, which has config.json, too."
+        )
+
+    advice = (
+        "Give the folder of a checkpoint, such as the `model` of a run of examples/train.py, or a repository of the "
+        "Hub, USER/NAME."
+    )
+    if reason := lost_path(str(name), advice):
+        raise FileNotFoundError(reason)
+
+    if not folder.is_dir():
+        if try_to_load_from_cache(str(name), "config.json") is None:
+            print(
+                f"There is no folder {name}: it is taken for a repository of the Hub.",
+                file=sys.stderr,
+            )
+        return
+
+    if not any((folder / each).is_file() for each in ("config.json", "adapter_config.json")):
+        raise FileNotFoundError(f"{name} is no checkpoint: it has no config.json.{_within(folder)}")
+
+    if needs_tokenizer and not any((folder / each).is_file() for each in TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"{name} has a model and no tokenizer: save its own there by tokenizer.save_pretrained({str(name)!r})."
+        )
+
+
+def _within(folder: Path) -> str:
+    """A sentence on what of a run lies in a folder that is no checkpoint."""
+    if (folder / "model" / "config.json").is_file():
+        return f" It holds a run, whose model is {folder / 'model'}."
+    if kept := sorted(
+        folder.glob("checkpoint-*/config.json"), key=lambda path: path.stat().st_mtime
+    ):
+        return f" It holds a run that has not ended. Its newest checkpoint is {kept[-1].parent}."
+
+    return " Give the folder that save_pretrained has written."
 
 
 def publish(
@@ -170,7 +271,7 @@ def _check_saved(
     except RuntimeError as error:
         raise PublishError(
             f"What was saved does not load, and nothing was published: {error}"
-        ) from error
+        ) from None
 
     if not math.isclose(saved, expected, rel_tol=tolerance, abs_tol=tolerance):
         raise PublishError(
@@ -194,7 +295,7 @@ def _check_published(
             f"{place} was published but does not load here: {error}\nIf the connection was lost, "
             "publish again: what is there already is not sent twice. Until then nobody should use "
             "it."
-        ) from error
+        ) from None
 
     if not math.isclose(loaded, saved, rel_tol=1e-5, abs_tol=1e-5):
         raise PublishError(
@@ -211,7 +312,7 @@ def _tag(api: HfApi, repo_id: str, oid: str, tag: str) -> None:
         raise PublishError(
             f"{repo_id} at {oid} was published and verified, but not tagged {tag!r}: {error}\n"
             f"Tag it with `hf repos tag create {repo_id} {tag} --revision {oid}`."
-        ) from error
+        ) from None
 
 
 def check_access(
@@ -242,7 +343,7 @@ def check_access(
             raise
         raise ValueError(
             f"The Hub does not accept the token: make one at {TOKENS_PAGE}. {error}"
-        ) from error
+        ) from None
 
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise ValueError(
@@ -283,7 +384,7 @@ def _check_card(card: ModelCard | str) -> None:
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
             f"The card's metadata, between its two lines of ---, is not valid, and nothing was published: {error}"
-        ) from error
+        ) from None
 
 
 def _commit(
@@ -319,7 +420,7 @@ def _commit(
         raise PublishError(
             f"The commit to {repo_id} was not confirmed: {type(error).__name__}: {error}\nA commit arrives whole or "
             f"not at all: see {api.endpoint}/{repo_id}/commits/{branch}, and publish again."
-        ) from error
+        ) from None
 
 
 @torch.no_grad()
@@ -415,11 +516,11 @@ for line in sys.stdin:
         try:
             print(json.dumps(request), file=self.process.stdin, flush=True)
             answer = json.loads(self.answers.readline())
-        except (BrokenPipeError, json.JSONDecodeError) as error:  # it has died
+        except (BrokenPipeError, json.JSONDecodeError):  # it has died
             self.errors.seek(0)
             raise RuntimeError(
                 f"The process that loads it has ended: {self.errors.read()[-2000:]}"
-            ) from error
+            ) from None
 
         if "error" in answer:
             raise RuntimeError(answer["error"])

@@ -40,10 +40,13 @@ try:
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 except ImportError as error:
-    raise ImportError("The evaluation harness is missing: `pip install lm-eval`.") from error
+    raise ImportError(
+        f"The evaluation harness is missing: `pip install lm-eval` ({error})."
+    ) from None
 
 from .data import CharacterCount, checked_ids, token_ids
 from .evaluation import cut_text, elbo_samples, latent_noise, log_mean_exp
+from .hub import check_checkpoint
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
 logger = logging.get_logger(__name__)
@@ -96,6 +99,7 @@ class TarFlowLMEvaluator(LM):
         model = pretrained
 
         if isinstance(pretrained, str):
+            check_checkpoint(pretrained, needs_tokenizer=tokenizer is None)
             tokenizer = AutoTokenizer.from_pretrained(
                 pretrained if tokenizer is None else tokenizer, **options
             )

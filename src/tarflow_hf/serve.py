@@ -28,6 +28,7 @@ from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState
 
+from .hub import check_checkpoint
 from .modeling.generation_options import GenerationOptions
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
@@ -235,7 +236,11 @@ def make_app(checkpoint: str, device: str | None = None, dtype: str = "auto") ->
         checkpoint: A folder or a repository of the Hub. Requests call the model by this name.
         device: By default a GPU, if there is one.
         dtype: The weights', by default that in which they were saved.
+
+    Raises:
+        FileNotFoundError: If the checkpoint is a folder that does not exist or lacks a file.
     """
+    check_checkpoint(checkpoint)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
 

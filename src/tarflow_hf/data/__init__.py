@@ -9,6 +9,7 @@ A document is a string. Only a dataset of the Hub needs a network, and only it o
 """
 
 import ast
+import json
 import os
 import random
 import re
@@ -16,6 +17,7 @@ import sysconfig
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from tokenizers import Regex, normalizers
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .characters import (
@@ -62,9 +65,11 @@ __all__ = [
     "is_of_sentences",
     "load_corpus",
     "load_splits",
+    "lost_path",
     "make_tokenizer",
     "penn_treebank_tokenizer",
     "python_documentation",
+    "read_json",
     "read_text",
     "say_what_is_lost",
     "sentence_splits",
@@ -80,8 +85,11 @@ __all__ = [
 PYTHON_DOCS = "python-docs"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
+DATA_SUFFIXES = {".txt", ".json", ".jsonl", ".csv", ".tsv"}  # of files of text, lines or tables
+BAR_DELAY = 5  # seconds before a bar appears
 HELD_OUT = 0.05  # of the text, for each of validation and test
 FINGERPRINT = 64  # sequences of a stream that tell it from another one
+LONGEST_REASON = 500  # characters of an error of another library
 MAX_HELD_OUT_DOCUMENTS = 1000  # of a dataset without these splits; the number taken from a stream
 
 PIECE = 100_000  # characters: longer documents are tokenized in pieces, which bounds the memory this takes
@@ -201,6 +209,9 @@ def make_tokenizer(name: str | None, source: str = PYTHON_DOCS) -> PreTrainedTok
             the source's training text), or any `AutoTokenizer`. None is that of the source: "ptb"
             of "ptb:FOLDER", "words" of "wikitext2:FOLDER", else "text8".
         source: As of `load_splits`.
+
+    Raises:
+        FileNotFoundError: If the name is a path that leads nowhere.
     """
     if name is None:
         name = {"ptb": "ptb", "wikitext2": "words"}.get(source.partition(":")[0], "text8")
@@ -210,6 +221,10 @@ def make_tokenizer(name: str | None, source: str = PYTHON_DOCS) -> PreTrainedTok
         return penn_treebank_tokenizer()
     if name == "words":
         return word_tokenizer(load_splits(source)["train"])
+
+    advice = "Give a folder with a tokenizer, text8, ptb, words, or a repository of the Hub."
+    if reason := lost_path(name, advice):
+        raise FileNotFoundError(reason)
 
     return AutoTokenizer.from_pretrained(name)
 
@@ -258,6 +273,12 @@ def load_splits(
     if source and (files := _text_files(Path(source))):
         return split_files(Path(source), files)
 
+    advice = f"Give a UTF-8 text file, a folder of them, {PYTHON_DOCS!r}, or a dataset of the Hub."
+    if reason := lost_path(source, advice, DATA_SUFFIXES):
+        raise ValueError(
+            f"{source!r} is neither {PYTHON_DOCS!r}, nor a file or folder here, nor a dataset: {reason}"
+        )
+
     splits = _load_dataset(source, dataset_config, streaming)
     if "train" not in splits:
         raise ValueError(
@@ -300,16 +321,41 @@ def load_splits(
     }
 
 
+def lost_path(name: str, advice: str, suffixes: Iterable[str] = ()) -> str | None:
+    """Returns what to say of a path that leads nowhere, which the Hub would be asked for in vain.
+
+    None if it leads somewhere, or if it may be a name of the Hub.
+
+    Args:
+        name: The path.
+        advice: A sentence on what to give.
+        suffixes: Those of files: no name of the Hub ends with them.
+
+    Example:
+        >>> lost_path("no/such/folder", "Give another.").partition(": ")[0]
+        'There is no file or folder no/such/folder'
+    """
+    path = Path(name)
+    is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if path.exists() or not (is_path or path.suffix in suffixes):
+        return None
+
+    there = next(each for each in path.absolute().parents if each.is_dir())
+    part = path.absolute().relative_to(there).parts[0]
+    near = get_close_matches(part, [each.name for each in there.iterdir()], n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    return f"There is no file or folder {name}: {there} has no {part}{hint} {advice}"
+
+
 def _load_dataset(source: str, dataset_config: str | None, streaming: bool) -> dict[str, Any]:
     """The splits of a dataset; of a folder whose files can't be read, an error that names one."""
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        message = (
-            f"{source!r} is not a text file here. To load it as a dataset, `pip install datasets`."
-        )
-        raise ImportError(message) from error
+        raise ImportError(
+            f"{source!r} is not a text file here. To load it as a dataset, `pip install datasets` ({error})."
+        ) from None
 
     try:
         if not source:
@@ -323,22 +369,27 @@ def _load_dataset(source: str, dataset_config: str | None, streaming: bool) -> d
 
         raise ValueError(
             f"{source!r} is neither {PYTHON_DOCS!r}, nor a file or folder here, nor a dataset that loads: "
-            f"{error.__cause__ or error}"
-        ) from error
+            f"{str(error.__cause__ or error)[:LONGEST_REASON]}"
+        ) from None
 
 
 def _first_that_is_not_utf_8(folder: Path) -> Path | None:
     """The first file of text, lines or tables in a folder that is not UTF-8."""
-    suffixes = {".txt", ".json", ".jsonl", ".csv", ".tsv"}
     files = sorted(folder.rglob("*")) if str(folder) != "." and folder.is_dir() else []
     for path in files:
-        if path.suffix in suffixes:
+        if path.suffix in DATA_SUFFIXES:
             try:
                 path.read_bytes().decode("utf-8")
             except UnicodeDecodeError:
                 return path
 
     return None
+
+
+def _bar(title: str, unit: str, total: int | None) -> tqdm:
+    """A bar that appears if it takes longer; none where the total is not known."""
+    options: dict[str, Any] = {"desc": title, "unit": unit, "unit_scale": True, "leave": False}
+    return tqdm(total=total, delay=BAR_DELAY, disable=total is None, **options)
 
 
 class _Rows:
@@ -372,8 +423,12 @@ class _Rows:
             )
 
     def _read(self) -> Iterator[dict[str, Any]]:
+        total = len(self.rows) if hasattr(self.rows, "__len__") else None
         try:
-            yield from self.rows
+            with _bar(f"reading {self.split}", "row", total) as bar:
+                for row in self.rows:
+                    yield row
+                    bar.update()
         except UnicodeDecodeError:
             if (file := _first_that_is_not_utf_8(Path(self.source))) is not None:
                 read_text(file)
@@ -461,7 +516,7 @@ def read_text(path: str | os.PathLike) -> str:
     content = Path(path).read_bytes()
     if (position := content.find(b"\0")) >= 0:
         raise ValueError(
-            f"{path} is a binary file, not text: there is a null byte at position {position}."
+            f"{path} is a binary file, not text: there is a null byte at position {position}. Give a UTF-8 text file."
         )
 
     try:
@@ -469,13 +524,31 @@ def read_text(path: str | os.PathLike) -> str:
     except UnicodeDecodeError as error:
         byte = content[error.start]
         raise ValueError(
-            f"{path} is not UTF-8 text: byte 0x{byte:02x} at position {error.start}."
-        ) from error
+            f"{path} is not UTF-8 text: byte 0x{byte:02x} at position {error.start}. Save it as UTF-8, or convert it, "
+            "for example by `iconv -f ISO-8859-1 -t UTF-8`."
+        ) from None
 
     if not text.strip():
-        raise ValueError(f"{path} is empty: there is no text in it.")
+        raise ValueError(f"{path} is empty: there is no text in it. Give a file with text.")
 
     return text
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: If there is no such file, or something else in it. The message names the place.
+    """
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as JSON: {error}") from None
+
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, {{...}}, not {type(content).__name__}.")
+
+    return content
 
 
 def split_documents(documents: Iterable[str]) -> dict[str, list[str]]:
@@ -560,7 +633,16 @@ class PackedTokens(Dataset):
         self, documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int
     ):
         self.characters = CharacterCount(tokenizer)
-        encoded = list(_encode(documents, tokenizer, self.characters))
+        encoded = []
+        is_list = isinstance(documents, list | tuple) and all(isinstance(x, str) for x in documents)
+        total = sum(map(len, documents)) if is_list else None
+
+        # Of rows, the reader has a bar.
+        with _bar("tokenizing", "character", total) as bar:
+            for part in _encode(documents, tokenizer, self.characters):
+                encoded.append(part)
+                bar.update(self.characters.num_characters - bar.n)
+
         # An empty array in front, for a text without tokens; NumPy's promotion leaves the type to
         # the others.
         tokens = np.concatenate([np.empty(0, np.uint8), *(tokens for tokens, *_ in encoded)])

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..data import lost_path
 from .likelihood import ratio_of_sums
 
 JUDGE = "openai-community/gpt2-large"
@@ -34,8 +35,13 @@ def load_judge(
         options: Of `from_pretrained`.
 
     Raises:
+        FileNotFoundError: If the name is a path that leads nowhere.
         ValueError: If it gives no logits of tokens, or if the tokenizer is not the model's.
     """
+    advice = "Give a folder with a causal language model, or a repository of the Hub."
+    if reason := lost_path(str(name), advice):
+        raise FileNotFoundError(reason)
+
     tokenizer = AutoTokenizer.from_pretrained(name)
     judge = AutoModelForCausalLM.from_pretrained(name, **options).to(device).eval()
     check_judge(judge, tokenizer)
@@ -245,7 +251,7 @@ def mauve_score(
     try:
         import mauve
     except ImportError as error:
-        raise ImportError("MAUVE needs its library: `pip install mauve-text`.") from error
+        raise ImportError(f"MAUVE needs its library: `pip install mauve-text` ({error}).") from None
 
     result = mauve.compute_mauve(
         p_features=text_features.numpy(),

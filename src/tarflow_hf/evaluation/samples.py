@@ -180,11 +180,17 @@ def read_samples(path: str | os.PathLike, header: dict[str, Any] | None = None) 
     # Text behind the last line break was begun by a run that was killed.
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
 
+    entries: list[Any] = []
     try:
-        found, *samples = (json.loads(line) for line in lines)
-        samples = [Sample(**sample) for sample in samples]
+        for line in lines:
+            entry = json.loads(line)
+            entries.append(Sample(**entry) if entries else dict(entry))
+
+        found, *samples = entries
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no file of samples: {error}") from error
+        raise ValueError(
+            f"{path} is no file of samples: line {len(entries) + 1}: {error}. Give another file, or move this one away."
+        ) from None
 
     if header is not None:
         header = json.loads(json.dumps(header))

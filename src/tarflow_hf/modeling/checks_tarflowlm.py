@@ -56,7 +56,7 @@ def check_ids(
     if input_ids.shape[1] > config.max_position_embeddings:
         raise ValueError(
             f"A sequence of {input_ids.shape[1]} tokens is longer than max_position_embeddings, "
-            f"{config.max_position_embeddings}."
+            f"{config.max_position_embeddings}. Cut it, or score its parts one by one."
         )
 
     check_length(input_ids.shape[1], config.patch_size)

@@ -332,7 +332,7 @@ class TarFlowLMConfig(PreTrainedConfig):
             try:
                 block_config = CONFIG_MAPPING[model_type](**block_config)
             except Exception as error:
-                raise ValueError(f"block_config is no {model_type!r}: {error}") from error
+                raise ValueError(f"block_config is no {model_type!r}: {error}") from None
         elif not isinstance(block_config, PreTrainedConfig):
             raise ValueError(
                 f"block_config must be a configuration or a dict, not {type(block_config).__name__}."

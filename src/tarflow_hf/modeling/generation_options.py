@@ -341,7 +341,7 @@ class GenerationOptions:
         except Exception as error:
             raise ValueError(
                 f"The library does not take these values of {sorted(self.from_library)}: {error}"
-            ) from error
+            ) from None
 
     def processors(self) -> LogitsProcessorList:
         """The processors of one's own, and those that the library warns of without a prompt."""

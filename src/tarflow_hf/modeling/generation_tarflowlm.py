@@ -633,7 +633,8 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
 
         for part, module in parts.items():
             for name, parameter in module.named_parameters():
-                is_at_hand = parameter.is_floating_point() and parameter.device.type != "meta"
+                is_plain = parameter.is_floating_point() and type(parameter.data) is Tensor
+                is_at_hand = is_plain and parameter.device.type != "meta"
                 if is_at_hand and not bool(parameter.sum(dtype=torch.float32).isfinite()):
                     raise ValueError(f"{part}.{name} has a weight that is not finite.")
 

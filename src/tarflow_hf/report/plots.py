@@ -33,7 +33,9 @@ def new_figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib: `pip install matplotlib`.") from error
+        raise ImportError(
+            f"Pictures need matplotlib: `pip install matplotlib` ({error})."
+        ) from None
 
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -1,5 +1,6 @@
 """Tables as plain data, and the results of the project as tables."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -154,7 +155,7 @@ def likelihood_cells(
     """Nats per token, their error, bits per character, perplexity of a token, and of a word."""
     cells = [
         f"{row.nats_per_token:.4f}",
-        f"{row.standard_error:.4f}",
+        "" if math.isnan(row.standard_error) else f"{row.standard_error:.4f}",  # of one sequence
         f"{row.bits_per_character(characters_per_token):.4f}",
         f"{row.perplexity:.3f}",
     ]

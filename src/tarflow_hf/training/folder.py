@@ -85,7 +85,7 @@ def make_output_dir(output_dir: str | os.PathLike) -> None:
     except OSError as error:
         raise OSError(
             f"output_dir {output_dir} can't be written to: {error}. Choose another one."
-        ) from error
+        ) from None
 
 
 @contextmanager

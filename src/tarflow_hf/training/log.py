@@ -47,7 +47,7 @@ class JsonLines:
             raise OSError(
                 f"{self.path} could not be written: {error}. Is the disk full? Make room, then go on from the newest "
                 "checkpoint with resume."
-            ) from error
+            ) from None
 
     def _read(self) -> Iterator[dict[str, Any]]:
         """The entries, up to a line that a killed run has not finished."""
