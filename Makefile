@@ -55,6 +55,7 @@ study-ptb: $(VENV)/.installed
 	$(STUDY) $(PTB_OPTIONS) --test_samples 16 --cases discrete "Mix-d, one flow"
 	$(STUDY) $(PTB_OPTIONS) --test_samples 4 --cases Mix-d Mix-1 affine
 	$(STUDY) $(PTB_OPTIONS) --test_samples 1 --cases discrete "Mix-d, one flow" --seeds 1
+	$(STUDY) $(PTB_OPTIONS) --num_steps 6000 --test_samples 1 --cases discrete "Mix-d, one flow"
 
 PTB_OPTIONS = --dataset ptb:$(PTB) --num_steps 1200 --num_tokens 320 --latent_size 8 --learning_rate 0.003 --warmup_steps 60 \
 	--test_sequences 3735 --output $(RESULTS)/ptb.jsonl

@@ -156,7 +156,10 @@ def sections(rows: dict[str, list[dict]]) -> list[str]:
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    """Draws the validation curves of Penn Treebank's runs, in bits per character."""
+    """Draws Penn Treebank's longest runs: validation curves and test scores, in bits per character.
+
+    Validation reads its first sentences only, the test score all of the test text.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,16 +173,23 @@ def picture(rows: list[dict], path: Path) -> None:
         model: f"C{index}" for index, model in enumerate(dict.fromkeys(r["model"] for r in rows))
     }
 
-    first = min(row["seed"] for row in rows)
-    for row in (row for row in rows if "validation_curve" in row):
+    rows = [row for row in rows if row.get("validation_curve")]
+    longest = max((row["num_steps"] for row in rows), default=0)
+    rows = [row for row in rows if row["num_steps"] == longest]
+    first = min((row["seed"] for row in rows), default=0)
+    for row in rows:
         is_discrete = row["model"] == "discrete"
+        color = "black" if is_discrete else colors[row["model"]]
         axes.plot(
             *zip(*row["validation_curve"], strict=True),
-            color="black" if is_discrete else colors[row["model"]],
+            color=color,
             linestyle=":" if is_discrete else "-",
             marker=".",
             label=row["model"] if row["seed"] == first else None,
         )
+        label = "test text" if row is rows[0] else None
+        score = row["test_bits_per_character"]
+        axes.plot(longest, score, "*", color=color, fillstyle="none", markersize=9, label=label)
 
     for name, bits in PUBLISHED:
         axes.axhline(bits, color="grey", linewidth=0.6)
@@ -188,7 +198,7 @@ def picture(rows: list[dict], path: Path) -> None:
         axes.annotate(name, (0, bits), fontsize=6, color="grey", va=align, **place)
 
     axes.set_xlabel("step")
-    axes.set_ylabel("validation, bits per character (of flows: ELBO)")
+    axes.set_ylabel("bits per character (of flows: ELBO)")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -211,7 +221,7 @@ def main():
     if rows["ptb"]:
         image = page.with_suffix(".svg")
         picture(rows["ptb"], image)
-        parts.append(f"![Validation curves on Penn Treebank]({image.name})")
+        parts.append(f"![Validation curves and test scores on Penn Treebank]({image.name})")
 
     page.write_text("\n\n".join([*parts, *sections(rows)]) + "\n", "utf-8")
 
