@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST ?= .venv-oldest
 
-.PHONY: train test test-oldest fuzz docs check wheel-check gpu-check study-ptb study-wikitext2 study-stacks results clean
+.PHONY: train test test-oldest test-torchao fuzz docs check wheel-check gpu-check study-ptb study-wikitext2 study-stacks results clean
 
 # Trains the demo: at most five minutes on two CPU cores. A run that was stopped goes on. More options: see
 # examples/train.py.
@@ -22,6 +22,10 @@ test-oldest: $(OLDEST)/.installed
 # Configurations, batches and calls that the tests have not seen, until one fails or Ctrl-C.
 fuzz: $(VENV)/.installed
 	while FUZZ_EXAMPLES=500 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_fuzzing.py --numprocesses auto; do :; done
+
+# torchao beside the environment, not in it: once installed, every import of transformers loads it, with warnings.
+test-torchao: build/torchao/.installed
+	PYTHONPATH=build/torchao OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_ecosystem.py -k torchao
 
 # Style and types; .pre-commit-config.yaml has the same for each commit.
 check: $(VENV)/.installed
@@ -83,6 +87,11 @@ results: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+build/torchao/.installed: $(VENV)/.installed
+	rm -rf build/torchao
+	$(BIN)/pip install --quiet --no-deps --target build/torchao torchao==0.18.0
 	touch $@
 
 # Those versions, but for transformers and what goes with it, without the extras that these tests can do without.

@@ -27,6 +27,8 @@ THEME = gr.themes.Default(
     block_title_text_color="*neutral_700",
 )
 
+TEXTS = ["the function returns a list of strings", "a list returns the function"]
+
 
 def main():
     parser = argparse.ArgumentParser(
@@ -95,6 +97,7 @@ def write_tab(model, tokenizer) -> None:
         mixture = slider("Temperature of the mixture weights", 0.1, 1.5, visible=has_weights)
         candidates = slider("Candidates: the likeliest is kept", 1, 8, step=1)
 
+    gr.Examples(["the function returns ", "the function [........] a list"], prompt)
     act(write, [prompt, length, temperature, seed, top_p, mixture, candidates], prompt)
 
 
@@ -103,6 +106,7 @@ def score_tab(model, tokenizer) -> None:
         return demo.score(model, tokenizer, text)
 
     text = text_box("Your text")
+    gr.Examples(TEXTS, text)
     act(score, text, text)
 
 
@@ -115,6 +119,7 @@ def edit_tab(model, tokenizer) -> None:
 
     # "multiple": selections come faster than they are handled, and the last one counts.
     hidden = {"show_progress": "hidden", "api_visibility": "private"}
+    gr.Examples(TEXTS, text)
     text.select(selected, None, [part, start], trigger_mode="multiple", **hidden)
 
     with gr.Row():

@@ -41,7 +41,13 @@ def test_the_buttons(app, stack):
     *parts, answer = write(TEXT, 8, 1, None, 1, 1, 1)
     assert parts and all('class="guess"' in part for part in parts) and "Likelihood" in answer
     assert '<p class="message" role="alert">' in list(write("a" * 40, 8, 1, None, 1, 1, 1))[-1]
-    assert "Likelihood" in calls["score"][0](TEXT)
+    assert "Likelihood" in calls["score"][0](TEXT) and "dropped" not in calls["score"][0](TEXT)
+    said = (
+        "1 of 8 characters of your text (12.5%) are dropped by the tokenizer, such as &#39;!&#39;."
+    )
+    for answer in (calls["score"][0]("The fox!"), calls["edit"][0]("The fox!", "fox", 4, 1, 0)):
+        assert answer.startswith(f'<p class="note">{said}</p>')
+    assert said in list(write("The fox!", 8, 1, None, 1, 1, 2))[-1]
     assert "Before" in calls["edit"][0](TEXT, "fox", 4, 1, 0)
     shown = [
         x.visible

@@ -370,8 +370,8 @@ def test_bad_input(model):
     longest = model.config.max_position_embeddings
 
     cases = [
-        (dict(temprature=0.5), r"no options \['temprature'\]"),
-        (dict(num_beams=4), r"no options \['num_beams'\]"),
+        (dict(temprature=0.5), r"no options \['temprature'\] \(did you mean temperature\?\)"),
+        (dict(num_beams=4), r"no options \['num_beams'\]; its"),
         (dict(temperature=0.0), "temperature must be positive"),
         (dict(temperature=-1.0), "temperature must be positive"),
         (dict(temperature=float("nan")), "temperature must be positive and finite, not nan"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -181,8 +182,8 @@ class GenerationOptions:
 
         if unknown:
             raise ValueError(
-                f"generate has no options {unknown}; its options are noise, infill_mask, generator, streamer, "
-                f"{', '.join(names)}."
+                f"generate has no options {unknown}{_near(unknown, names)}; its options are noise, infill_mask, "
+                f"generator, streamer, {', '.join(names)}."
             )
 
         values = {}
@@ -380,6 +381,12 @@ class GenerationOptions:
             warpers.append(EtaLogitsWarper(self.eta_cutoff))
 
         return partial(warpers, None) if warpers else None  # whatever tokens came before
+
+
+def _near(unknown: Sequence[str], names: Sequence[str]) -> str:
+    """A question that names the options nearest to unknown ones; empty if none is near."""
+    near = [each for name in unknown for each in get_close_matches(name, names, n=1, cutoff=0.8)]
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def _unsupported(options: dict[str, Any], names: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..data import CharacterCount
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from .bits import likelihood_of_text
 from .page import STYLE_SHEET, render
@@ -81,7 +82,7 @@ def write(
         passes=passes_section(passes, tokenizer),
         likelihood=_likelihood(model, tokenizer, out.sequences),
     )
-    return str(answer)
+    return str(_lost(tokenizer, GAP.sub("", prompt)) + answer)
 
 
 def settle(
@@ -156,7 +157,8 @@ def score(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase, text: str) 
     Raises:
         ValueError: If the model does not take the text.
     """
-    return str(_likelihood(model, tokenizer, _read_whole(model, tokenizer, text)[0]))
+    ids, _ = _read_whole(model, tokenizer, text)
+    return str(_lost(tokenizer, text) + _likelihood(model, tokenizer, ids))
 
 
 @torch.no_grad()
@@ -206,12 +208,20 @@ def edit(
         passes=passes_section(passes, tokenizer),
         likelihood=_likelihood(model, tokenizer, edited),
     )
-    return str(answer)
+    return str(_lost(tokenizer, text) + answer)
 
 
 def message(error: Exception) -> str:
     """An error in a visitor's input as a part of the page."""
     return str(render("demo/message.html.j2", message=str(error)))
+
+
+def _lost(tokenizer: PreTrainedTokenizerBase, text: str) -> Markup:
+    """A paragraph on the characters that the tokenizer drops; empty if it drops none."""
+    characters = CharacterCount(tokenizer)
+    characters.add(text)
+    note = characters.note("your text")
+    return Markup('<p class="note">{}</p>\n').format(note) if note else Markup()
 
 
 def _likelihood(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> Markup:
