@@ -27,6 +27,7 @@ def main():
     parser.add_argument("checkpoint", help="a folder, or a repository of the Hub")
     parser.add_argument("data", help="a text file, a folder of them, or a dataset of the Hub")
     training, given = parser.parse_args_into_dataclasses()
+    training.dataloader_pin_memory &= training.device.type == "cuda"  # else torch warns
     resume = trainer_checkpoint(training)
     model, tokenizer = load_checkpoint(given.checkpoint, dtype=torch.float32)
 

@@ -300,6 +300,7 @@ def test_train_refuses_before_it_trains(train, options, message):
     assert not Path("run").exists()
 
 
+@pytest.mark.filterwarnings("error")
 def test_finetune_goes_on_where_it_stopped(run):
     """A new run in its folder is refused; `--help` explains; a half-written save is not taken."""
     options = ["--output_dir", "mine", "--save_steps", "2", "--logging_steps", "1"]
