@@ -347,6 +347,29 @@ def test_long_work_has_a_bar(monkeypatch, capsys, tmp_path):
     assert any("<" in bar and "character/s]" in bar for bar in bars)  # time that remains; rate
 
 
+BROKEN = {
+    "train.jsonl": (
+        '{"text": "a"}\n{"text": "b"\n',
+        r"train\.jsonl, line 2, can't be read as JSON: .* Mend the line",
+    ),
+    "train.csv": ('text\na\n"b\n', r"train\.csv can't be read: .*row 2.* Mend it, or leave it out"),
+    "train.parquet": ("no table", r"train\.parquet can't be read: .* Mend it"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_can_not_be_read_is_named(tmp_path, monkeypatch, name, streaming):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    content, message = BROKEN[name]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        list(load_splits(str(tmp_path / "data"), streaming=streaming)["validation"])
+    assert caught.value.__suppress_context__
+
+
 def test_import_needs_no_optional_library():
     code = "import sys, tarflow_hf.data; print([name for name in ('datasets', 'evaluate') if name in sys.modules])"
     assert run_python(code, PYTHONPATH=str(SOURCE)).strip() == "[]"

@@ -243,7 +243,8 @@ def _check_model(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase) -> N
     if vocabulary_size(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}: "
-            f"{token_with_highest_id(tokenizer)!r} has id {vocabulary_size(tokenizer) - 1}."
+            f"{token_with_highest_id(tokenizer)!r} has id {vocabulary_size(tokenizer) - 1}. Give "
+            "the tokenizer that the model was trained with."
         )
 
 

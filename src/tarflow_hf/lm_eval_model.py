@@ -51,6 +51,7 @@ from .modeling.modeling_tarflowlm import TarFlowLMModel
 
 logger = logging.get_logger(__name__)
 
+GENERATE_UNTIL = {"do_sample", "temperature", "top_k", "top_p"}  # options of its sampling
 BOUND = "a lower bound on log p(continuation | context)"
 DIFFERENCE = "a difference of two bounds, of context with continuation and of context, which is itself no bound"
 
@@ -362,8 +363,11 @@ class TarFlowLMEvaluator(LM):
             prompts.append(prompt)
             num_new.append(length)
             options = {"do_sample": False, **options}
-            if unknown := sorted(set(options) - {"do_sample", "temperature", "top_k", "top_p"}):
-                raise ValueError(f"generate_until has no options {unknown}.")
+            if unknown := sorted(set(options) - GENERATE_UNTIL):
+                raise ValueError(
+                    f"generate_until has no options {unknown}; its options are {sorted(GENERATE_UNTIL)}, until and "
+                    "max_gen_toks."
+                )
 
             if not options["do_sample"]:
                 options = {

@@ -115,7 +115,7 @@ class _Checked(BaseHandler):
         if room < 1:
             raise HTTPException(
                 400,
-                f"The prompt has {prompt.shape[1]} tokens, the model takes fewer than {longest}.",
+                f"The prompt has {prompt.shape[1]} tokens, the model takes fewer than {longest}: shorten it.",
             )
         if prompt.shape[1] % patch_size:
             raise HTTPException(

@@ -17,10 +17,11 @@ import sysconfig
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -85,7 +86,8 @@ __all__ = [
 PYTHON_DOCS = "python-docs"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-DATA_SUFFIXES = {".txt", ".json", ".jsonl", ".csv", ".tsv"}  # of files of text, lines or tables
+BINARY_SUFFIXES = {".arrow", ".parquet"}
+DATA_SUFFIXES = {".txt", ".json", ".jsonl", ".csv", ".tsv", *BINARY_SUFFIXES}
 BAR_DELAY = 5  # seconds before a bar appears
 HELD_OUT = 0.05  # of the text, for each of validation and test
 FINGERPRINT = 64  # sequences of a stream that tell it from another one
@@ -282,12 +284,13 @@ def load_splits(
     splits = _load_dataset(source, dataset_config, streaming)
     if "train" not in splits:
         raise ValueError(
-            f"the dataset {source!r} has no split 'train', only {', '.join(map(repr, splits))}."
+            f"the dataset {source!r} has no split 'train', only {', '.join(map(repr, splits))}. Give one that has, or "
+            "rename one of these."
         )
 
-    columns = splits["train"].column_names or next(
-        iter(splits["train"]), {}
-    )  # a stream may not know them
+    with _naming_files(source):  # a stream may not know them
+        columns = splits["train"].column_names or next(iter(splits["train"]), {})
+
     if text_column not in columns:
         names = ", ".join(map(repr, columns))
         raise ValueError(
@@ -302,7 +305,7 @@ def load_splits(
         if num_rows == 0:
             raise ValueError(
                 f"the dataset {source!r} has no split {missing[0]!r}, and its {len(splits['train'])} training rows "
-                f"are too few to hold out {HELD_OUT:.0%} of them."
+                f"are too few to hold out {HELD_OUT:.0%} of them. Give it such a split, or more rows."
             )
 
     first = dict.fromkeys(splits, 0)
@@ -362,28 +365,55 @@ def _load_dataset(source: str, dataset_config: str | None, streaming: bool) -> d
             raise ValueError("the name is empty")
         return dict(load_dataset(source, dataset_config, streaming=streaming))
     except (OSError, ValueError, DatasetsError) as error:
-        # DatasetNotFoundError and ConnectionError are OSErrors. A file that can't be read is the
-        # cause of a DatasetsError.
-        if (file := _first_that_is_not_utf_8(Path(source))) is not None:
-            read_text(file)
-
-        raise ValueError(
-            f"{source!r} is neither {PYTHON_DOCS!r}, nor a file or folder here, nor a dataset that loads: "
-            f"{str(error.__cause__ or error)[:LONGEST_REASON]}"
-        ) from None
+        # DatasetNotFoundError and ConnectionError are OSErrors.
+        _raise_fault(source, error)
 
 
-def _first_that_is_not_utf_8(folder: Path) -> Path | None:
-    """The first file of text, lines or tables in a folder that is not UTF-8."""
-    files = sorted(folder.rglob("*")) if str(folder) != "." and folder.is_dir() else []
+def _raise_fault(source: str, error: Exception) -> NoReturn:
+    """Raises a ValueError that names the file and line at which the `datasets` library gave up.
+
+    A file that can't be read is the cause of its error, which names neither.
+    """
+    reason = str(error.__cause__ or error)[:LONGEST_REASON]
+    folder = Path(source)
+    is_folder = source not in ("", ".") and folder.is_dir()
+    files = [x for x in sorted(folder.rglob("*")) if x.suffix in DATA_SUFFIXES] if is_folder else []
+
     for path in files:
-        if path.suffix in DATA_SUFFIXES:
-            try:
-                path.read_bytes().decode("utf-8")
-            except UnicodeDecodeError:
-                return path
+        if path.suffix not in BINARY_SUFFIXES:
+            text = read_text(path)
+            if path.suffix == ".jsonl":
+                _check_lines(path, text)
 
-    return None
+    if files:
+        what = str(files[0]) if len(files) == 1 else f"A file in {source}"
+        raise ValueError(f"{what} can't be read: {reason}. Mend it, or leave it out.") from None
+
+    raise ValueError(
+        f"{source!r} is neither {PYTHON_DOCS!r}, nor a file or folder here, nor a dataset that loads: {reason}"
+    ) from None
+
+
+@contextmanager
+def _naming_files(source: str) -> Iterator[None]:
+    """Makes whatever is raised in reading files of a folder an error that names the file."""
+    try:
+        yield
+    except Exception as error:  # each kind of file has its own
+        if not Path(source).is_dir():
+            raise
+        _raise_fault(source, error)
+
+
+def _check_lines(path: Path, text: str) -> None:
+    """Raises ValueError for the first line that is no JSON."""
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            json.loads(line or "null")
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}, can't be read as JSON: {error}. Mend the line, or leave it out."
+            ) from None
 
 
 def _bar(title: str, unit: str, total: int | None) -> tqdm:
@@ -397,8 +427,8 @@ class _Rows:
 
     Raises:
         TypeError: In an iteration, at a row without a text. The message names the row.
-        ValueError: In an iteration, if all rows are held out for other splits, or if a file is not
-            UTF-8.
+        ValueError: In an iteration, if all rows are held out for other splits, or if a file can't be
+            read. The message names it.
     """
 
     def __init__(self, rows: Any, source: str, split: str, column: str, first: int):
@@ -424,15 +454,11 @@ class _Rows:
 
     def _read(self) -> Iterator[dict[str, Any]]:
         total = len(self.rows) if hasattr(self.rows, "__len__") else None
-        try:
-            with _bar(f"reading {self.split}", "row", total) as bar:
-                for row in self.rows:
-                    yield row
-                    bar.update()
-        except UnicodeDecodeError:
-            if (file := _first_that_is_not_utf_8(Path(self.source))) is not None:
-                read_text(file)
-            raise
+        bar = _bar(f"reading {self.split}", "row", total)
+        with bar, _naming_files(self.source):
+            for row in self.rows:
+                yield row
+                bar.update()
 
 
 TEXT_FILE_SPLITS = {
@@ -481,7 +507,9 @@ def split_files(folder: Path, files: list[Path]) -> dict[str, list[str]]:
     if not named["train"]:
         named["train"] = unnamed
     if not named["train"]:
-        raise ValueError(f"{folder} has text files for held-out text only, and none to train on.")
+        raise ValueError(
+            f"{folder} has text files for held-out text only, and none to train on. Add one, such as train.txt."
+        )
 
     missing = [name for name in ("validation", "test") if not named[name]]
     if not missing:
@@ -826,9 +854,9 @@ def _check_length(num_tokens: int, sequence_length: int, characters: CharacterCo
     if 1 <= sequence_length <= num_tokens:
         return
 
-    reason = ""
+    reason = " Give more text, or ask for shorter sequences."
     if characters.num_characters:
-        reason = f" The text has {characters.num_characters:,} characters."
+        reason = f" The text has {characters.num_characters:,} characters.{reason}"
     if note := characters.note():
         reason = f" {note} Choose a tokenizer that knows these characters."
 

@@ -40,19 +40,20 @@ def check_batches(
     if config.batch_size % (parts * accelerator.num_processes):
         raise ValueError(
             f"batch_size {config.batch_size} can't be split into {parts} "
-            f"gradient_accumulation_steps on {accelerator.num_processes} processes."
+            f"gradient_accumulation_steps on {accelerator.num_processes} processes: it must be a multiple of "
+            f"{parts * accelerator.num_processes}."
         )
 
     if isinstance(train_data, IterableDataset):
         if not train_data.has_blocks(config.batch_size):
             raise ValueError(
                 "The stream ends with fewer sequences to train on than "
-                f"batch_size {config.batch_size}."
+                f"batch_size {config.batch_size}. Give more text, or a smaller batch_size."
             )
     elif len(train_data) < config.batch_size:
         raise ValueError(
             f"There are {len(train_data)} sequences to train on, fewer than "
-            f"batch_size {config.batch_size}."
+            f"batch_size {config.batch_size}. Give more text, or a smaller batch_size."
         )
 
     is_plain = not config.ema_decay and config.mode == "joint" and not config.patience
