@@ -331,4 +331,6 @@ def test_an_adapter_saved_with_its_tokenizer_loads(peft, tmp_path):
     noise = torch.randn(1, 10, 2)
     assert len(AutoTokenizer.from_pretrained(folder)) <= 28
     assert torch.equal(loaded.generate(noise=noise), adapted.generate(noise=noise))
-    assert loaded.merge_and_unload().get_input_embeddings().weight.shape == (28, 2)
+    merged = loaded.merge_and_unload()
+    assert torch.equal(merged.generate(noise=noise), adapted.generate(noise=noise))
+    assert merged.get_input_embeddings().weight.shape == (28, 2)

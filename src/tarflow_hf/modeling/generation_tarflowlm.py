@@ -781,8 +781,9 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         if "right_to_left" in directions or not is_leading:
             logger.warning_once(
                 "The known tokens are held fixed in the first flow only: an approximation of the model's "
-                "conditional distribution. Exact are the continuation of a prompt if no flow runs right to left, "
-                "and everything that a model with conditional=True has been trained for."
+                "conditional distribution. Nothing is wrong with the text. Where its distribution matters, exact "
+                "are the continuation of a prompt if no flow runs right to left, and everything that a model with "
+                "conditional=True has been trained for."
             )
 
     def _length(self, is_prompt: Tensor, noise: Tensor | None, options: GenerationOptions) -> int:
