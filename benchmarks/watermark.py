@@ -10,6 +10,7 @@ the text alone, without its prompt, as it was written and after edits.
 
 `share 1e-3` and `share 1e-6` are the shares of texts with a smaller p-value, `median` is the median of
 log10 p. Edits replace, delete or insert a share of the tokens, each with a token of another text. The
+`detect` is told the temperature, and in the rows "untold" it is not. The
 p-value of green lists is that of a binomial distribution of their number, and SynthID's of the same of
 all its bits behind contexts that are new; the library's own Bayesian detector for it has to be
 trained. `nats` is the negative log-likelihood of a token under the source at that temperature, with
@@ -52,6 +53,7 @@ EDITS = [("none", 0.0)] + [
 ]
 
 NOISE, GREEN, SYNTHID = "NoiseWatermark", "WatermarkingConfig", "SynthID-Text"
+UNTOLD = f"{NOISE}, untold"  # `detect` does not know the temperature
 SYNTHID_KEYS = [
     654, 400, 836, 123, 340, 443, 597, 160, 57, 29, 590, 639, 13, 715, 468, 990, 966, 226, 324, 585,
 ]  # fmt: skip
@@ -211,16 +213,19 @@ def edited(
     return both[torch.stack([is_edited, torch.ones_like(is_edited)], -1).flatten()]
 
 
-def by_noise(model: TarFlowLMModel, keys: Keys) -> Callable[[Tensor, int, list[int]], list[float]]:
+def by_noise(
+    model: TarFlowLMModel, keys: Keys, temperature: float = 1.0
+) -> Callable[[Tensor, int, list[int]], list[float]]:
     """log10 p of the first tokens of a text, for each of some lengths, given the row's key."""
     flows = model.config.flows
+    told = {} if temperature == 1 else {"mixture_temperature": temperature}
     is_causal = len(flows) == 1 and model.config.patch_size == 1
 
     def detect(text: Tensor, row: int, lengths: list[int]) -> list[float]:
         values = []
-        whole = read_evidence(model, text[None]) if is_causal else None
+        whole = read_evidence(model, text[None], **told) if is_causal else None
         for length in lengths:
-            evidence = whole or read_evidence(model, text[None, :length])
+            evidence = whole or read_evidence(model, text[None, :length], **told)
             evidence = evidence._replace(
                 mean=evidence.mean[:, :length], variance=evidence.variance[:, :length]
             )
@@ -346,16 +351,18 @@ def main():
                 cost=None if cost is None else cost.mean().item(),
             )
 
-    detectors = {NOISE: by_noise(model, keys)}
-    if source is not None:
-        detectors[GREEN] = by_green_lists(source, configs[GREEN])
-        detectors[SYNTHID] = by_synthid(source, configs[SYNTHID])
-
-    widths = {"temperature": 11, "mark": 18, "edit": 8, "rate": 4, "tokens": 6}
+    widths = {"temperature": 11, "mark": 22, "edit": 8, "rate": 4, "tokens": 6}
     table.title(**widths, **{"share 1e-3": 10, "share 1e-6": 10, "median": 7})
     for temperature in arguments.temperatures:
+        detectors = {NOISE: by_noise(model, keys, temperature)}
+        if temperature != 1:
+            detectors[UNTOLD] = by_noise(model, keys)
+        if source is not None:
+            detectors[GREEN] = by_green_lists(source, configs[GREEN])
+            detectors[SYNTHID] = by_synthid(source, configs[SYNTHID])
+
         for mark, detect in detectors.items():
-            tokens = texts[temperature, mark]
+            tokens = texts[temperature, NOISE if mark == UNTOLD else mark]
             for row in power(tokens, detect, arguments.lengths, arguments.edited_length):
                 table.row(kind="power", model=name, temperature=temperature, mark=mark, **row)
 

@@ -104,10 +104,11 @@ def test_benchmark_of_watermarks(tmp_path, capsys, monkeypatch):
         assert long < short < 0 and long < -3 and max(edits) <= 0
 
     output.unlink()
-    options += ["--checkpoint", str(ROOT / "checkpoints" / "python-docs")]
+    options += ["--checkpoint", str(ROOT / "checkpoints" / "python-docs"), "--temperatures", "0.7"]
     benchmark("watermark.py", *options, capsys=capsys, monkeypatch=monkeypatch)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert {row["mark"] for row in rows} == {"NoiseWatermark"} and rows[1]["median"] < -3
+    assert {row["mark"] for row in rows} == {"NoiseWatermark", "NoiseWatermark, untold"}
+    assert len(rows) == 2 * (2 + 9) and max(rows[1]["median"], rows[12]["median"]) < -3
 
 
 def test_benchmark_of_training(tmp_path, capsys, monkeypatch):

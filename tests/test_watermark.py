@@ -15,12 +15,15 @@ from tarflow_hf.watermark import (
     CORRELATIONS,
     EDITINGS,
     ROUNDS,
+    SAMPLING_OPTIONS,
     Alignment,
     Evidence,
     NoiseWatermark,
     predict,
     rank_p_value,
     read_evidence,
+    sampling,
+    stratified_noise,
 )
 
 CHECKPOINT = ROOT / "checkpoints" / "python-docs"
@@ -120,10 +123,19 @@ def test_copies_of_a_prompt_have_streams_of_their_own(model):
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_prompt_tokens", "num_streams"), [(0, 2), (12, 8)])
-def test_p_values_of_wrong_keys_are_uniform(model, text, num_prompt_tokens, num_streams):
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "num_streams", "options"),
+    [
+        (0, 2, {}),
+        (12, 8, {}),
+        (0, 2, {"mixture_temperature": 0.7}),
+        (12, 2, {"top_k": 3, "temperature": 0.8}),
+    ],
+)
+def test_p_values_of_wrong_keys_are_uniform(model, text, num_prompt_tokens, num_streams, options):
+    """Whatever `detect` is told, right or not: this text was written at temperature 1."""
     first = 0 if num_prompt_tokens else 6
-    evidence = read_evidence(model, text[:, first:22], num_prompt_tokens)
+    evidence = read_evidence(model, text[:, first:22], num_prompt_tokens, **options)
     marks = [NoiseWatermark(key, num_streams, max_offset=8) for key in range(1000, 2000)]
     results = [mark.test(evidence) for mark in marks]
     assert kstest([each.p_value for each in results], "uniform").pvalue > 1e-3
@@ -253,7 +265,36 @@ def test_edits_leave_the_mark(model, text, edit, rate):
 def test_sampling_options_leave_the_mark(model, options):
     mark = NoiseWatermark(key=42)
     tokens = model.generate(max_new_tokens=120, watermark=mark, **options)
-    assert mark.detect(model, tokens).p_value < 1e-6
+    told, untold = mark.detect(model, tokens, **options), mark.detect(model, tokens)
+    assert told.p_value < 1e-6 and untold.p_value < 1e-6
+    assert told.log_likelihood_ratio > untold.log_likelihood_ratio
+
+
+STEERED = {
+    **{name: (name, {"mixture_temperature": 0.6, "top_k": 4}) for name in ("mix-d", "mix-d, mix-1, mix-1")},
+    "top_p": ("mix-d, mix-1, mix-1", {"top_p": 0.9, "temperature": 0.7}),
+    "the noise": ("mix-1, right to left, posterior", {"temperature": 0.7}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("case", STEERED)
+def test_flows_undo_what_generate_does(case, patch_size):
+    """The noise comes back from the latents, under the options that made them."""
+    stack, options = STEERED[case]
+    model = make((STACKS | CAUSAL)[stack], patch_size)
+    temperatures = [0.9, 0.8, 0.7][: len(model.config.flows)]
+    noise = torch.randn(2, 8, 2, dtype=torch.float64)
+    for more in ({}, {"flow_temperatures": temperatures}):
+        steps = {name: x for name, x in (options | more).items() if name != "temperature"}
+        scaled = noise * options.get("temperature", 1.0)
+        latents = model.generate(noise=scaled, output_states=True, **steps).latents
+        with sampling(model, options | more) as temperature, torch.no_grad():
+            found = model.flow(latents).noise / temperature
+
+        torch.testing.assert_close(found, noise, atol=1e-6, rtol=1e-6)
+        with torch.no_grad():  # and nothing of it is left behind
+            assert not torch.allclose(model.flow(latents).noise, noise, atol=1e-2)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])
@@ -285,7 +326,8 @@ def test_conditional_models_leave_the_mark():
     assert mark.detect(model, tokens, num_prompt_tokens=10).p_value < 1e-9
 
 
-def test_the_prediction_is_that_of_a_variance_that_is_not_known():
+@pytest.mark.parametrize("worth", [1.0, 16.0])
+def test_the_prediction_is_that_of_a_variance_that_is_not_known(worth):
     """Against the integral over the mean of the draws, on a grid, for each variance."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.tensor([1.0, 0.6, 0.3, 0.1], dtype=torch.float64)
@@ -294,26 +336,48 @@ def test_the_prediction_is_that_of_a_variance_that_is_not_known():
         torch.randn(4, 4, 6, generator=generator),
     )
     draws = means + spread.unsqueeze(-1) * draws  # (S, 4, 6)
+    center = draws.mean(0)
+    squares = (draws - center).square().sum(0)
 
     m = torch.linspace(-6, 6, 40_001, dtype=torch.float64).reshape(-1, 1, 1)
     moments = torch.zeros(3, *draws.shape[1:], dtype=torch.float64)  # of the next draw: 1, x, x^2
-    moments[0] += 0.5 * torch.distributions.Normal(0, 1).log_prob(draws).sum(0).exp()
-    moments[2] += moments[0]
-    for v in (0.6, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4):
-        weight = torch.distributions.Normal(0, (1 - v) ** 0.5).log_prob(m).exp()
-        for draw in draws:
-            weight = weight * torch.distributions.Normal(m, v**0.5).log_prob(draw).exp()
+    for v in (1.0, 0.6, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4):
+        # The draws' mean, as of S w independent ones, and how they lie around it.
+        of_mean = torch.distributions.Normal(m, (v / (4 * worth)) ** 0.5).log_prob(center).exp()
+        weight = of_mean * v**-1.5 * (-squares / (2 * v)).exp()
+        if v < 1:
+            prior = torch.distributions.Normal(0, (1 - v) ** 0.5).log_prob(m).exp()
+            weight = weight * prior * 0.5 / 7 * 12 / 40_000
+        else:
+            weight = 0.5 * weight * (m.abs() < 1e-9)
 
-        weight = weight * 0.5 / 7 * 12 / 40_000
         each = [weight, weight * m, weight * (m.square() + v)]
         moments += torch.stack([x.sum(0) for x in each])
 
     expected_mean = moments[1] / moments[0]
-    mean, variance = predict(draws)
+    mean, variance = predict(draws, (worth,))
     assert torch.allclose(mean, expected_mean, atol=1e-6)
     assert torch.allclose(variance, moments[2] / moments[0] - expected_mean.square(), atol=1e-6)
-    # Draws that agree say where the next one lies, draws that differ do not.
-    assert variance[3].max() < 0.1 and variance[0].median() > 0.8
+    # Draws that agree say where the next one lies, independent draws that differ do not.
+    assert variance[3].max() < 0.1 and (worth > 1 or variance[0].median() > 0.8)
+
+
+def test_independent_draws_are_worth_one_and_stratified_ones_more():
+    """The likeliest worth is chosen; draws that no key makes say nothing."""
+    draws = torch.randn(4, 500, 8, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(9, (1, 500), generator=torch.Generator().manual_seed(1))
+    strata = stratified_noise(tokens, 8, 4)
+    assert strata.mean(0).abs().max() < 1e-6
+    torch.testing.assert_close(strata.square().mean(0), torch.ones(500, 8))
+    assert torch.corrcoef(strata.flatten(1)[:, ::7].T[:200])[0, 1:].abs().mean() < 0.8
+
+    for kind, worth in ((draws, 1.0), (strata, 256.0)):
+        mean, variance = predict(kind)
+        torch.testing.assert_close((mean, variance), predict(kind, (worth,)))
+
+    draws[0, 3, 2], draws[1, 4, 1] = 31.0, torch.nan
+    mean, variance = predict(draws)
+    assert [mean[3, 2], variance[3, 2], mean[4, 1], variance[4, 1]] == [0, 1, 0, 1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -347,6 +411,19 @@ def test_what_cannot_be_marked_or_detected_is_said(model, text):
     ):
         with pytest.raises(ValueError, match=message):
             mark.detect(model, tokens, num_prompt_tokens)
+
+    for message, options in (
+        (r"whatever \['seed'\] was", {"seed": 3}),
+        ("top_p must be above 0", {"top_p": 0.0}),
+        ("flow_temperatures has 2 entries for 1 flows", {"flow_temperatures": [1.0, 0.5]}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mark.detect(model, text, **options)
+    with pytest.raises(ValueError, match="steer mixture_rosenblatt flows"):
+        mark.detect(make([flow("affine")]), text[:, :4] % 5, mixture_temperature=0.7)
+
+    everything = dict.fromkeys(SAMPLING_OPTIONS)  # None is as left out
+    assert mark.detect(model, text, **everything) == mark.detect(model, text)
 
     for key in ("", b"", 1.5, True):
         with pytest.raises(ValueError, match="key must be"):

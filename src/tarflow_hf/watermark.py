@@ -6,13 +6,15 @@ much better the key's noise fits it than any other noise does.
 
 1. Evidence. The noise u_t at a token of the text is drawn a few times (q(z | x), flowed forward),
    and each of its dimensions gets a mean M and a variance W. A dimension that tells nothing about
-   the token has M = 0 and W = 1.
+   the token has M = 0 and W = 1. The draws are stratified, a Latin hypercube, so that four of them
+   say what sixteen independent ones do. The mixture weights are those of the sampling options that
+   `detect` is told.
 2. One token, one number k of the key's noise, the likelihood ratio
 
        L_t(k) = sum_c w_c prod_i N(k_i; c M_i, c^2 W_i + 1 - c^2) / N(k_i; 0, 1),
 
    in which correlations c < 1 stand for contexts that are not quite those of the writer (a prompt
-   that is not known, another temperature). By Neyman and Pearson no statistic of (t, k) has more
+   that is not known, a temperature that is not told). By Neyman and Pearson no statistic of (t, k) has more
    power than the true ratio; it weighs each dimension by what it tells: exp(E log L) is the
    information in nats that the key has of the token, at most the token's surprise -log pi.
 3. A text whose beginning is unknown, or that was edited: an average of the products of L_t over
@@ -37,23 +39,39 @@ References:
     arXiv:2307.15593, for alignment with a key's sequence and reference keys.
     Christ, Gunn & Zamir, *Undetectable Watermarks for Language Models*, COLT 2024,
     arXiv:2306.09194.
+    McKay, Beckman & Conover, *A Comparison of Three Methods for Selecting Values of Input Variables
+    in the Analysis of Output from a Computer Code*, Technometrics 21(2), 1979, for Latin hypercubes.
 """
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .modeling.evaluation_noise import fixed_noise
+from .modeling.generation_options import LIBRARY_WARPERS, GenerationOptions
+from .modeling.inversion_tarflowlm import InverseOptions, evaluating
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 from .modeling.normal import ndtri_exp
 
-# Draws of a text's noise.
+# Options of `generate` that say how noise becomes text.
+SAMPLING_OPTIONS = (
+    *("temperature", "flow_temperatures", "mixture_temperature", "top_k", "top_p"),
+    *LIBRARY_WARPERS,
+)
+
+# Draws of a text's noise, and how many independent ones each of them may be worth.
 NUM_SAMPLES = 4
+WORTHS = (1.0, 4.0, 16.0, 64.0, 256.0)
+
+# Farther out lies noise of tokens that the sampling options leave out. No key has it.
+FARTHEST = 7.0
 
 # How near the noise that wrote a text may be to what is inferred.
 CORRELATIONS = (0.99, 0.85, 0.6, 0.4)
@@ -211,7 +229,11 @@ class NoiseWatermark:
     # ------------------------------------------------------------------------------------- detection
 
     def detect(
-        self, model: TarFlowLMModel, tokens: Tensor, num_prompt_tokens: int = 0
+        self,
+        model: TarFlowLMModel,
+        tokens: Tensor,
+        num_prompt_tokens: int = 0,
+        **sampling_options: Any,
     ) -> WatermarkResult:
         """Tests whether the key's noise wrote a text.
 
@@ -220,11 +242,15 @@ class NoiseWatermark:
             tokens: The text (1, T), with its prompt if that is known.
             num_prompt_tokens: The number of tokens at the beginning that are a prompt. With 0, a
                 prompt in front of the text is searched for.
+            sampling_options: Those of `generate` that the text was written with, if that is known:
+                `temperature`, `flow_temperatures`, `mixture_temperature`, `top_k`, `top_p`,
+                `min_p`, `typical_p`, `epsilon_cutoff`, `eta_cutoff`. The p-value is exact whatever
+                they are; the right ones give it more power.
 
         Raises:
             ValueError: If the tokens are not (1, T) of the model's vocabulary, nothing is left
-                behind the prompt, or the codebook is none of those of the models that wrote with
-                this object.
+                behind the prompt, the codebook is none of those of the models that wrote with this
+                object, or an option is unknown, out of range or none that steers this model.
         """
         if self.codebooks and _codebook_id(model) not in self.codebooks:
             raise ValueError(
@@ -232,7 +258,7 @@ class NoiseWatermark:
                 "detect with the model that wrote, or one that was made from it."
             )
 
-        return self.test(read_evidence(model, tokens, num_prompt_tokens))
+        return self.test(read_evidence(model, tokens, num_prompt_tokens, **sampling_options))
 
     @torch.no_grad()
     def test(self, evidence: Evidence) -> WatermarkResult:
@@ -314,11 +340,13 @@ def read_evidence(
     tokens: Tensor,
     num_prompt_tokens: int = 0,
     num_samples: int = NUM_SAMPLES,
+    **sampling_options: Any,
 ) -> Evidence:
     """The noise of a text (1, T) behind its prompt, from some draws. It depends on no key.
 
     Raises:
-        ValueError: If the tokens are not (1, T) of the model's vocabulary, or nothing is left.
+        ValueError: If the tokens are not (1, T) of the model's vocabulary, nothing is left, or an
+            option is unknown, out of range or none that steers this model.
     """
     if tokens.ndim != 2 or len(tokens) != 1:
         raise ValueError(
@@ -339,7 +367,10 @@ def read_evidence(
         if last == phase:
             continue
 
-        draws = draw_noise(model, tokens[:, phase:last], num_prompt_tokens - phase, num_samples)
+        with sampling(model, sampling_options) as temperature:
+            part = tokens[:, phase:last]
+            draws = draw_noise(model, part, num_prompt_tokens - phase, num_samples) / temperature
+
         mean[phase, phase:last], variance[phase, phase:last] = predict(draws.cpu())
 
     seed = hashlib.sha256(str(tokens.tolist()).encode()).digest()
@@ -347,38 +378,110 @@ def read_evidence(
     return Evidence(mean, variance, num_prompt_tokens, seed)
 
 
+@contextmanager
+def sampling(model: TarFlowLMModel, sampling_options: dict[str, Any]) -> Iterator[float]:
+    """The time in which a model's flows undo what `generate` does with some options.
+
+    Yields:
+        The temperature of the noise, which is left to undo.
+
+    Raises:
+        ValueError: If an option is unknown, out of range or none that steers this model.
+    """
+    if unknown := sorted({*sampling_options} - {*SAMPLING_OPTIONS}):
+        raise ValueError(
+            f"A watermark is detected whatever {unknown} was: the options that count are {', '.join(SAMPLING_OPTIONS)}."
+        )
+
+    given = {name: value for name, value in sampling_options.items() if value is not None}
+    options = GenerationOptions(**given)
+    model._check_options(options, None, None)
+    flows = model.flow.layers
+    inverse = InverseOptions(
+        flow_temperatures=options.flow_temperatures, logits_processor=options.warpers()
+    )
+    hooks = []
+    for flow, each in zip(
+        flows, inverse.for_flows(flows, model.codebook().mean, False), strict=True
+    ):
+        (flow_temperature,) = each.flow_temperatures
+        if each.logits_processor is not None:
+            process = _GiveProcessor(each.logits_processor)
+            hooks.append(flow.head.register_forward_pre_hook(process, with_kwargs=True))
+        if flow_temperature != 1:
+            hooks.append(flow.register_forward_hook(_DivideOutput(flow_temperature)))
+
+    try:
+        yield options.temperature
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _GiveProcessor:
+    """Hands a processor of logits on to a coupling head, before its `forward`."""
+
+    def __init__(self, logits_processor: Any):
+        self.option = {"logits_processor": logits_processor}
+
+    def __call__(self, head: Any, arguments: tuple, options: dict) -> tuple[tuple, dict]:
+        return arguments, options | self.option
+
+
+class _DivideOutput:
+    """Divides the state that comes out of a flow by its temperature."""
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+
+    def __call__(self, flow: Any, arguments: tuple, output: tuple) -> tuple:
+        return output[0] / self.temperature, *output[1:]
+
+
 def draw_noise(
     model: TarFlowLMModel, tokens: Tensor, num_prompt_tokens: int, num_samples: int
 ) -> Tensor:
     """Draws (S, T, d) of the noise of a text (1, T), the same ones every time."""
-    is_training = model.training
-    model.eval()
-    latents = torch.cat(
-        [
-            model.encode(tokens, noise=fixed_noise(tokens, model.config.latent_size, index=index))
-            for index in range(num_samples)
-        ]
-    )
+    epsilon = stratified_noise(tokens, model.config.latent_size, num_samples)
+    ids = tokens.expand(num_samples, -1)
+    latents = model.encode(ids, noise=epsilon)
 
     observed = {}
     if model.config.conditional and num_prompt_tokens > 0:
-        ids = tokens.expand(num_samples, -1)
-        mask = (torch.arange(tokens.shape[1], device=tokens.device) < num_prompt_tokens).expand(
-            num_samples, -1
-        )
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        mask = (place < num_prompt_tokens).expand(num_samples, -1)
         observed = {"observed_ids": ids, "observed_mask": mask}
 
-    noise = model.flow(latents, **observed).noise
-    model.train(is_training)
-    return noise.float()
+    with evaluating(model.flow):
+        return model.flow(latents, **observed).noise.float()
 
 
-def predict(draws: Tensor) -> tuple[Tensor, Tensor]:
+def stratified_noise(tokens: Tensor, latent_size: int, num_samples: int) -> Tensor:
+    """Noise (S, T, d) for the latents of a text (1, T), a Latin hypercube that follows from the text.
+
+    Each number takes S quantiles of N(0, 1), of mean 0 and variance 1, in an order of its own. A
+    function that is nearly monotone in one of the numbers has a mean over them that is hardly off.
+
+    Example:
+        >>> noise = stratified_noise(torch.tensor([[3, 1, 2]]), 2, 4)
+        >>> noise.sort(0).values[:, 0, 0]
+        tensor([-1.3723, -0.3418,  0.3418,  1.3723])
+    """
+    levels = torch.special.ndtri((torch.arange(num_samples) + 0.5) / num_samples)
+    levels = levels / levels.square().mean().sqrt()
+    draws = [fixed_noise(tokens, latent_size, index=index) for index in range(num_samples)]
+    return levels.to(tokens.device)[torch.cat(draws).argsort(0)]
+
+
+def predict(draws: Tensor, worths: tuple[float, ...] = WORTHS) -> tuple[Tensor, Tensor]:
     """The mean and the variance of the next draw, given some draws (S, ...) of each number.
 
     A number has the variance v around a mean m ~ N(0, 1 - v) of its own, so that it is N(0, 1) on
     the whole. Of v a grid is taken: half of the weight is on v = 1, a number that the text says
-    nothing about.
+    nothing about. The mean of S draws is off by v / (S w), where a stratified draw is worth w
+    independent ones; w is the one of `worths` under which all the draws together are the likeliest.
+
+    Draws that no key can have made say nothing.
 
     Example:
         >>> mean, variance = predict(torch.tensor([[0.5, -1.2], [0.5, 0.9], [0.51, 0.1], [0.49, 1.9]]))
@@ -388,19 +491,32 @@ def predict(draws: Tensor) -> tuple[Tensor, Tensor]:
     grid = torch.tensor([1.0, 0.6, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4])
     prior = torch.tensor([0.5, *[0.5 / 7] * 7])
     grid, log_prior = (x.reshape(-1, *[1] * (draws.ndim - 1)) for x in (grid, prior.log()))
+
+    is_possible = (draws.abs() < FARTHEST).all(0)  # not NaN either
+    draws = draws.where(is_possible, 0)
     num_draws, center = len(draws), draws.mean(0)
-
     spread = (draws - center).square().sum(0)
-    of_center = 1 - grid + grid / num_draws  # the variance of the draws' mean
-    log_weight = log_prior - 0.5 * (
-        (num_draws - 1) * grid.log() + spread / grid + of_center.log() + center.square() / of_center
-    )
-    weight = log_weight.softmax(0)
+    best, log_likelihood = None, -math.inf
 
+    for worth in worths:
+        of_mean = grid / (num_draws * worth)
+        of_center = 1 - grid + of_mean  # the variance of the draws' mean
+        log_weight = log_prior - 0.5 * (
+            (num_draws - 1) * grid.log()
+            + spread / grid
+            + of_center.log()
+            + center.square() / of_center
+        )
+        total = log_weight.logsumexp(0)[is_possible].sum().item()
+        if total > log_likelihood:
+            best, log_likelihood = (of_mean, of_center, log_weight.softmax(0)), total
+
+    of_mean, of_center, weight = best
     shrinkage = (1 - grid) / of_center
-    means, variances = shrinkage * center, grid + shrinkage * grid / num_draws
+    means, variances = shrinkage * center, grid + shrinkage * of_mean
     mean = (weight * means).sum(0)
-    return mean, (weight * (variances + means.square())).sum(0) - mean.square()
+    variance = (weight * (variances + means.square())).sum(0) - mean.square()
+    return mean.where(is_possible, 0), variance.where(is_possible, 1)
 
 
 # --------------------------------------------------------------------------------------------------

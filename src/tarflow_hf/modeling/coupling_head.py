@@ -32,8 +32,8 @@ class CouplingHead(nn.Module):
         title: The coupling's name in model cards.
         options: The options of a flow with this coupling, with their defaults. An option of default
             None is left out of the flow's entry unless `complete` fills it in.
-        takes_logits_processor: True if `inverse` takes a `logits_processor`, a map from the logits
-            (n, K) of a mixture over the codebook to other ones.
+        takes_logits_processor: True if `transform` and `inverse` take a `logits_processor`, a map
+            from the logits (n, K) of a mixture over the codebook to other ones.
         is_smooth: True if a flow's states depend on those before them smoothly enough for the
             parallel inverse to pay; see `choose_inverse_methods`.
     """

@@ -3,6 +3,7 @@
 Shapes: B batch, N positions of P tokens of size d, w hidden size, K mixture components.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from .coupling import (
     linear_mixture_rosenblatt,
     linear_mixture_rosenblatt_inverse,
     linear_mixture_rosenblatt_log_prob,
+    mixture_rosenblatt,
     mixture_rosenblatt_inverse,
 )
 from .coupling_head import CouplingHead, LogitsProcessor, at_least_one, true_or_false
+from .coupling_linear import with_linear_logits
 from .decoder_tarflowlm import make_decoder, run_decoder
 
 
@@ -56,8 +59,18 @@ class MixtureRosenblattHead(CouplingHead):
         if not flow["tie_codebook"]:
             self.codebook = Codebook(self.num_components, config.latent_size)
 
-    def transform(self, h: Tensor, context: Tensor, codebook: Gaussians | None):
-        u, log_det = self._couple(linear_mixture_rosenblatt, h, context, codebook)
+    def transform(
+        self,
+        h: Tensor,
+        context: Tensor,
+        codebook: Gaussians | None,
+        logits_processor: LogitsProcessor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        op = linear_mixture_rosenblatt
+        if logits_processor is not None:
+            op = partial(_processed_mixture_rosenblatt, logits_processor)
+
+        u, log_det = self._couple(op, h, context, codebook)
         return u.reshape(h.shape), log_det.sum(-1).reshape(h.shape[:-1])
 
     def log_prob(self, h: Tensor, context: Tensor, codebook: Gaussians | None) -> Tensor:
@@ -172,6 +185,27 @@ class MixtureRosenblattHead(CouplingHead):
         cls, flow: dict[str, Any], width: int, latent_size: int, patch_size: int
     ) -> int:
         return 2 * width * patch_size * flow["num_components"]
+
+
+def _processed_mixture_rosenblatt(
+    logits_processor: LogitsProcessor,
+    z: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    log_scale: Tensor,
+    max_logits: int,
+) -> tuple[Tensor, Tensor]:
+    """`linear_mixture_rosenblatt` of logits that are processed on the way."""
+
+    def couple(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor):
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return mixture_rosenblatt(z, logits_processor(logits), mean, log_scale)
+
+    rows = z.flatten(0, -2), hidden.flatten(0, -2)
+    u, log_det = with_linear_logits(couple, max_logits, *rows, weight, bias, mean, log_scale)
+    return u.reshape(z.shape), log_det.reshape(z.shape[:-1])
 
 
 class PatchDecoder(nn.Module):
