@@ -16,7 +16,8 @@ rounding; at temperatures above 0 the library's are other samples.
 With an assistant a second table says how often its tokens are the model's, behind the same text: by
 the same noise (`common`), and by noise of its own (`independent`). 1 - `distance`, the total variation
 distance of the two distributions, is the most that any pair of samples can agree, and what rejection
-sampling keeps. `copy` repeats its prompt, `edit` changes it, `story` does neither.
+sampling keeps. `copy` repeats its prompt, `rename` asks for an edit of code that SmolLM2 copies from,
+`edit` for one at which it writes something else, `story` for neither.
 """
 
 import argparse
@@ -48,10 +49,29 @@ CODE = """def totals(orders):
         result[name] = result.get(name, 0) + price
     return result
 """
+STACK = """class Stack:
+    def __init__(self):
+        self.items = []
+
+    def push(self, item):
+        self.items.append(item)
+
+    def pop(self):
+        if not self.items:
+            return None
+        return self.items.pop()
+
+    def size(self):
+        return len(self.items)
+"""
 
 # Prompts, and whether the chat template goes around them.
 PROMPTS = {
     "copy": (f"Repeat this text word for word:\n{LIGHTHOUSE}", True),
+    "rename": (
+        f"# Before:\n{STACK}\n\n# The same, where items is called elements:\nclass Stack:\n",
+        False,
+    ),
     "edit": (f"# Before:\n{CODE}\n\n# The same, with a docstring:\ndef totals(orders):\n", False),
     "story": ("Write a short story about a fisherman and his daughter.", True),
 }

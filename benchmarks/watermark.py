@@ -54,6 +54,7 @@ EDITS = [("none", 0.0)] + [
 
 NOISE, GREEN, SYNTHID = "NoiseWatermark", "WatermarkingConfig", "SynthID-Text"
 UNTOLD = f"{NOISE}, untold"  # `detect` does not know the temperature
+MARKS = (NOISE, GREEN, SYNTHID)
 SYNTHID_KEYS = [
     654, 400, 836, 123, 340, 443, 597, 160, 57, 29, 590, 639, 13, 715, 468, 990, 966, 226, 324, 585,
 ]  # fmt: skip
@@ -67,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gguf_file", help="the file of the source to read")
     parser.add_argument("--checkpoint", help="a TarFlowLM instead")
     parser.add_argument("--name", help="the model's name in the rows")
+    parser.add_argument("--marks", nargs="+", choices=MARKS, default=list(MARKS))
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0, 0.7])
     parser.add_argument("--num_texts", type=int, default=20)
     parser.add_argument("--lengths", type=int, nargs="+", default=[12, 25, 50, 100])
@@ -334,7 +336,7 @@ def main():
         keys.row = 0
         ours = (None, None) if prompts is None else (prompts[:, 1:], mask[:, 1:])
         texts[temperature, NOISE] = write_from_keys(model, *ours, length, temperature, keys)
-        for mark in ("none", GREEN, SYNTHID, NOISE) if source is not None else ():
+        for mark in ("none", *arguments.marks) if source is not None else ():
             cost = None
             if mark != NOISE:
                 texts[temperature, mark], cost = write_with_library(
@@ -362,7 +364,11 @@ def main():
             detectors[SYNTHID] = by_synthid(source, configs[SYNTHID])
 
         for mark, detect in detectors.items():
-            tokens = texts[temperature, NOISE if mark == UNTOLD else mark]
+            written_by = NOISE if mark == UNTOLD else mark
+            if written_by not in arguments.marks:
+                continue
+
+            tokens = texts[temperature, written_by]
             for row in power(tokens, detect, arguments.lengths, arguments.edited_length):
                 table.row(kind="power", model=name, temperature=temperature, mark=mark, **row)
 

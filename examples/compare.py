@@ -20,11 +20,12 @@ import math
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import checked_ids, read_text, say_what_is_lost
+from tarflow_hf.noise import check_same_space
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,22 +44,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
 
     return parser.parse_args()
-
-
-def check_same_space(a: TarFlowLMModel, b: TarFlowLMModel) -> None:
-    """Raises a ValueError unless two models read the same noise and write the same tokens."""
-    for name in ("vocab_size", "latent_size", "patch_size"):
-        sizes = [getattr(model.config, name) for model in (a, b)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"Two models that differ in {name}, {sizes[0]} and {sizes[1]}, cannot share noise."
-            )
-
-
-def check_same_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> None:
-    """Raises a ValueError unless a number is the same token in two vocabularies."""
-    if a.get_vocab() != b.get_vocab():
-        raise ValueError("The models have other vocabularies: the same noise says other tokens.")
 
 
 @torch.no_grad()
@@ -113,8 +98,7 @@ def main():
     a = AutoModelForCausalLM.from_pretrained(arguments.model_a).eval()
     dtype = getattr(torch, arguments.dtype_b) if arguments.dtype_b else "auto"
     b = AutoModelForCausalLM.from_pretrained(arguments.model_b, dtype=dtype).eval()
-    check_same_space(a, b)
-    check_same_tokens(tokenizer, AutoTokenizer.from_pretrained(arguments.model_b))
+    check_same_space(a, b, tokenizer, AutoTokenizer.from_pretrained(arguments.model_b))
     if arguments.int8_b:
         round_to_int8(b)
     if arguments.adapter_b is not None:

@@ -26,6 +26,7 @@ import tarflow_hf  # noqa: F401  registers the model, so that no remote code is 
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import checked_ids, say_what_is_lost
 from tarflow_hf.evaluation import token_bits, what_bits_mean
+from tarflow_hf.noise import check_same_space
 
 GREY, PLAIN = "\033[90m", "\033[0m"
 
@@ -56,14 +57,6 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"Give another condition (--{', --'.join(conditions)}), or --contains.")
 
     return arguments
-
-
-def check_same_space(model: TarFlowLMModel, other: TarFlowLMModel) -> None:
-    """Raises a ValueError unless two models read the same noise and write the same tokens."""
-    for name in ("vocab_size", "latent_size"):
-        sizes = [getattr(each.config, name) for each in (model, other)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"Noise of one model says nothing in the other: {name} is {sizes}.")
 
 
 @torch.no_grad()
@@ -166,7 +159,8 @@ def main():
     other = model
     if arguments.checkpoint is not None:
         other = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
-        check_same_space(model, other)
+        others = AutoTokenizer.from_pretrained(arguments.checkpoint)
+        check_same_space(model, other, tokenizer, others)
 
     ids = checked_ids(tokenizer, arguments.text)
     say_what_is_lost(tokenizer, [arguments.text])

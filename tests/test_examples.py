@@ -16,6 +16,7 @@ from helpers.checkpoints import MIX_1, MIX_D, make
 from helpers.local_hub import LocalHub
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import character_tokenizer
+from tarflow_hf.noise import check_same_space
 from tarflow_hf.training import save_model
 
 pytestmark = pytest.mark.usefixtures("one_clean_room")
@@ -145,8 +146,37 @@ def test_compare_by_common_noise(run):
     rounded = run("compare.py", "model", "model", "--int8_b", *options)
     together, apart = map(float, re.search(r"error (\S+) paired, (\S+) unpaired", rounded).groups())
     assert 0 < together < apart
-    with pytest.raises(ValueError, match="patch_size, 1 and 2"):
-        run("compare.py", "model", "patches")
+
+
+OTHER_SPACES = {
+    "vocab_size": {"vocab_size": 30},
+    "latent_size": {"latent_size": 3},
+    "patch_size": {"patch_size": 2},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SPACES)
+def test_models_of_other_spaces_share_no_noise(name):
+    one, other = make(flows=FLOWS), make(flows=FLOWS, **OTHER_SPACES[name])
+    tokenizers = [character_tokenizer(), character_tokenizer()]
+    check_same_space(one, make(flows=FLOWS), *tokenizers)
+    with pytest.raises(ValueError, match=f"differ in {name}, .* cannot share noise"):
+        check_same_space(one, other, *tokenizers)
+
+
+@pytest.mark.parametrize("script", ["compare.py", "counterfactual.py"])
+def test_models_of_other_vocabularies_share_no_noise(run, script):
+    """Of as many tokens, in another order."""
+    swapped = json.loads(character_tokenizer().backend_tokenizer.to_str())
+    vocabulary = swapped["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    save_model(make(flows=FLOWS), character_tokenizer(), "swapped")
+    Path("swapped", "tokenizer.json").write_text(json.dumps(swapped))
+    arguments = ["swapped"] if script == "compare.py" else ["the fox", "--checkpoint", "swapped"]
+    with pytest.raises(ValueError, match=r"differ, in 2 tokens such as \['a', 'b'\]"):
+        run(script, "model", *arguments)
+    with pytest.raises(ValueError, match="differ in patch_size, 1 and 2"):
+        run(script, "model", *arguments[:-1], "patches")
 
 
 @pytest.mark.parametrize("script", ["finetune.py", "infill.py", "push.py", "score.py"])

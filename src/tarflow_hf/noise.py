@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
@@ -40,3 +41,31 @@ def latent_noise(
         rows.append(torch.randn(shape, generator=generator, device=model.device))
 
     return torch.stack(rows, 1)
+
+
+def check_same_space(
+    a: TarFlowLMModel,
+    b: TarFlowLMModel,
+    tokenizer_a: PreTrainedTokenizerBase,
+    tokenizer_b: PreTrainedTokenizerBase,
+) -> None:
+    """Raises a ValueError unless two models read the same noise and write the same tokens.
+
+    Noise of one means something to the other if a token has as many numbers in both (`latent_size`),
+    they come in the same pieces (`patch_size`), and each token id is the same token.
+    """
+    for name in ("vocab_size", "latent_size", "patch_size"):
+        sizes = [getattr(model.config, name) for model in (a, b)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"Two models that differ in {name}, {sizes[0]} and {sizes[1]}, cannot share noise."
+            )
+
+    vocabularies = [tokenizer.get_vocab() for tokenizer in (tokenizer_a, tokenizer_b)]
+    if vocabularies[0] != vocabularies[1]:
+        differing = {*vocabularies[0].items()} ^ {*vocabularies[1].items()}
+        tokens = sorted({token for token, _ in differing})
+        raise ValueError(
+            f"Two models whose vocabularies differ, in {len(tokens)} tokens such as {tokens[:3]}, cannot share noise: "
+            "it says other tokens."
+        )

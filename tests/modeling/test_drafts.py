@@ -9,7 +9,7 @@ from helpers.streaming import DraftRecorder, Recorder
 from tarflow_hf.conversion import from_causal_lm
 from tarflow_hf.data import character_tokenizer
 from tarflow_hf.modeling import drafts_tarflowlm
-from tarflow_hf.modeling.drafts_tarflowlm import DraftLength, PromptLookup
+from tarflow_hf.modeling.drafts_tarflowlm import ASSISTED, DraftLength, PromptLookup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -402,19 +402,75 @@ def test_useless_guesses_cost_little(device, batch_size, sureness):
             assert time <= 1.02 * num_positions + length.FIRST_BALANCE
 
 
-def test_good_guesses_are_taken_up_even_late():
+@pytest.mark.parametrize("sureness", [2, ASSISTED])
+def test_good_guesses_are_taken_up_even_late(sureness):
+    """A lookup is watched while no pass takes it along; an assistant is tried now and then."""
     length = DraftLength(1, "cpu")
+
+    def take(is_right):
+        m = length.choose(8, sureness)
+        seen = is_right if sureness != ASSISTED and not m else None
+        length.observe(m, m * is_right, sureness, seen)
+        return m * is_right + 1
+
     for _ in range(300):
-        length.observe(length.choose(8, 2), 0, 2)
+        take(False)
 
     num_passes, num_positions = 0, 0
     while num_positions < 300:
-        m = length.choose(8, 2)
-        length.observe(m, m, 2)
-        num_positions += m + 1
+        num_positions += take(True)
         num_passes += 1
 
     assert num_passes < 120
+
+
+def test_guesses_that_no_pass_takes_along_are_learned_from():
+    length = DraftLength(1, "cpu")
+    assert length.choose(8, 8) > 0
+    for _ in range(60):
+        length.observe(0, 0, 8, would_be_right=False)
+
+    assert length.balance == pytest.approx(
+        length.FIRST_BALANCE + 60 * 0.02
+    )  # earned without a guess
+    assert length.choose(8, 8) == length.wanted == 0
+    for _ in range(60):
+        length.observe(0, 0, 8, would_be_right=True)
+
+    assert length.choose(8, 8) == length.wanted == 8
+
+
+def test_a_missed_draft_makes_room_for_one_like_it():
+    length = DraftLength(1, "cpu")
+    length.balance = 0.0
+    assert length.choose(8, 8) == 0 and length.wanted == 8
+    length.regret(8, 0)
+    assert length.choose(8, 8) == 0
+    length.regret(8, 8)
+    assert length.choose(8, 8) == 8
+
+
+class LateProphet(Prophet):
+    """Always wrong up to some place, and never behind it."""
+
+    def propose(self, texts, num_tokens):
+        self.share_wrong = max(len(text) < 60 for text in texts.values())
+        return super().propose(texts, num_tokens)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_text_that_repeats_late_is_taken_up(monkeypatch, num_rows):
+    """The passes without a guess earn the room for one, and show that it would be right."""
+    model = separated(make(STACKS["mix-d"], max_position_embeddings=128))
+    noise = torch.randn(num_rows, 120, 2, dtype=torch.float64)
+    expected = generate(model, noise=noise)
+    prophet = LateProphet(expected.sequences, 1.0)
+    monkeypatch.setattr(drafts_tarflowlm, "PromptLookup", lambda *_: prophet)
+    monkeypatch.setattr(DraftLength, "TIMES", {"cpu": (0.45, 0.01)})  # of a row, in batches too
+    out = generate(model, noise=noise, **LOOKUP)
+    assert torch.equal(out.sequences, expected.sequences)
+    num_final = out.inverse_reports[0].num_final
+    assert sum(num_final) == 120 and len(num_final) < 60 + 30 and 7 in num_final
 
 
 def test_lookup_is_the_librarys_with_its_sureness():
@@ -424,6 +480,11 @@ def test_lookup_is_the_librarys_with_its_sureness():
     assert lookup.propose(texts, 4) == ({0: [4, 5, 1, 2], 1: [7]}, 1)
     assert lookup.propose({0: [1, 2, 3]}, 4) == ({0: []}, 0)
     assert lookup.propose({0: [1]}, 4) == ({0: []}, 0)
+
+    # The longest match by default, not the first of two tokens.
+    text = [8, 1, 2, 9, 7, 1, 2, 3, 7, 1, 2]
+    assert PromptLookup(1).propose({0: text}, 1) == ({0: [3]}, 3)
+    assert PromptLookup(1, 2).propose({0: text}, 1) == ({0: [9]}, 2)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from .coupling_head import LogitsProcessor
 from .decoder_tarflowlm import CACHE_ARGUMENT, InputCache
 from .inversion_tarflowlm import evaluating, make_cache
 
-# The sureness of an assistant's tokens; that of a lookup is the number of tokens found, at most 4.
-ASSISTED = 5
+# The sureness of a lookup's tokens is the number of tokens found, at most this; then an assistant's.
+MAX_MATCHING = 8
+ASSISTED = MAX_MATCHING + 1
 
 # Texts by their row in the batch.
 Texts = Mapping[int, list[int]]
@@ -45,6 +46,7 @@ class PromptLookup:
     Args:
         num_tokens: Copies at most so many.
         max_matching_ngram_size: The number of last tokens that are looked for first; then fewer.
+            The more tokens agree, the surer is what follows: the default is not the library's, 2.
 
     Example:
         >>> PromptLookup(3, 2).propose({0: [5, 6, 7, 8, 9, 5, 6]}, 3)
@@ -54,7 +56,7 @@ class PromptLookup:
     cost = 0.0
     sureness: int | None = None
 
-    def __init__(self, num_tokens: int, max_matching_ngram_size: int = 2):
+    def __init__(self, num_tokens: int, max_matching_ngram_size: int = MAX_MATCHING):
         self.max_tokens = num_tokens
         self.generator = PromptLookupCandidateGenerator(
             num_output_tokens=num_tokens,
@@ -66,7 +68,7 @@ class PromptLookup:
         """Nothing: it reads no noise."""
 
     def propose(self, texts: Texts, num_tokens: int) -> tuple[dict[int, list[int]], int]:
-        """The tokens, and how many of the last ones were found before them, at most 4."""
+        """The tokens, and how many of the last ones were found before them, at most 8."""
         found, sizes = {}, []
         for row, text in texts.items():
             if len(text) < 2:
@@ -79,7 +81,7 @@ class PromptLookup:
         return found, min(sizes)
 
 
-def _num_matching(text: list[int], draft: list[int], most: int = 4) -> int:
+def _num_matching(text: list[int], draft: list[int], most: int = MAX_MATCHING) -> int:
     """The number of last tokens of a text behind which the draft stands elsewhere in it."""
     best, size = 0, len(draft)
     for start in range(1, len(text) - size + 1):

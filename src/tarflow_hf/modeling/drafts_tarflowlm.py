@@ -35,7 +35,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .codebook import Gaussians
 from .decoder_tarflowlm import InputCache
-from .draft_sources import DraftSource, PromptLookup, make_assistant
+from .draft_sources import ASSISTED, MAX_MATCHING, DraftSource, PromptLookup, make_assistant
 from .generation_options import GenerationOptions
 from .generation_writing import TokenWriter
 from .inversion_tarflowlm import (
@@ -61,13 +61,16 @@ class DraftLength:
     """Chooses how many guesses a pass takes along, so that drafts never cost much.
 
     Times are in steps, passes over one position. A pass over m + 1 positions takes `seconds(m)` of
-    them, a rough model. With the probability p that a guess is right when those before it are, it
-    completes 1 + p + ... + p^m positions; m maximises their number per time. Each p is counted
-    separately for guesses of each sureness, old counts fading.
+    them, a rough model. With the probabilities p_1, p_2, ... that a guess is right when those before
+    it are, it completes 1 + p_1 + p_1 p_2 + ... positions; m maximises their number per time. Each
+    p is counted for guesses of one sureness, old counts fading; a lookup is surer of each next
+    token, as one more was found before it. What a lookup guesses is counted also where no pass
+    takes it along, for it costs nothing.
 
     Losses come out of an allowance: 2% of a step for each position, and what earlier drafts gained.
     A pass whose guesses may all be wrong is taken only if that pays for it. So by this model text
-    that drafts do not help takes at most 2% longer, and one step.
+    that drafts do not help takes at most 2% longer, and 1.25 steps. A draft that the allowance had
+    no room for and that turns out to have been worth its pass makes room for one like it.
 
     Args:
         batch_size: Number of sequences that go in step.
@@ -76,19 +79,20 @@ class DraftLength:
     """
 
     ALLOWANCE = 0.02
-    FIRST_BALANCE, MAX_BALANCE = 1.0, 4.0
-    FADING = 0.8
+    FIRST_BALANCE, MAX_BALANCE = 1.25, 4.0
+    FADING = 0.95
     # Guesses of sureness k: k last tokens were found before, and an assistant's.
-    PRIOR = (0.2, 0.3, 0.5, 0.7, 0.85, 0.7)
-    PRIOR_COUNT = 1.0
-    # A pass over one row takes 1, the second row 0.6, each further one 0.1, as SmolLM2's about do.
-    TIMES = {"cpu": (0.5, 0.1)}
+    PRIOR = (0.1, 0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.85, 0.9, 0.7)
+    PRIOR_COUNT = 4.0
+    # A pass over one row takes 1, the second row 0.53, each further one 0.075, as SmolLM2's about do.
+    TIMES = {"cpu": (0.45, 0.075)}
 
     def __init__(self, batch_size: int, device: str, cost: float = 0.0):
         self.batch_size, self.cost = batch_size, cost
         self.first_row, self.next_row = self.TIMES.get(device, (0.0, 0.002))
         self.balance = self.FIRST_BALANCE
         self.counts = [[p * self.PRIOR_COUNT, self.PRIOR_COUNT] for p in self.PRIOR]
+        self.wanted = 0  # at the last choice, whatever the allowance
 
     def seconds(self, num_drafts: int) -> float:
         """The time of a pass over `num_drafts` guesses and one position more, in steps."""
@@ -100,17 +104,18 @@ class DraftLength:
 
     def choose(self, num_available: int, sureness: int) -> int:
         """The number of guesses to take along, at most `num_available`."""
-        right, tried = self.counts[sureness]
-        p = right / tried
         best, most = 0, 1.0
         total, power = 1.0, 1.0
         for m in range(1, num_available + 1):
-            power *= p
+            right, tried = self._counts(sureness, m - 1)
+            power *= right / tried
             total += power
             if total / self.seconds(m) > most:
                 best, most = m, total / self.seconds(m)
 
-        if not best and num_available and self.balance >= self.MAX_BALANCE / 2:
+        self.wanted = best
+        has_room = self.balance >= self.MAX_BALANCE / 2
+        if not best and num_available and has_room and sureness == ASSISTED:
             best = min(num_available, 4)  # times change: a try now and then
 
         while best and self.seconds(best) - 1 > self.balance:
@@ -118,15 +123,40 @@ class DraftLength:
 
         return best
 
-    def observe(self, num_drafts: int, num_right: int, sureness: int) -> None:
-        """Learns from a pass: of its guesses the first `num_right` were right."""
+    def observe(
+        self, num_drafts: int, num_right: int, sureness: int, would_be_right: bool | None = None
+    ) -> None:
+        """Learns from a pass: of its guesses the first `num_right` were right.
+
+        Args:
+            num_drafts: The number of guesses.
+            num_right: The number of those before the first wrong one.
+            sureness: That of the first guess.
+            would_be_right: For a pass without a guess, True if the first one would have been right,
+                None if there was none.
+        """
         gain = num_right + 1 - self.seconds(num_drafts) if num_drafts else 0.0
         self.balance += self.ALLOWANCE * (num_right + 1) + gain
         self.balance = min(self.balance, self.MAX_BALANCE)
-        if num_drafts:
-            counts = self.counts[sureness]
-            counts[0] = self.FADING * counts[0] + num_right
-            counts[1] = self.FADING * counts[1] + min(num_right + 1, num_drafts)
+
+        outcomes = [True] * num_right + [False] * (num_right < num_drafts)
+        if not num_drafts and would_be_right is not None:
+            outcomes = [would_be_right]
+
+        for place, is_right in enumerate(outcomes):
+            counts = self._counts(sureness, place)
+            counts[:] = self.FADING * counts[0] + is_right, self.FADING * counts[1] + 1
+
+    def regret(self, num_drafts: int, num_right: int) -> None:
+        """Makes room for as many guesses again, if they would have been worth their pass."""
+        if num_right + 1 > self.seconds(num_drafts):
+            self.balance = max(self.balance, self.seconds(num_drafts) - 1)
+
+    def _counts(self, sureness: int, place: int) -> list[float]:
+        """The right guesses and all guesses, of those at some place behind the first."""
+        return self.counts[
+            sureness if sureness == ASSISTED else min(sureness + place, MAX_MATCHING)
+        ]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -148,6 +178,14 @@ class _Guess(NamedTuple):
         return self.tokens.shape[1]
 
 
+class _Proposal(NamedTuple):
+    """Tokens that may be written, whether or not a pass takes them along."""
+
+    tokens: dict[int, list[int]]  # of each text, by its row
+    first: int  # the place of the first of them, as the flow passes the tokens
+    size: int  # so many positions of them
+
+
 class Drafts:
     """Inverts the first flow as `invert_sequentially` does, verifying guesses on the way.
 
@@ -161,6 +199,8 @@ class Drafts:
         self.source, self.writer, self.length = source, writer, length
         self.is_new = take(writer.is_new, writer.order)  # (B, n), as the flow passes the tokens
         self.sureness = 0  # of the last guess
+        self.proposal: _Proposal | None = None  # in the last pass
+        self.missed: _Proposal | None = None  # what there was no room for, until it is decided
 
     def invert(
         self,
@@ -177,6 +217,7 @@ class Drafts:
         counted and that of the state found in its place, relative to the slot's largest number.
         """
         num_positions, num_known = u.shape[1], num_known_to_all(known)
+        self._patch_size = flow.channels.patch_size
         h = torch.zeros_like(u) if known is None else known.states.clone()
         cache = _croppable_cache(flow, num_positions)
         reader = _Reader(flow, codebook)
@@ -205,10 +246,10 @@ class Drafts:
                 is_right = differences <= MAX_ROUNDINGS * torch.finfo(inputs.dtype).eps
                 num_right = int(is_right.long().cumprod(0).sum())  # waits for the device
                 residual = max([residual, *differences[:num_right].tolist()])
-                self._learn(guess.size, num_right)
 
             end, is_stopped = self._write(h, first, guess, num_right, is_waited_for, options)
             num_final.append(end - first)
+            self._learn(guess.size, num_right)
             if is_stopped:
                 h[:, end:] = 0
                 break
@@ -235,6 +276,7 @@ class Drafts:
     ) -> _Guess:
         """The guess with drafts behind it, as many as all texts have, together `num_left` at most."""
         patch_size = reader.patch_size
+        self.proposal = None
         carried = carried.at(slice(num_left))
         num_free = min(num_left - carried.size, self.source.max_tokens // patch_size)
         rows = is_waited_for.nonzero().flatten().tolist()
@@ -250,8 +292,13 @@ class Drafts:
         drafts, self.sureness = self.source.propose(texts, num_free * patch_size)
         drafts = {row: known[row] + draft for row, draft in drafts.items()}
         num_drafts = min(num_free, min(map(len, drafts.values())) // patch_size)
+        first = self.writer.num_passed + carried.size * patch_size
+        self.proposal = _Proposal(drafts, first, num_drafts)
         if self.length is not None and self.source.sureness is None:
             num_drafts = self.length.choose(num_drafts, self.sureness)
+            if self.missed is None and self.length.wanted > num_drafts:
+                self.missed = _Proposal(drafts, first, self.length.wanted)
+
         if not num_drafts:
             return carried
 
@@ -278,8 +325,34 @@ class Drafts:
         return texts, known
 
     def _learn(self, num_guesses: int, num_right: int) -> None:
-        if self.length is not None:
-            self.length.observe(num_guesses, num_right, self.sureness)
+        """Learns from a pass, also from what it did not take along, now that it has been written."""
+        if self.length is None:
+            return
+
+        would_be_right = None
+        if not num_guesses and self.proposal is not None and self.proposal.size:
+            num_same, is_decided = self._compare(self.proposal)
+            would_be_right = num_same > 0 if num_same or is_decided else None
+
+        self.length.observe(num_guesses, num_right, self.sureness, would_be_right)
+        if self.missed is not None:
+            num_same, is_decided = self._compare(self.missed)
+            if is_decided:
+                self.length.regret(self.missed.size, num_same)
+                self.missed = None
+
+    def _compare(self, proposal: _Proposal) -> tuple[int, bool]:
+        """The number of its positions that were written so, and True if no more can follow."""
+        writer, patch_size = self.writer, self._patch_size
+        num_written = max(0, writer.num_passed - proposal.first) // patch_size
+        num_same = size = min(num_written, proposal.size)
+        places = slice(proposal.first, proposal.first + size * patch_size)
+        for row, draft in proposal.tokens.items():
+            written = writer.tokens[row, writer.order[row, places]].tolist()
+            others = (n for n, token in enumerate(written) if token != draft[n])
+            num_same = min(num_same, next(others, len(written)) // patch_size)
+
+        return num_same, num_same < size or size == proposal.size
 
     def _write(
         self,

@@ -145,7 +145,7 @@ class GenerationOptions:
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None
     synced_gpus: bool = False
     prompt_lookup_num_tokens: int = 0
-    max_matching_ngram_size: int = 2
+    max_matching_ngram_size: int = 8
     assistant_model: Any = None
     num_assistant_tokens: int | None = None
 

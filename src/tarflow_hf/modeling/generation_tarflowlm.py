@@ -167,8 +167,8 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
                 vocabulary, a causal language model or a TarFlowLM, that is given the same noise.
             num_assistant_tokens (`int`): At most so many at a time; by default what the assistant's
                 generation config says, or 20.
-            max_matching_ngram_size (`int`): The number of last tokens that are looked for, 2 by
-                default, as in the library.
+            max_matching_ngram_size (`int`): The number of last tokens that are looked for, 8 by
+                default, and then fewer. (The library's default is 2.)
             synced_gpus (`bool`): All positions are computed, wherever the texts end.
             return_dict_in_generate (`bool`): Return a [`TarFlowLMGenerateOutput`].
 
