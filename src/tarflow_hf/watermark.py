@@ -404,11 +404,10 @@ def sampling(model: TarFlowLMModel, sampling_options: dict[str, Any]) -> Iterato
     for flow, each in zip(
         flows, inverse.for_flows(flows, model.codebook().mean, False), strict=True
     ):
-        (flow_temperature,) = each.flow_temperatures
         if each.logits_processor is not None:
             process = _GiveProcessor(each.logits_processor)
             hooks.append(flow.head.register_forward_pre_hook(process, with_kwargs=True))
-        if flow_temperature != 1:
+        for flow_temperature in each.flow_temperatures or ():  # one
             hooks.append(flow.register_forward_hook(_DivideOutput(flow_temperature)))
 
     try:
@@ -496,22 +495,20 @@ def predict(draws: Tensor, worths: tuple[float, ...] = WORTHS) -> tuple[Tensor, 
     draws = draws.where(is_possible, 0)
     num_draws, center = len(draws), draws.mean(0)
     spread = (draws - center).square().sum(0)
-    best, log_likelihood = None, -math.inf
 
-    for worth in worths:
-        of_mean = grid / (num_draws * worth)
-        of_center = 1 - grid + of_mean  # the variance of the draws' mean
-        log_weight = log_prior - 0.5 * (
+    def weigh(worth: float) -> Tensor:
+        """log p(draws, v) of each number, for each v of the grid, up to a constant."""
+        of_center = 1 - grid + grid / (num_draws * worth)  # the variance of the draws' mean
+        return log_prior - 0.5 * (
             (num_draws - 1) * grid.log()
             + spread / grid
             + of_center.log()
             + center.square() / of_center
         )
-        total = log_weight.logsumexp(0)[is_possible].sum().item()
-        if total > log_likelihood:
-            best, log_likelihood = (of_mean, of_center, log_weight.softmax(0)), total
 
-    of_mean, of_center, weight = best
+    worth = max(worths, key=lambda each: weigh(each).logsumexp(0)[is_possible].sum().item())
+    weight, of_mean = weigh(worth).softmax(0), grid / (num_draws * worth)
+    of_center = 1 - grid + of_mean
     shrinkage = (1 - grid) / of_center
     means, variances = shrinkage * center, grid + shrinkage * of_mean
     mean = (weight * means).sum(0)
