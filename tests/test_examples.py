@@ -166,7 +166,7 @@ def test_models_of_other_spaces_share_no_noise(name):
 
 @pytest.mark.parametrize("script", ["compare.py", "counterfactual.py"])
 def test_models_of_other_vocabularies_share_no_noise(run, script):
-    """Of as many tokens, in another order."""
+    """There are as many tokens, in another order."""
     swapped = json.loads(character_tokenizer().backend_tokenizer.to_str())
     vocabulary = swapped["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
