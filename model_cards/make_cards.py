@@ -19,7 +19,13 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 RECIPES = FOLDER.parent / "examples" / "recipes"
 # Of the recipes' tokenizers, or of the data that bring one.
-VOCABULARY_SIZES = {"text8": 27, "gpt2": 50257, "python-docs": 27, "ptb": 50}
+VOCABULARY_SIZES = {
+    "text8": 27,
+    "gpt2": 50257,
+    "python-docs": 27,
+    "ptb": 50,
+    "doyle/tokenizer": 1024,
+}
 
 
 def recipe_card(name: str) -> ModelCard | None:

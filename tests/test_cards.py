@@ -171,9 +171,10 @@ def test_committed_cards_are_those_of_models_that_exist(recipe_card):
         assert path.read_text() == str(recipe_card(name))
 
 
-def test_the_shipped_checkpoint_has_its_card():
-    card = (ROOT / "checkpoints" / "python-docs" / "README.md").read_text()
-    assert card == CARDS["python_docs"].read_text()
+def test_a_shipped_checkpoint_has_its_card():
+    for path in (ROOT / "checkpoints").iterdir():
+        card = (path / "README.md").read_text()
+        assert card == CARDS[path.name.replace("-", "_")].read_text()
 
 
 def test_the_citation_is_of_this_version_and_of_the_paper():

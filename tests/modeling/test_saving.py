@@ -7,6 +7,7 @@ import ast
 import copy
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -883,9 +884,10 @@ print(type(model).__module__, repr(tokenizer.decode(model.generate(noise=noise)[
 """
 
 
-def test_the_shipped_checkpoint_has_the_present_code():
+@pytest.mark.parametrize("name", sorted(path.name for path in SHIPPED.parent.iterdir()))
+def test_a_shipped_checkpoint_has_the_present_code(name):
     """Its code is links to the package's: a new file wants a new one, by `ln -s`."""
-    code = {path.name: path.read_text() for path in SHIPPED.glob("*.py")}
+    code = {path.name: path.read_text() for path in (SHIPPED.parent / name).glob("*.py")}
     assert code == {name: path.read_text() for name, path in CODE.items()}
 
 
@@ -931,6 +933,24 @@ def test_the_shipped_tokenizer_makes_batches():
     written = write(texts, batch_size=2, max_new_tokens=4)
     assert [x[0]["generated_text"].startswith(text) for x, text in zip(written, texts, strict=True)]
     assert write("word " * 100, max_new_tokens=4, handle_long_generation="hole")
+
+
+def test_the_checkpoint_of_books_knows_sentences():
+    """It scores them below their words in another order, and continues a prompt in whole words."""
+    folder = SHIPPED.parent / "doyle"
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sentence = "I have no doubt that you are right, and that he came to the house last night."
+    other = "doubt house I the night came that you right, have he and to are last no that."
+
+    def bits(text):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        return -model(ids, labels=ids).elbo.item() / math.log(2) / len(text)
+
+    assert bits(sentence) < 1.6 < 2.2 < bits(other)
+    prompt = tokenizer("It was late when we reached", return_tensors="pt").input_ids
+    written = model.generate(prompt, max_new_tokens=24, top_k=1)
+    assert tokenizer.decode(written[0]).startswith("It was late when we reached the ")
 
 
 def test_an_end_token_is_learned_where_the_vocabulary_grows():
