@@ -7,7 +7,7 @@ OLDEST ?= .venv-oldest
 
 # Trains the demo: at most five minutes on two CPU cores. A run that was stopped goes on. More options: see
 # examples/train.py.
-train: $(VENV)/.installed
+train: $(or $(wildcard $(VENV)/.installed),$(VENV)/.installed-core)
 	$(BIN)/python examples/train.py $(if $(wildcard runs/demo/checkpoint-*),--resume)
 
 # Checks, then runs all tests, in as many processes as there are cores.
@@ -92,6 +92,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 build/torchao/.installed: $(VENV)/.installed
 	rm -rf build/torchao
 	$(BIN)/pip install --quiet --no-deps --target build/torchao torchao==0.18.0
+	touch $@
+
+# What training needs, where not everything is installed yet.
+$(VENV)/.installed-core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --constraint constraints.txt --editable ".[numba]"
 	touch $@
 
 # Those versions, but for transformers and what goes with it, without the extras that these tests can do without.

@@ -3,6 +3,7 @@
 Versions agree.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -102,3 +103,19 @@ def test_the_citation_has_this_version():
         pytest.skip("there is no CITATION.cff")
     (version,) = re.findall(r"^version:\s*[\"']?([^\"'\s]+)", citation.read_text(), re.MULTILINE)
     assert version == tarflow_hf.__version__
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_training_installs_what_it_needs_only(tmp_path):
+    """`make train` on a new machine leaves out the extras of the tests; what is there serves, too."""
+
+    def commands():
+        command = ["make", "--dry-run", "train", f"VENV={tmp_path}"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    assert '--editable ".[numba]"' in commands() and ".[test]" not in commands()
+    time = max((ROOT / name).stat().st_mtime for name in ("pyproject.toml", "constraints.txt")) + 9
+    for name in (".installed-core", ".installed"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time, time))
+        assert commands().startswith(f"{tmp_path}/bin/python examples/train.py")
