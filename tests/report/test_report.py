@@ -282,8 +282,8 @@ def test_hostile_text_stays_text(folder):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["flow", "--data", "missing.txt"], "'missing.txt' is not a text file here"),
-        ([".", "--data", "text.txt"], "model in .. Should have .* in its config.json"),
+        (["flow", "--data", "missing.txt"], "There is no file or folder missing.txt"),
+        ([".", "--data", "text.txt"], "^. is no checkpoint: it has no config.json"),
         (["nowhere/at/all", "--data", "text.txt"], "nowhere/at/all"),
         (
             ["flow", *OPTIONS, "--output", "no/report.html"],
