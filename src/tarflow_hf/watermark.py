@@ -464,7 +464,7 @@ def stratified_noise(tokens: Tensor, latent_size: int, num_samples: int) -> Tens
     Example:
         >>> noise = stratified_noise(torch.tensor([[3, 1, 2]]), 2, 4)
         >>> noise.sort(0).values[:, 0, 0]
-        tensor([-1.3723, -0.3418,  0.3418,  1.3723])
+        tensor([-1.3629, -0.3775,  0.3775,  1.3629])
     """
     levels = torch.special.ndtri((torch.arange(num_samples) + 0.5) / num_samples)
     levels = levels / levels.square().mean().sqrt()

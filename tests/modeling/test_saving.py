@@ -226,6 +226,7 @@ def run_python(script, folder, hub, python_path=None):
     functions = "".join(map(inspect.getsource, [observe, continue_text]))
     path = folder / "results.pt"
     environment = {**os.environ, **hub.environment(folder / "home")}
+    environment["NUMBA_DISABLE_JIT"] = "1"  # each copy of the code would be compiled again
     environment.pop("PYTHONPATH", None)
     if python_path is not None:
         environment["PYTHONPATH"] = str(python_path)
@@ -713,7 +714,9 @@ LIBRARIES = {"numpy", "torch", "transformers"}
 STANDARD = {
     "collections",
     "contextlib",
+    "contextvars",
     "dataclasses",
+    "difflib",
     "enum",
     "functools",
     "inspect",
@@ -895,6 +898,8 @@ def test_a_shipped_checkpoint_has_the_present_code(name):
 def test_the_shipped_checkpoint_runs_without_the_package(is_copied, tmp_path):
     folder = shutil.copytree(SHIPPED, tmp_path / "copy") if is_copied else SHIPPED
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    if is_copied:
+        environment["NUMBA_DISABLE_JIT"] = "1"  # compiled once is enough
     run = subprocess.run(
         [sys.executable, "-c", LOAD_SHIPPED, str(folder)],
         env=environment,
