@@ -200,6 +200,12 @@ def draw_directions():
     return figure
 
 
+def read_rows(name: str) -> list[dict]:
+    """The rows of a benchmark's results."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 # --------------------------------------------------------------------------------------------------
 # Gaps
 # --------------------------------------------------------------------------------------------------
@@ -213,8 +219,7 @@ RUNS = {
 
 def draw_infilling():
     """The bits of a token in a gap, by steps of training for gaps, and those of left to right."""
-    path = ROOT / "benchmarks" / "results" / "infilling.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows("infilling")
     curves = [row for row in rows if row["kind"] == "curve"]
     gap = curves[0]["gap"]
     figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
@@ -249,8 +254,7 @@ MARKS = {
 
 def draw_watermark():
     """Evidence for each mark against the number of tokens, at two temperatures, and after edits."""
-    path = ROOT / "benchmarks" / "results" / "watermark.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows("watermark")
     rows = [row for row in rows if row["kind"] == "power" and row["model"] == "SmolLM2-135M"]
     figure, (whole, cooler, edits) = plt.subplots(
         1, 3, figsize=(9.6, 3.2), layout="constrained", sharey=True

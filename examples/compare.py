@@ -20,11 +20,10 @@ import math
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import checked_ids, read_text, say_what_is_lost
+from tarflow_hf.hub import load_checkpoint
 from tarflow_hf.noise import check_same_space
 
 
@@ -94,11 +93,10 @@ def texts_of(arguments: argparse.Namespace, tokenizer, patch_size: int) -> Tenso
 @torch.no_grad()
 def main():
     arguments = parse_arguments()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model_a)
-    a = AutoModelForCausalLM.from_pretrained(arguments.model_a).eval()
+    a, tokenizer = load_checkpoint(arguments.model_a)
     dtype = getattr(torch, arguments.dtype_b) if arguments.dtype_b else "auto"
-    b = AutoModelForCausalLM.from_pretrained(arguments.model_b, dtype=dtype).eval()
-    check_same_space(a, b, tokenizer, AutoTokenizer.from_pretrained(arguments.model_b))
+    b, tokenizer_b = load_checkpoint(arguments.model_b, dtype=dtype)
+    check_same_space(a, b, tokenizer, tokenizer_b)
     if arguments.int8_b:
         round_to_int8(b)
     if arguments.adapter_b is not None:

@@ -20,12 +20,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tarflow_hf  # noqa: F401  registers the model, so that no remote code is needed
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import checked_ids, say_what_is_lost
 from tarflow_hf.evaluation import token_bits, what_bits_mean
+from tarflow_hf.hub import load_checkpoint
 from tarflow_hf.noise import check_same_space
 
 GREY, PLAIN = "\033[90m", "\033[0m"
@@ -154,13 +153,11 @@ def print_columns(pieces: list[list[str]], bits: list[list[float]], color: bool)
 @torch.no_grad()
 def main():
     arguments = parse_arguments()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint_of_text)
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint_of_text).eval()
+    model, tokenizer = load_checkpoint(arguments.checkpoint_of_text)
     other = model
     if arguments.checkpoint is not None:
-        other = AutoModelForCausalLM.from_pretrained(arguments.checkpoint).eval()
-        others = AutoTokenizer.from_pretrained(arguments.checkpoint)
-        check_same_space(model, other, tokenizer, others)
+        other, tokenizer_of_other = load_checkpoint(arguments.checkpoint)
+        check_same_space(model, other, tokenizer, tokenizer_of_other)
 
     ids = checked_ids(tokenizer, arguments.text)
     say_what_is_lost(tokenizer, [arguments.text])

@@ -6,8 +6,8 @@ much better the key's noise fits it than any other noise does.
 
 1. Evidence. The noise u_t at a token of the text is drawn a few times (q(z | x), flowed forward),
    and each of its dimensions gets a mean M and a variance W. A dimension that tells nothing about
-   the token has M = 0 and W = 1. The draws are stratified, a Latin hypercube, so that four of them
-   say what sixteen independent ones do. The mixture weights are those of the sampling options that
+   the token has M = 0 and W = 1. The draws are stratified, a Latin hypercube: few of them say more
+   than as many independent ones. The mixture weights are those of the sampling options that
    `detect` is told.
 2. One token, one number k of the key's noise, the likelihood ratio
 

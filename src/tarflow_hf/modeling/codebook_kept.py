@@ -78,9 +78,10 @@ def kept(make: Callable[[Tensor, Tensor], Any], mean: Tensor, log_scale: Tensor)
 def state_of(x: Tensor) -> tuple:
     """The version of a tensor, and its checksums where that does not say all."""
     versions = _versions(x)
-    return (
-        versions if _checked.get() is not None and -1 not in versions else versions + _checksums(x)
-    )
+    if _checked.get() is not None and -1 not in versions:
+        return versions
+
+    return versions + _checksums(x)
 
 
 def _versions(*tensors: Tensor) -> tuple[int, ...]:
