@@ -15,6 +15,13 @@ and the library of the matrix products keep back counts, too. With --quick it is
 
 With --num_flows L the stack is cut after its first flows, and the Llama has the layers of these:
 its first stage of progressive training. With --stage L the flows before it are frozen, too.
+
+With --parts torch's profiler says where the time of a further step goes, as each operator's own
+time, without that of the operators that it calls; first come those in which the models differ most.
+
+With --scoring both models score sequences as the table does with which `examples/train.py` closes,
+in place of steps: the stack by an ELBO and the importance-weighted bound of 16 samples, the Llama
+exactly.
 """
 
 import argparse
@@ -29,7 +36,10 @@ from measure import device_name, facts, output_of_own_process, peak_resident_mem
 from transformers import PreTrainedModel, set_seed
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
-from tarflow_hf.cost import peak_flops, training_flops
+from tarflow_hf.baseline import flows_of
+from tarflow_hf.cost import forward_flops, peak_flops, training_flops
+from tarflow_hf.evaluation import score
+from tarflow_hf.report import Table
 from tarflow_hf.training import (
     RowNoise,
     TrainingConfig,
@@ -42,6 +52,8 @@ from tarflow_hf.training import (
 )
 
 MODELS = ("TarFlowLM", "Llama")
+NUM_SAMPLES = 16  # of the closing table's bound
+NUM_PARTS = 12  # operators in the table of parts
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 
 
@@ -70,6 +82,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--compile", action="store_true", help="torch.compile, of both models")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--parts", action="store_true", help="where the time goes, by operator")
+    parser.add_argument(
+        "--scoring",
+        type=int,
+        metavar="SEQUENCES",
+        help="score so many as the closing table does, in place of steps; it has 64",
+    )
     parser.add_argument("--quick", action="store_true", help="128 tokens, 3 rounds")
     parser.add_argument(
         "--memory_of", choices=MODELS, help="print the memory of this model's steps alone, on a CPU"
@@ -100,6 +119,10 @@ class Step:
         )
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.num_steps, self.seconds, self.memory = 0, [], []
+
+    def flops(self, input_ids: torch.Tensor) -> float:
+        rows, num_tokens = input_ids.shape
+        return rows * training_flops(self.model, num_tokens, self.num_flows)
 
     def take(self, input_ids: torch.Tensor) -> None:
         is_gpu = self.device.type == "cuda"
@@ -133,6 +156,54 @@ class Step:
             ]
             own = sum(x.numel() * x.element_size() for x in [*self.model.parameters(), *state])
             self.memory.append(torch.cuda.max_memory_allocated() - before + own)
+
+
+class Scoring:
+    """A model that scores the same random ids again and again; it has `seconds` as a `Step` has."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device):
+        self.model = model.to(device).eval()
+        self.seconds, self.memory = [], []
+
+    def flops(self, input_ids: torch.Tensor) -> float:
+        rows, num_tokens = input_ids.shape
+        num_samples = NUM_SAMPLES if flows_of(self.model) else 1
+        return rows * num_samples * sum(forward_flops(self.model, num_tokens))
+
+    def take(self, input_ids: torch.Tensor) -> None:
+        sequences = [{"input_ids": row} for row in input_ids.cpu()]
+        start = time.perf_counter()
+        score(self.model, sequences, num_samples=NUM_SAMPLES)
+        self.seconds.append(time.perf_counter() - start)
+
+
+def parts_of(step: Step | Scoring, input_ids: torch.Tensor) -> dict[str, float]:
+    """The milliseconds of each operator's own time; one and its form in place count together."""
+    with torch.profiler.profile() as profile:
+        step.take(input_ids)
+
+    is_gpu = input_ids.device.type == "cuda"
+    time_of = "self_device_time_total" if is_gpu else "self_cpu_time_total"
+    times: dict[str, float] = {}
+    for event in profile.key_averages():
+        name = event.key.removeprefix("aten::").rstrip("_")
+        times[name] = times.get(name, 0) + getattr(event, time_of) / 1000
+
+    return {name: milliseconds for name, milliseconds in times.items() if milliseconds >= 0.01}
+
+
+def print_parts(flow: dict[str, float], library: dict[str, float]) -> None:
+    """The operators that tell the two models apart most, and the sums of all others."""
+    names = sorted(flow | library, key=lambda n: abs(flow.get(n, 0) - library.get(n, 0)))
+    rows = [
+        (name, flow.get(name, 0), library.get(name, 0)) for name in names[: -NUM_PARTS - 1 : -1]
+    ]
+    total = sum(flow.values()), sum(library.values())
+    named = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    rows.append(("the rest", total[0] - named[0], total[1] - named[1]))
+    rows.append(("all", *total))
+    cells = [(n, f"{a:,.1f}", f"{b:,.1f}", f"{a - b:+,.1f}") for n, a, b in rows]
+    print("\n" + Table(["operator, ms", *MODELS, "difference"], cells).to_markdown())
 
 
 def make_models(
@@ -179,7 +250,11 @@ def make_steps(
 ) -> tuple[dict[str, Step], torch.Tensor, TarFlowLMConfig]:
     models, config, num_flows = make_models(arguments, names)
     num_tokens = arguments.num_tokens or config.max_position_embeddings
-    input_ids = torch.randint(config.vocab_size, (arguments.batch_size, num_tokens), device=device)
+    num_sequences = arguments.scoring or arguments.batch_size
+    input_ids = torch.randint(config.vocab_size, (num_sequences, num_tokens), device=device)
+    if arguments.scoring:
+        return {n: Scoring(model, device) for n, model in models.items()}, input_ids, config
+
     steps = {
         name: Step(model, arguments, num_flows if name == "TarFlowLM" else None, device)
         for name, model in models.items()
@@ -197,9 +272,9 @@ def print_memory(arguments: argparse.Namespace) -> None:
 
 
 def memory_of_steps(arguments: argparse.Namespace, steps: dict[str, Step]) -> dict[str, float]:
-    """The peak in bytes by model; on a CPU of processes of their own, and there not with --quick."""
+    """The peak in bytes by model; on a CPU of processes of their own, not with --quick or --scoring."""
     is_gpu = torch.device(arguments.device).type == "cuda"
-    if is_gpu or arguments.quick or sys.platform != "linux":
+    if is_gpu or arguments.quick or arguments.scoring or sys.platform != "linux":
         return {name: max(step.memory) for name, step in steps.items() if step.memory}
 
     memory = {}
@@ -224,8 +299,7 @@ def make_rows(
 
     for name, step in steps.items():
         seconds = statistics.median(step.seconds)
-        flops = training_flops(step.model, num_tokens, step.num_flows)
-        flops_per_second = flops * arguments.batch_size / seconds
+        flops_per_second = step.flops(input_ids) / seconds
         rows.append({
             "model": name,
             "recipe": arguments.recipe,
@@ -235,7 +309,8 @@ def make_rows(
             "vocab_size": config.vocab_size,
             "log_scale": config.initial_log_scale,
             "parameters": step.model.num_parameters(),
-            "batch_size": arguments.batch_size,
+            "scoring": arguments.scoring,
+            "batch_size": len(input_ids),
             "num_tokens": num_tokens,
             "dtype": arguments.dtype,
             "compiled": arguments.compile,
@@ -246,6 +321,7 @@ def make_rows(
             "flops_per_second": flops_per_second,
             "model_flops_utilization": flops_per_second / peak if peak else None,
             "peak_memory_gib": memory[name] / 2**30 if name in memory else None,
+            "parts": parts_of(step, input_ids) if arguments.parts else None,
             **facts(arguments.device),
         })  # fmt: skip
 
@@ -259,16 +335,22 @@ def print_rows(arguments: argparse.Namespace, rows: list[dict]) -> None:
     )
     batch = f"batch {first['batch_size']} x {first['num_tokens']} tokens, {first['dtype']}"
     print(f"{batch}, {device_name(arguments.device)}\n")
-    print("| model | parameters | ms/step | tokens/s | FLOP/s | utilisation | peak memory, GiB |")
-    print("|---|---|---|---|---|---|---|")
-
+    cells = []
     for row in rows:
         used, memory = row["model_flops_utilization"], row["peak_memory_gib"]
-        print(
-            f"| {row['model']} | {row['parameters']:,} | {1000 * row['seconds']:.1f} | {row['tokens_per_second']:,.0f} "
-            f"| {row['flops_per_second']:.3g} | {'peak unknown' if used is None else f'{used:.1%}'} "
-            f"| {'not measured' if memory is None else f'{memory:.2f}'} |"
-        )
+        cells.append([
+            row["model"],
+            f"{row['parameters']:,}",
+            f"{1000 * row['seconds']:,.1f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['flops_per_second']:.3g}",
+            "peak unknown" if used is None else f"{used:.1%}",
+            "not measured" if memory is None else f"{memory:.2f}",
+        ])  # fmt: skip
+
+    work = "scoring" if arguments.scoring else "step"
+    head = ["model", "parameters", f"ms/{work}", "tokens/s", "FLOP/s", "utilisation"]
+    print(Table([*head, "peak memory, GiB"], cells).to_markdown())
 
     flow, library = rows
     ratio = flow["tokens_per_second"] / library["tokens_per_second"]
@@ -277,6 +359,8 @@ def print_rows(arguments: argparse.Namespace, rows: list[dict]) -> None:
         text += f"; peak memory: {flow['peak_memory_gib'] / library['peak_memory_gib']:.3f}"
 
     print(f"\n{text}")
+    if arguments.parts:
+        print_parts(flow["parts"], library["parts"])
 
 
 def main():

@@ -134,6 +134,29 @@ def test_benchmark_of_training(tmp_path, capsys, monkeypatch):
         run("--quick", "--num_flows", "4")
 
 
+def test_benchmark_of_scoring(tmp_path, capsys, monkeypatch):
+    """`--scoring` times the closing table; `--parts` says which operators the time goes to."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    output = str(tmp_path / "rows.jsonl")
+    options = ("--quick", "--scoring", "1", "--num_flows", "1", "--parts", "--output", output)
+    printed = benchmark("training.py", *options, capsys=capsys, monkeypatch=monkeypatch)
+    flow, library = [json.loads(line) for line in Path(output).read_text().splitlines()]
+
+    assert flow["scoring"] == library["scoring"] == 1 and flow["num_tokens"] == 128
+    # Sixteen samples are as many passes, and the model's shift saves the first position's.
+    assert (
+        14
+        < flow["flops_per_second"]
+        * flow["seconds"]
+        / (library["flops_per_second"] * library["seconds"])
+        < 18
+    )
+    coupling = [name for name in flow["parts"] if name.startswith("_MixtureRosenblatt")]
+    assert coupling and not set(coupling) & set(library["parts"]) and "mm" in flow["parts"]
+    assert 0.3 < sum(flow["parts"].values()) / 1000 / flow["seconds"] < 30
+    assert "| operator, ms | TarFlowLM | Llama | difference |" in printed
+
+
 def test_memory_of_a_training_step(monkeypatch):
     """A step takes at least its weights, gradients and AdamW's two moments.
 

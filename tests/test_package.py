@@ -113,7 +113,9 @@ def test_training_installs_what_it_needs_only(tmp_path):
         # `make test` hands its own make's variables down; "Entering directory" is one of their effects.
         env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
         command = ["make", "--dry-run", "train", f"VENV={tmp_path}"]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, check=True
+        )
         return done.stdout
 
     assert '--editable ".[numba]"' in commands() and ".[test]" not in commands()

@@ -38,6 +38,7 @@ def read(path: Path) -> list[dict]:
 def settings(row: dict) -> tuple:
     """The settings that rows must share to be compared."""
     names = ("dataset", "num_steps", "batch_size", "hidden_size", "num_layers", "num_tokens")
+    names += ("initializer_range",)
     return tuple(row[name] for name in names)
 
 
@@ -57,12 +58,13 @@ def title_of(key: tuple) -> str:
     """The line over a table.
 
     Example:
-        >>> title_of(("ptb", 1200, 16, 64, 6, 320))
+        >>> title_of(("ptb", 1200, 16, 64, 6, 320, 0.02))
         '**ptb**: 6 layers of width 64 in all, 1,200 steps of 16 sequences'
     """
-    dataset, steps, batch, width, layers, _ = key
+    dataset, steps, batch, width, layers, _, initial = key
     size = f"{layers} layers of width {width} in all"
-    return f"**{dataset}**: {size}, {steps:,} steps of {batch} sequences"
+    weights = "" if initial == 0.02 else f", initial weights of {initial}"
+    return f"**{dataset}**: {size}, {steps:,} steps of {batch} sequences{weights}"
 
 
 def gap(rows: list[dict], discrete: list[dict] | None, name: str) -> str:

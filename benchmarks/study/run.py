@@ -63,6 +63,7 @@ SETTINGS += (
     "mixed_precision",
     "test_sequences",
     "test_samples",
+    "initializer_range",
 )
 
 
@@ -86,6 +87,12 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--warmup_steps", type=int, help="default: a fortieth of the steps")
+    parser.add_argument(
+        "--initializer_range",
+        type=float,
+        default=0.02,
+        help="of the weights; narrow models learn faster from larger ones",
+    )
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--test_sequences", type=int, default=512)
     parser.add_argument(
@@ -196,6 +203,7 @@ def config_of(arguments: argparse.Namespace, corpus: Data) -> dict:
         "max_position_embeddings": arguments.num_tokens,
         "hidden_size": arguments.hidden_size,
         "num_attention_heads": max(1, arguments.hidden_size // 32),
+        "initializer_range": arguments.initializer_range,
     }
     for name in ("eos_token_id", "pad_token_id"):
         token = getattr(corpus.tokenizer, name)
@@ -224,7 +232,7 @@ def training_of(
         seed=seed,
         log_every=max(1, arguments.num_steps // 50),
         eval_every=max(1, arguments.num_steps // 5),
-        eval_sequences=min(64, arguments.test_sequences),
+        eval_sequences=min(512, arguments.test_sequences),
         save_every=max(1, arguments.num_steps // 5),
         keep_checkpoints=1,
         resume=any(folder.glob("checkpoint-*")),

@@ -46,6 +46,8 @@ MAX_LEFT = 0.35
 # rounded to its eps.
 MAX_FALL = 16.0
 CHUNK_ELEMENTS = 2**18  # numbers n V at once
+# But at least so many rows: where most components are dropped, the number of calls takes time.
+MIN_ROWS = 32
 # Numbers n V d from which on this form is taken: with fewer, the number of calls is what takes time.
 MIN_NUMBERS = 2**14
 # Up to this V d the dimensions are kept for the backward pass instead of computed again. That is 12
@@ -129,7 +131,10 @@ def _left(weights: _Weights) -> Tensor | None:
     # As numbers: booleans are compared and summed three times as slowly.
     is_left = torch.gt(value, least, out=torch.empty_like(value))
     count = max(1, int(is_left.sum(-1).max())) if len(value) else 1
-    return value.topk(count).indices if count <= MAX_LEFT * value.shape[1] else None
+    if count > MAX_LEFT * value.shape[1]:
+        return None
+
+    return value.topk(count, sorted=False).indices
 
 
 def _sweep(z: Tensor, logits: Tensor, mixture: _Mixture, keeps: bool = False) -> _Sweep:
@@ -262,7 +267,7 @@ class _MixtureRosenblatt(torch.autograd.Function):
         keeps = any(ctx.needs_input_grad) and mean.numel() <= MAX_KEPT
         ctx.kept = []
 
-        for rows in chunks(len(z), CHUNK_ELEMENTS // len(mean)):
+        for rows in chunks(len(z), max(MIN_ROWS, CHUNK_ELEMENTS // len(mean))):
             at = _sweep(z[rows], logits[rows], mixture, keeps)
             ctx.kept += [at] if keeps else []
             tail[rows], sign[rows] = at.tail, at.sign
@@ -287,7 +292,7 @@ class _MixtureRosenblatt(torch.autograd.Function):
         grad_z, grad_logits = torch.empty_like(z), torch.empty_like(logits)
         sums = _Gradients(torch.zeros_like(mean.T).contiguous(), torch.zeros_like(log_scale))
 
-        for index, rows in enumerate(chunks(len(z), CHUNK_ELEMENTS // len(mean))):
+        for index, rows in enumerate(chunks(len(z), max(MIN_ROWS, CHUNK_ELEMENTS // len(mean)))):
             is_whole = bool(is_exact[rows].all())
             inside = slice(None) if is_whole else is_exact[rows]
             own = [x[rows][inside] for x in (z, logits, u, grad_u, grad_log_det)]
