@@ -60,6 +60,8 @@ study-ptb: $(VENV)/.installed
 	$(STUDY) $(PTB_OPTIONS) --test_samples 4 --cases Mix-d Mix-1 affine
 	$(STUDY) $(PTB_OPTIONS) --test_samples 1 --cases discrete "Mix-d, one flow" --seeds 1
 	$(STUDY) $(PTB_OPTIONS) --num_steps 6000 --test_samples 1 --cases discrete "Mix-d, one flow"
+	$(STUDY) $(PTB_OPTIONS) --hidden_size 128 --num_steps 12000 --learning_rate 0.004 --warmup_steps 200 \
+		--initializer_range 0.06 --test_samples 1 --cases discrete "Mix-d, one flow"
 
 PTB_OPTIONS = --dataset ptb:$(PTB) --num_steps 1200 --num_tokens 320 --latent_size 8 --learning_rate 0.003 --warmup_steps 60 \
 	--test_sequences 3735 --output $(RESULTS)/ptb.jsonl
@@ -75,6 +77,8 @@ study-stacks: $(VENV)/.installed
 		$(STUDY) --dataset task:$$task $(TASK_OPTIONS) --seeds $(SEEDS) --output $(RESULTS)/stacks.jsonl \
 			--cases discrete "Mix-d, one flow" "Mix-d, right to left" "Mix-d, half right to left" || exit 1; \
 	done
+	$(STUDY) --num_steps 600 --initializer_range 0.06 --test_samples 4 --groups "patches under flows" --seeds $(SEEDS) \
+		--output $(RESULTS)/stacks.jsonl
 
 TASK_OPTIONS = --hidden_size 32 --num_tokens 16 --latent_size 4 --num_steps 600 --batch_size 64 --learning_rate 0.003 \
 	--test_sequences 1000 --test_samples 4

@@ -16,13 +16,12 @@ own; its square over the paired one's is the number of times as many texts that 
 """
 
 import argparse
-import math
 
 import torch
 from torch import Tensor
 
-from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import checked_ids, read_text, say_what_is_lost
+from tarflow_hf.evaluation import Comparison, compare, round_to_int8
 from tarflow_hf.hub import load_checkpoint
 from tarflow_hf.noise import check_same_space
 
@@ -45,35 +44,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@torch.no_grad()
-def round_to_int8(model: TarFlowLMModel) -> None:
-    """Rounds the weights of all linear layers to 255 steps, a scale for each row."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            scale = module.weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-            module.weight.copy_((module.weight / scale).round() * scale)
-
-
-def parting(tokens_a: Tensor, tokens_b: Tensor) -> Tensor:
-    """The number of tokens (B,) in front of the first that differs."""
-    return (tokens_a == tokens_b).long().cumprod(-1).sum(-1)
-
-
-def paired(scores_a: Tensor, scores_b: Tensor) -> tuple[float, float, float]:
-    """The mean difference of scores (n,), B minus A, and its standard errors, paired and unpaired.
-
-    Example:
-        >>> scores = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-        >>> difference, together, apart = paired(scores, scores + 0.5)
-        >>> (difference, together, round(apart, 3))
-        (0.5, 0.0, 0.913)
-    """
-    difference = scores_b - scores_a
-    together = difference.var() / len(difference)
-    apart = (scores_a.var() + scores_b.var()) / len(difference)
-    return difference.mean().item(), together.sqrt().item(), apart.sqrt().item()
-
-
 def texts_of(arguments: argparse.Namespace, tokenizer, patch_size: int) -> Tensor | None:
     """Pieces (n, T) of the text in a file; None without one."""
     if arguments.data is None:
@@ -90,7 +60,6 @@ def texts_of(arguments: argparse.Namespace, tokenizer, patch_size: int) -> Tenso
     return pieces
 
 
-@torch.no_grad()
 def main():
     arguments = parse_arguments()
     a, tokenizer = load_checkpoint(arguments.model_a)
@@ -104,46 +73,38 @@ def main():
 
         b = PeftModel.from_pretrained(b, arguments.adapter_b).merge_and_unload()
 
-    # 1. What both write from the same noise.
-    generator = torch.Generator().manual_seed(arguments.seed)
-    length = arguments.num_tokens // a.config.patch_size * a.config.patch_size
-    noise = torch.randn(arguments.num_texts, length, a.config.latent_size, generator=generator)
-    written = [
-        torch.cat(
-            [model.generate(noise=u, eos_token_id=-1) for u in noise.split(arguments.batch_size)]
-        )
-        for model in (a, b)
-    ]
-    common = parting(*written)
-    is_same = common == length
-    apart = common[~is_same].float()
-    print(f"{int(is_same.sum())} of {len(common)} texts of {length} tokens are the same.")
-    if len(apart):
-        print(f"The others part after {apart.mean():.1f} tokens (median {apart.median():.0f}).")
-        rate = len(apart) / (common.sum() + len(apart)).item()
-        print(f"A token of a common beginning parts in {100 * rate:.3f}% of all cases.")
-        row = int(common.masked_fill(is_same, length).argmin())
-        start = max(int(common[row]) - 20, 0)
-        for name, tokens in zip("AB", written, strict=True):
-            print(f"  {name}: {tokenizer.decode(tokens[row, start : int(common[row]) + 20])!r}")
-
-    # 2. What both say of the same texts, with the same latent noise.
     texts = texts_of(arguments, tokenizer, a.config.patch_size)
-    texts = written[0] if texts is None else texts
-    scores = []
-    for model in (a, b):
-        generator = torch.Generator().manual_seed(arguments.seed)
-        elbo = torch.cat(
-            [model(ids, generator=generator).elbo for ids in texts.split(arguments.batch_size)]
-        )
-        scores.append(-elbo.double() / texts.shape[1] / math.log(2))
+    names = ("num_texts", "num_tokens", "batch_size", "seed")
+    found = compare(a, b, texts=texts, **{name: getattr(arguments, name) for name in names})
+    print_texts(found, tokenizer)
+    print_scores(found)
 
-    difference, together, unpaired = paired(*scores)
-    means = [each.mean().item() for each in scores]
-    print(f"Bits a token: A {means[0]:.4f}, B {means[1]:.4f}; B - A {difference:+.5f}")
-    print(f"  standard error {together:.5f} paired, {unpaired:.5f} unpaired")
+
+def print_texts(found: Comparison, tokenizer) -> None:
+    """Says where the texts part that both write from the same noise, and shows the first."""
+    number, length = found.written[0].shape
+    print(f"{int(found.is_same.sum())} of {number} texts of {length} tokens are the same.")
+
+    apart = found.common[~found.is_same].float()
+    if not len(apart):
+        return
+
+    print(f"The others part after {apart.mean():.1f} tokens (median {apart.median():.0f}).")
+    print(f"A token of a common beginning parts in {100 * found.rate:.3f}% of all cases.")
+    row = int(found.common.argmin())
+    place = int(found.common[row])
+    for name, tokens in zip("AB", found.written, strict=True):
+        print(f"  {name}: {tokenizer.decode(tokens[row, max(place - 20, 0) : place + 20])!r}")
+
+
+def print_scores(found: Comparison) -> None:
+    """Says how the scores of the same texts differ."""
+    mean_a, mean_b = (scores.mean().item() for scores in found.scores)
+    together, apart = found.standard_error, found.unpaired_standard_error
+    print(f"Bits a token: A {mean_a:.4f}, B {mean_b:.4f}; B - A {found.difference:+.5f}")
+    print(f"  standard error {together:.5f} paired, {apart:.5f} unpaired")
     if together > 0:
-        print(f"  the pairing is worth {(unpaired / together) ** 2:,.0f} times as many texts")
+        print(f"  the pairing is worth {(apart / together) ** 2:,.0f} times as many texts")
 
 
 if __name__ == "__main__":

@@ -157,6 +157,26 @@ def test_benchmark_of_scoring(tmp_path, capsys, monkeypatch):
     assert "| operator, ms | TarFlowLM | Llama | difference |" in printed
 
 
+def test_benchmark_of_noise(tmp_path, capsys, monkeypatch):
+    """Texts come back from their noise, and it keeps more of them than other noise does."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    options = ["--data", str(tmp_path / "text.txt"), "--num_texts", "6", "--num_tokens", "16"]
+    options += ["--begin", "4", "--output", str(tmp_path / "rows.jsonl")]
+    checkpoint = str(ROOT / "checkpoints" / "python-docs")
+    benchmark("noise.py", checkpoint, *options, capsys=capsys, monkeypatch=monkeypatch)
+
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    replay, *changed = [row for row in rows if row["kind"] == "counterfactual"]
+    assert replay["changed"] == 0 and replay["texts"] == 6 and replay["model"] == "python-docs"
+    assert len(changed) == 3 and all(row["fresh"] < row["kept"] < 1 for row in changed)
+    assert all(0 <= row["first"] <= 12 for row in changed)
+
+    rounded, halved = [row for row in rows if row["kind"] == "compare"]
+    for row in (rounded, halved):
+        assert 0 < row["error"] < row["unpaired"] and abs(row["difference"]) < 0.1 < row["bits"]
+
+
 def test_memory_of_a_training_step(monkeypatch):
     """A step takes at least its weights, gradients and AdamW's two moments.
 

@@ -499,3 +499,11 @@ def test_a_folder_is_a_source_and_brings_its_tokenizer(source_folder):
     model = from_causal_lm(source_folder)
     assert model.dtype == torch.bfloat16 and model.config.start_token_id == 1
     assert from_causal_lm(str(source_folder), dtype=torch.float32).dtype == torch.float32
+
+
+def test_noise_of_the_same_seed_has_other_numbers_than_the_codebook(llama):
+    """A codebook drawn by the seed itself would begin the noise of `manual_seed(seed)`."""
+    for seed in (0, 7):
+        means = from_causal_lm(llama, seed=seed).codebook.mean
+        noise = torch.randn(means.shape, generator=torch.Generator().manual_seed(seed))
+        assert (means - noise).abs().amin() > 0 and (means[0] - noise[0]).norm() > 1

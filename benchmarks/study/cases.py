@@ -68,10 +68,10 @@ def papers_mix_d(layers: int) -> list[dict[str, Any]]:
     return alternating([(mix_d(context="latent"), first), *((mix_1(2), depth) for depth in others)])
 
 
-def deep(above: int = 1, **options: Any) -> Callable[[int], list[dict[str, Any]]]:
-    """Most layers in the Mix-d flow next to the data, two Mix-1 flows of `above` layers over it."""
+def deep(above: int = 1, number: int = 2, **options: Any) -> Callable[[int], list[dict[str, Any]]]:
+    """Most layers in the Mix-d flow next to the data, a `number` of Mix-1 flows of `above` layers over it."""
     return lambda layers: alternating(
-        [(mix_d(**options), layers - 2 * above), (mix_1(2), above), (mix_1(2), above)]
+        [(mix_d(**options), layers - number * above), *[(mix_1(2), above)] * number]
     )
 
 
@@ -94,6 +94,14 @@ def with_half_in_head(layers: int) -> list[dict[str, Any]]:
     """One Mix-d flow of all layers, and half as many over the tokens of a patch."""
     return alternating([(mix_d(patch_head_layers=layers // 2), layers)])
 
+
+# The tokens of a patch are independent in a Mix-d flow: what could tie them.
+PATCHED = {
+    "one flow": alone(),
+    "two flows": deep(number=1),
+    "three flows": deep(),
+    "half in the head": with_half_in_head,
+}
 
 GROUPS: dict[str, dict[str, Case]] = {
     "models": {
@@ -141,8 +149,9 @@ GROUPS: dict[str, dict[str, Case]] = {
         ),
     },
     "patches under flows": {
-        "patch 2, deep": Case(deep(), config={"patch_size": 2}),
-        "patch 4, deep": Case(deep(), config={"patch_size": 4}),
+        f"patch {size}, {name}, equal FLOPs": Case(flows, "joint", "FLOPs", {"patch_size": size})
+        for size in (2, 4, 8)
+        for name, flows in PATCHED.items()
     },
 }  # fmt: skip
 CASES = {name: case for group in GROUPS.values() for name, case in group.items()}

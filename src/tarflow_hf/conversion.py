@@ -39,6 +39,7 @@ from .modeling.inversion_tarflowlm import evaluating
 from .modeling.modeling_tarflowlm import FlowLayer, TarFlowLMModel
 from .modeling.slots_tarflowlm import make_layout, to_positions
 from .modeling.vocabulary_tarflowlm import MIN_SEPARATION, closest_distance, draw_means
+from .noise import seed_of
 
 SOFT_CAPS = ("final_logit_softcapping", "logit_soft_cap", "output_logit_soft_cap")
 DEFAULT_POSITIONS = 2048  # of a source that has no limit
@@ -396,7 +397,8 @@ def _copy_weights(model: TarFlowLMModel, parts: SourceParts, logit_factor: float
 def _draw_codebook(model: TarFlowLMModel, log_scale: float, seed: int) -> None:
     codebook = model.codebook
     spacing = MIN_SEPARATION * math.exp(log_scale)
-    generator = torch.Generator().manual_seed(seed)
+    # Not the seed itself: noise that a user draws by it would have the means' very numbers.
+    generator = torch.Generator().manual_seed(seed_of(seed))
     means = draw_means(len(codebook.mean), codebook.mean.shape[1], spacing, generator)
     if means is None:
         num_tokens, latent_size = codebook.mean.shape

@@ -10,6 +10,7 @@ from .codebook import (
     nearest_distances,
     reconstruction,
 )
+from .comparison import Comparison, compare, round_to_int8
 from .flops import (
     GPT2_SIZES,
     PATCH_SIZES,
@@ -90,6 +91,7 @@ __all__ = [
     "PATCH_SIZES",
     "WHAT_IS_SCORED",
     "CodebookState",
+    "Comparison",
     "Evaluation",
     "Evolution",
     "FlopCount",
@@ -109,6 +111,7 @@ __all__ = [
     "bits_of_pieces",
     "check_judge",
     "codebook_state",
+    "compare",
     "count_by_patch_size",
     "count_flops",
     "cut_text",
@@ -141,6 +144,7 @@ __all__ = [
     "reconstruction",
     "reference_sequences",
     "repetition",
+    "round_to_int8",
     "sample_to_file",
     "score",
     "score_batch",
