@@ -77,11 +77,12 @@ study-stacks: $(VENV)/.installed
 		$(STUDY) --dataset task:$$task $(TASK_OPTIONS) --seeds $(SEEDS) --output $(RESULTS)/stacks.jsonl \
 			--cases discrete "Mix-d, one flow" "Mix-d, right to left" "Mix-d, half right to left" || exit 1; \
 	done
-	$(STUDY) --num_steps 600 --initializer_range 0.06 --test_samples 4 --groups "patches under flows" --seeds $(SEEDS) \
-		--output $(RESULTS)/stacks.jsonl
+	$(STUDY) $(PATCH_OPTIONS) --seeds $(SEEDS) --cases discrete
+	$(STUDY) $(PATCH_OPTIONS) --seeds $(SEEDS) --groups "patches under flows"
 
 TASK_OPTIONS = --hidden_size 32 --num_tokens 16 --latent_size 4 --num_steps 600 --batch_size 64 --learning_rate 0.003 \
 	--test_sequences 1000 --test_samples 4
+PATCH_OPTIONS = --num_steps 600 --initializer_range 0.06 --test_samples 4 --output $(RESULTS)/stacks.jsonl
 
 # The page and the picture of these rows.
 results: $(VENV)/.installed
