@@ -131,8 +131,14 @@ def test_flows_and_back(data):
     model = draw_model(data)
     ids, mask = data.draw(batches(model))
     patch_size = model.config.patch_size
-    if ids.shape[1] % patch_size or not has_whole_rows(real_of(mask, ids), patch_size):
-        mask, ids = None, torch.zeros(2, model.config.max_position_embeddings, dtype=torch.long)
+    longest = model.config.max_position_embeddings
+    if ids.shape[1] > longest:
+        with pytest.raises(ValueError, match="longer than max_position_embeddings"):
+            model.flow(torch.zeros(*ids.shape, model.config.latent_size), mask)
+
+    is_whole = ids.shape[1] % patch_size == 0 and has_whole_rows(real_of(mask, ids), patch_size)
+    if ids.shape[1] > longest or not is_whole:
+        mask, ids = None, torch.zeros(2, longest, dtype=torch.long)
 
     scale = data.draw(st.sampled_from([0.0, 0.1, 1.0, 8.0]))
     start = scale * draws((*ids.shape, model.config.latent_size), 2)

@@ -698,3 +698,15 @@ def test_compiled():
     torch.testing.assert_close(
         compiled(input_ids, latents=z).elbo, model(input_ids, latents=z).elbo
     )
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_flow_of_more_tokens_than_there_are_positions_is_refused(reverse):
+    """Positions that are learnt, as GPT-2's, end somewhere; an IndexError said nothing of it."""
+    blocks = {"model_type": "gpt2", "hidden_size": 16, "num_attention_heads": 2}
+    blocks |= {"max_position_embeddings": 8}
+    model = make([flow("affine")], block_config=blocks, max_position_embeddings=8)
+    noise = torch.zeros(1, 9, model.config.latent_size)
+    assert model.flow(noise[:, :8], reverse=reverse).latents.shape == noise[:, :8].shape
+    with pytest.raises(ValueError, match="9 tokens is longer than max_position_embeddings, 8"):
+        model.flow(noise, reverse=reverse)

@@ -7,8 +7,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 
-def check_length(length: int, patch_size: int) -> None:
-    """Raises a ValueError unless the length is a positive multiple of the patch size."""
+def check_length(length: int, patch_size: int, longest: int) -> None:
+    """Raises a ValueError unless the length is a positive multiple of the patch size, up to `longest`."""
+    if length > longest:
+        raise ValueError(
+            f"A sequence of {length} tokens is longer than max_position_embeddings, {longest}. Cut it, or score its "
+            "parts one by one."
+        )
     if length % patch_size or length == 0:
         raise ValueError(
             f"The sequence length must be a positive multiple of patch_size: {length}, {patch_size}."
@@ -53,13 +58,8 @@ def check_ids(
         raise ValueError(
             f"input_ids must be integers of shape (B, T), not empty: {input_ids.dtype}, {tuple(input_ids.shape)}."
         )
-    if input_ids.shape[1] > config.max_position_embeddings:
-        raise ValueError(
-            f"A sequence of {input_ids.shape[1]} tokens is longer than max_position_embeddings, "
-            f"{config.max_position_embeddings}. Cut it, or score its parts one by one."
-        )
 
-    check_length(input_ids.shape[1], config.patch_size)
+    check_length(input_ids.shape[1], config.patch_size, config.max_position_embeddings)
     if attention_mask is not None:
         check_mask(attention_mask, input_ids.shape)
         input_ids = input_ids.masked_fill(attention_mask == 0, 0)

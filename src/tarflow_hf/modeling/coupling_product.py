@@ -51,8 +51,7 @@ MAX_KEPT = 2**22
 class Product(NamedTuple):
     """The factor of a codebook, in float64, padded to whole blocks of components."""
 
-    factor: Tensor  # (d + 1, V')
-    bias: Tensor  # (V',)  -inf at the padding
+    factor: Tensor  # (d + 2, V')  of [z, |z|^2, 1]; the last row is -inf at the padding
     center: Tensor  # (d,)  subtracted from latents and means
     radius: float  # the largest |mu|
     inverse_scale: float  # the largest 1 / sigma
@@ -60,9 +59,8 @@ class Product(NamedTuple):
     def log_prob(self, z: Tensor) -> Tensor:
         """log N_k(z) in float64, (n, V') of z (n, d)."""
         z = z.double() - self.center
-        return torch.addmm(
-            self.bias, torch.cat([z, z.square().sum(-1, keepdim=True)], 1), self.factor
-        )
+        ones = torch.ones_like(z[:, :1])  # `addmm` would copy the bias to all rows first
+        return torch.cat([z, z.square().sum(-1, keepdim=True), ones], 1) @ self.factor
 
     def rounding(self, z: Tensor) -> float:
         """A bound on the error of `log_prob` in nats; NaN if a number is not finite."""
@@ -81,9 +79,9 @@ def make_product(mean: Tensor, log_scale: Tensor) -> Product:
     factor = torch.cat([(mean * inverse.unsqueeze(-1)).T, -0.5 * inverse.unsqueeze(0)])
 
     padding = -len(mean) % BLOCK
+    bias = F.pad(bias, (0, padding), value=-math.inf)
     return Product(
-        factor=F.pad(factor, (0, padding)).contiguous(),
-        bias=F.pad(bias, (0, padding), value=-math.inf),
+        factor=torch.cat([F.pad(factor, (0, padding)), bias.unsqueeze(0)]),
         center=center,
         radius=square.max().sqrt().item(),
         inverse_scale=inverse.max().sqrt().item(),
@@ -173,7 +171,7 @@ def near(z: Tensor, product: Product) -> _Near | None:
     None if the codebook overlaps, or is small.
     """
     global _last
-    if len(product.bias) < MIN_BLOCKED or len(z) == 0:
+    if product.factor.shape[1] < MIN_BLOCKED or len(z) == 0:
         return None
 
     z = z.detach().contiguous()
@@ -187,7 +185,7 @@ def near(z: Tensor, product: Product) -> _Near | None:
 
 
 def _find_near(z: Tensor, product: Product) -> _Near:
-    num_components = len(product.bias)
+    num_components = product.factor.shape[1]
     state = state_of(z)
     margin = MARGIN[z.dtype] + LOGITS_RANGE
     found = []
@@ -217,7 +215,7 @@ def nearest(z: Tensor, product: Product, count: int) -> Tensor:
     if found is not None:
         return found.index.gather(1, found.log_prob.topk(count).indices)
 
-    chunks = _row_chunks(len(z), len(product.bias))
+    chunks = _row_chunks(len(z), product.factor.shape[1])
     return torch.cat([product.log_prob(z[rows]).topk(count).indices for rows in chunks])
 
 

@@ -230,7 +230,10 @@ class FlowDecoder(nn.Module):
         else:
             parts = [start.expand(h.shape[0], 1, -1)] if first == 0 else []
             if last > max(first, 1):
-                parts.append(self._embed(h[:, max(first - 1, 0) : last - 1], codebook))
+                is_whole = first == 0 and last == h.shape[1]
+                # All positions where the coupling reads them, too: it then finds what is near them.
+                before = h if is_whole else h[:, max(first - 1, 0) : last - 1]
+                parts.append(self._embed(before, codebook)[:, : last - max(first, 1)])
 
             inputs = torch.cat(parts, 1)
 

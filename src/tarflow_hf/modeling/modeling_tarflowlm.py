@@ -188,6 +188,7 @@ class FlowStack(nn.Module):
     def __init__(self, config: TarFlowLMConfig):
         super().__init__()
         self.patch_size = config.patch_size
+        self.longest = config.max_position_embeddings
         self.vocab_size = config.vocab_size
         self.is_conditional = config.conditional
         self.layers = nn.ModuleList(FlowLayer(config, index) for index in range(len(config.flows)))
@@ -236,12 +237,12 @@ class FlowStack(nn.Module):
             A `FlowOutput`. At padding and at observed tokens, noise and states are 0.
 
         Raises:
-            ValueError: If T or a real length is no multiple of the patch size, a mask has another
+            ValueError: If T or a real length is no multiple of the patch size, T too long, a mask has another
                 shape or holes, a patch is known, observed or padding in part, `num_flows` is not in
                 1, ..., L, `observed_mask` is given to a model that is not conditional or covers a
                 whole sequence, or an option of the inverse is out of range.
         """
-        check_length(latents.shape[1], self.patch_size)
+        check_length(latents.shape[1], self.patch_size, self.longest)
         check_stack_arguments(
             num_flows, len(self.layers), known, observed_mask, self.is_conditional
         )
