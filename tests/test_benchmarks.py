@@ -143,14 +143,8 @@ def test_benchmark_of_scoring(tmp_path, capsys, monkeypatch):
     flow, library = [json.loads(line) for line in Path(output).read_text().splitlines()]
 
     assert flow["scoring"] == library["scoring"] == 1 and flow["num_tokens"] == 128
-    # Sixteen samples are as many passes, and the model's shift saves the first position's.
-    assert (
-        14
-        < flow["flops_per_second"]
-        * flow["seconds"]
-        / (library["flops_per_second"] * library["seconds"])
-        < 18
-    )
+    flops, flops_of_library = (row["flops_per_second"] * row["seconds"] for row in (flow, library))
+    assert 14 < flops / flops_of_library < 18  # sixteen samples are as many passes
     coupling = [name for name in flow["parts"] if name.startswith("_MixtureRosenblatt")]
     assert coupling and not set(coupling) & set(library["parts"]) and "mm" in flow["parts"]
     assert 0.3 < sum(flow["parts"].values()) / 1000 / flow["seconds"] < 30

@@ -38,8 +38,7 @@ def read(path: Path) -> list[dict]:
 def settings(row: dict) -> tuple:
     """The settings that rows must share to be compared."""
     names = ("dataset", "num_steps", "batch_size", "hidden_size", "num_layers", "num_tokens")
-    names += ("initializer_range",)
-    return tuple(row[name] for name in names)
+    return tuple(row[name] for name in (*names, "initializer_range"))
 
 
 def by_settings(rows: list[dict]) -> list[tuple[tuple, dict[str, list[dict]]]]:
