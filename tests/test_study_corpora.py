@@ -114,7 +114,7 @@ def test_the_page_of_results(study, tmp_path):
     pytest.importorskip("matplotlib")
     common = {"num_steps": 4, "batch_size": 4, "hidden_size": 32, "num_layers": 6, "num_tokens": 16}
     common |= {"parameters": 1000, "test_samples": 2, "test_sequences": 12, "standard_error": 0.01}
-    common["initializer_range"] = 0.02
+    common |= {"initializer_range": 0.02, "optimizer": "adamw"}
     common |= {"validation_curve": [(2, 3.0), (4, 2.0)]}
 
     def row(dataset, model, seed, bits, **fields):

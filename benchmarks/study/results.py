@@ -38,7 +38,7 @@ def read(path: Path) -> list[dict]:
 def settings(row: dict) -> tuple:
     """The settings that rows must share to be compared."""
     names = ("dataset", "num_steps", "batch_size", "hidden_size", "num_layers", "num_tokens")
-    return tuple(row[name] for name in (*names, "initializer_range"))
+    return tuple(row[name] for name in (*names, "initializer_range", "optimizer"))
 
 
 def by_settings(rows: list[dict]) -> list[tuple[tuple, dict[str, list[dict]]]]:
@@ -57,13 +57,14 @@ def title_of(key: tuple) -> str:
     """The line over a table.
 
     Example:
-        >>> title_of(("ptb", 1200, 16, 64, 6, 320, 0.02))
+        >>> title_of(("ptb", 1200, 16, 64, 6, 320, 0.02, "adamw"))
         '**ptb**: 6 layers of width 64 in all, 1,200 steps of 16 sequences'
     """
-    dataset, steps, batch, width, layers, _, initial = key
+    dataset, steps, batch, width, layers, _, initial, optimizer = key
     size = f"{layers} layers of width {width} in all"
     weights = "" if initial == 0.02 else f", initial weights of {initial}"
-    return f"**{dataset}**: {size}, {steps:,} steps of {batch} sequences{weights}"
+    muon = "" if optimizer == "adamw" else f", {optimizer}"
+    return f"**{dataset}**: {size}, {steps:,} steps of {batch} sequences{weights}{muon}"
 
 
 def gap(rows: list[dict], discrete: list[dict] | None, name: str) -> str:

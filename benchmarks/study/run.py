@@ -64,6 +64,7 @@ SETTINGS += (
     "test_sequences",
     "test_samples",
     "initializer_range",
+    "optimizer",
 )
 
 
@@ -93,6 +94,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
         default=0.02,
         help="of the weights; narrow models learn faster from larger ones",
     )
+    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"])
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--test_sequences", type=int, default=512)
     parser.add_argument(
@@ -226,6 +228,7 @@ def training_of(
         mode=mode,
         stage_steps=stage_steps(mode, model, arguments.num_steps),
         batch_size=arguments.batch_size,
+        optimizer=arguments.optimizer,
         learning_rate=arguments.learning_rate,
         warmup_steps=arguments.warmup_steps or max(1, arguments.num_steps // 40),
         mixed_precision=arguments.mixed_precision,

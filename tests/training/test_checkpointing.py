@@ -17,7 +17,7 @@ from tarflow_hf.training import save_model
 from tarflow_hf.training.checkpointing import Progress, save_checkpoint
 
 
-@pytest.mark.parametrize("kind", ["plain", "average, accumulation", "stream", "baseline"])
+@pytest.mark.parametrize("kind", ["plain", "average, accumulation", "stream", "baseline", "muon"])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, data, tokenizer, kind):
     """A run killed at step 64 of 70 gives the same later losses and weights.
 
@@ -26,6 +26,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, data, tokenizer, kind)
     options = {"num_steps": 70, "save_every": 30, "learning_rate": 0.01}
     if kind == "average, accumulation":
         options |= {"ema_decay": 0.9, "gradient_accumulation_steps": 2}
+
+    if kind == "muon":
+        options |= {"optimizer": "muon"}
 
     if kind == "baseline":
         options |= {"baseline": True}

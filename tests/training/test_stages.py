@@ -248,3 +248,9 @@ def test_sharded_weights_are_trained_jointly(data, options):
         ValueError, match="With FSDP, ema_decay must be 0, mode joint and patience 0"
     ):
         check_batches(data, TrainingConfig(**options), sharded)
+
+
+def test_muon_needs_whole_matrices(data):
+    sharded = SimpleNamespace(num_processes=2, distributed_type=DistributedType.FSDP)
+    with pytest.raises(ValueError, match="With FSDP, optimizer must be adamw, not muon"):
+        check_batches(data, TrainingConfig(optimizer="muon"), sharded)

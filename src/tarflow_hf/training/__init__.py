@@ -18,7 +18,8 @@ from .interruption import RunStopped
 from .log import Log
 from .loop import recompute_activations, train, validate
 from .loss import RowNoise, StepDraws, compute_loss, draw_observed_mask, draw_step
-from .stages import Stage, make_optimizer, make_stages, slow_vocabulary
+from .optimizers import MuonAdamW, make_optimizer, nearest_orthogonal
+from .stages import Stage, make_stages, slow_vocabulary
 
 __all__ = [
     "FREE_FIELDS",
@@ -26,6 +27,7 @@ __all__ = [
     "MAY_MATTER",
     "FirstFault",
     "Log",
+    "MuonAdamW",
     "RowNoise",
     "RunStopped",
     "Stage",
@@ -43,6 +45,7 @@ __all__ = [
     "make_optimizer",
     "make_stages",
     "merge_lora",
+    "nearest_orthogonal",
     "newest_checkpoint",
     "recompute_activations",
     "save_model",

@@ -56,6 +56,11 @@ def check_batches(
             f"batch_size {config.batch_size}. Give more text, or a smaller batch_size."
         )
 
+    if accelerator.distributed_type == DistributedType.FSDP and config.optimizer == "muon":
+        raise ValueError(
+            "With FSDP, optimizer must be adamw, not muon, which needs whole matrices. Use DDP."
+        )
+
     is_plain = not config.ema_decay and config.mode == "joint" and not config.patience
     if accelerator.distributed_type == DistributedType.FSDP and not is_plain:
         raise ValueError(

@@ -9,6 +9,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin
 
 MODES = ("joint", "progressive", "progressive_then_joint")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass
@@ -64,6 +65,13 @@ class TrainingConfig:
     batch_size: int = field(default=8, metadata={"help": "sequences a step, over all processes"})
     gradient_accumulation_steps: int = field(
         default=1, metadata={"help": "parts a step is computed in"}
+    )
+    optimizer: str = field(
+        default="adamw",
+        metadata={
+            "help": "adamw; muon: orthogonal updates of the blocks' matrices, adamw's of all else",
+            "choices": list(OPTIMIZERS),
+        },
     )
     learning_rate: float = field(default=2e-3, metadata={"help": "peak, after warm-up"})
     min_learning_rate: float = field(default=0.0, metadata={"help": "at the end of the cosine"})
@@ -151,6 +159,11 @@ class TrainingConfig:
             )
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}.")
+
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}."
+            )
 
         for name in ("stage_steps", "stage_learning_rates"):
             values = getattr(self, name)

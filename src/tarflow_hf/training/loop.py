@@ -53,7 +53,8 @@ from .folder import check_output_dir, locked, make_output_dir
 from .interruption import RunStopped, StopRequest
 from .log import Log
 from .loss import RowNoise, StepDraws, compute_loss, draw_step, mean_missing_tokens
-from .stages import Stage, make_optimizer, make_stages
+from .optimizers import make_optimizer
+from .stages import Stage, make_stages
 
 # The most steps between two looks at what was asked of any of several processes.
 STEPS_BETWEEN_LOOKS = 10

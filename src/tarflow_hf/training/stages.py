@@ -1,8 +1,7 @@
-"""The stages of a run: what is trained, for how long, and with which optimiser."""
+"""The stages of a run: what is trained, for how long, and at which rate."""
 
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from ..baseline import flows_of
@@ -129,28 +128,3 @@ def _share_evenly(num_steps: int, num_stages: int) -> list[int]:
         raise ValueError(f"num_steps {num_steps} is less than one for each of {num_stages} stages.")
 
     return [share + (index < rest) for index in range(num_stages)]
-
-
-def make_optimizer(
-    model: PreTrainedModel, config: TrainingConfig, learning_rate: float | None = None
-) -> torch.optim.Optimizer:
-    """AdamW of the parameters that are trained.
-
-    Weight decay pulls on matrices. It spares the codebook, whose size means something.
-
-    Args:
-        learning_rate: In place of `config.learning_rate`.
-    """
-    decayed, kept = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_matrix = parameter.ndim >= 2 and not name.endswith("bias")
-            (decayed if is_matrix and "codebook" not in name else kept).append(parameter)
-
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    learning_rate = config.learning_rate if learning_rate is None else learning_rate
-
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, config.adam_beta2))
