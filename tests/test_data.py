@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import sysconfig
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,10 @@ from tarflow_hf.data import (
     StreamingPackedTokens,
     character_tokenizer,
     load_splits,
+    packing,
     python_documentation,
     read_text,
+    sources,
     split_documents,
     split_text,
 )
@@ -205,7 +208,7 @@ def test_python_documentation_reads_docstrings_as_text(tmp_path, monkeypatch):
     (tmp_path / "latin.py").write_bytes('# coding: latin-1\n"""é"""'.encode("latin-1"))
     (tmp_path / "undecodable.py").write_bytes('"""é"""'.encode("latin-1"))
     (tmp_path / "null.py").write_bytes(b'"""null"""\0')
-    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     assert python_documentation() == [
         "A loop.",
         "A choice.",
@@ -217,7 +220,7 @@ def test_python_documentation_reads_docstrings_as_text(tmp_path, monkeypatch):
 
 
 def test_python_documentation_needs_the_sources(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(FileNotFoundError, match="without its documentation or its sources"):
         python_documentation()
 
@@ -338,9 +341,9 @@ def test_text_is_utf_8_whatever_the_locale(tmp_path):
 
 
 def test_long_work_has_a_bar(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("tarflow_hf.data.tqdm", partial(tqdm, mininterval=0))
-    monkeypatch.setattr("tarflow_hf.data.BAR_DELAY", 0)
-    monkeypatch.setattr("tarflow_hf.data.BATCH", 100)
+    monkeypatch.setattr("tarflow_hf.data.progress.tqdm", partial(tqdm, mininterval=0))
+    monkeypatch.setattr("tarflow_hf.data.progress.BAR_DELAY", 0)
+    monkeypatch.setattr("tarflow_hf.data.packing.BATCH", 100)
     PackedTokens(["some text " * 50] * 3, character_tokenizer(), 8)
     bars = capsys.readouterr().err.split("\r")
     assert any(bar.startswith("tokenizing: 100%") and "1.50k/1.50k" in bar for bar in bars)
@@ -423,7 +426,7 @@ def test_dataset_keeps_its_own_splits(dataset, streaming):
 @needs_datasets
 @pytest.mark.parametrize("streaming", [False, True])
 def test_dataset_without_held_out_splits_gives_its_first_rows(dataset, streaming, monkeypatch):
-    monkeypatch.setattr(data, "MAX_HELD_OUT_DOCUMENTS", 4)
+    monkeypatch.setattr(sources, "MAX_HELD_OUT_DOCUMENTS", 4)
     splits = load_splits(dataset(train=rows("train", 100)), streaming=streaming)
 
     for _ in range(2):
@@ -544,8 +547,8 @@ def test_tokens_do_not_depend_on_how_long_documents_are_cut(name, monkeypatch):
         "__call__",
         lambda *a, **k: calls.append(max(map(len, a[1]))) or encode(*a, **k),
     )
-    monkeypatch.setattr(data, "PIECE", 100)
-    monkeypatch.setattr(data, "BATCH", 1000)
+    monkeypatch.setattr(packing, "PIECE", 100)
+    monkeypatch.setattr(packing, "BATCH", 1000)
     cut = PackedTokens(documents, tokenizer, 16)
     assert torch.equal(cut.tokens, whole.tokens)
     assert cut.num_characters == whole.num_characters
@@ -593,7 +596,7 @@ def blocks_of(dataset):
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("batch", [1, 300, 10**6])
 def test_stream_gives_the_same_blocks(name, batch, monkeypatch):
-    monkeypatch.setattr(data, "BATCH", batch)
+    monkeypatch.setattr(packing, "BATCH", batch)
     tokenizer = TOKENIZERS[name]()
     documents = [*DOCUMENTS, long_text(1, 200)] * 3
     expected = blocks_of(PackedTokens(documents, tokenizer, 11))

@@ -16,8 +16,7 @@ import torch
 
 from helpers import ROOT
 from helpers.models import STACKS, make
-from tarflow_hf import data
-from tarflow_hf.data import character_tokenizer, held_out_documents
+from tarflow_hf.data import character_tokenizer, held_out_documents, load_splits, sources
 from tarflow_hf.evaluation import Sample, SampleEvaluation, provenance_of
 from tarflow_hf.report import Section, Table, report_page, samples_section
 from tarflow_hf.training import save_model
@@ -303,9 +302,9 @@ def test_what_is_missing_is_said(run, words, message, monkeypatch):
 
 def test_a_corpus_is_held_out_text_by_its_test_split(run, folder, monkeypatch, tmp_path):
     documents = [f"document {number} is about the fox and the dog" for number in range(400)]
-    monkeypatch.setattr(data, "python_documentation", lambda: documents)
+    monkeypatch.setattr(sources, "python_documentation", lambda: documents)
     held_out = held_out_documents("python-docs")
-    assert held_out == data.load_splits("python-docs")["test"] and 15 < len(held_out) < 25
+    assert held_out == load_splits("python-docs")["test"] and 15 < len(held_out) < 25
     assert held_out_documents(str(folder / "text.txt")) == [TEXT]
     model = make(STACKS["affine"])
     origin = provenance_of(model, "here", "python-docs", held_out)
