@@ -12,10 +12,6 @@ from helpers.enumeration import enumerate_likelihoods
 from helpers.models import CAUSAL, STACKS, flow, make, separated
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.watermark import (
-    CORRELATIONS,
-    EDITINGS,
-    ROUNDS,
-    SAMPLING_OPTIONS,
     Alignment,
     Evidence,
     NoiseWatermark,
@@ -25,6 +21,8 @@ from tarflow_hf.watermark import (
     sampling,
     stratified_noise,
 )
+from tarflow_hf.watermark.alignment import CORRELATIONS, EDITINGS, ROUNDS
+from tarflow_hf.watermark.evidence import SAMPLING_OPTIONS
 
 CHECKPOINT = ROOT / "checkpoints" / "python-docs"
 MIX_D = [flow("mixture_rosenblatt")]
