@@ -62,6 +62,8 @@ study-ptb: $(VENV)/.installed
 	$(STUDY) $(PTB_OPTIONS) --num_steps 6000 --test_samples 1 --cases discrete "Mix-d, one flow"
 	$(STUDY) $(PTB_OPTIONS) --hidden_size 128 --num_steps 12000 --learning_rate 0.004 --warmup_steps 200 \
 		--initializer_range 0.06 --test_samples 1 --cases discrete "Mix-d, one flow"
+	$(STUDY) $(PTB_OPTIONS) --hidden_size 128 --num_steps 14000 --optimizer muon --learning_rate 0.008 --warmup_steps 200 \
+		--initializer_range 0.06 --test_samples 1 --cases discrete "Mix-d, one flow"
 
 PTB_OPTIONS = --dataset ptb:$(PTB) --num_steps 1200 --num_tokens 320 --latent_size 8 --learning_rate 0.003 --warmup_steps 60 \
 	--test_sequences 3735 --output $(RESULTS)/ptb.jsonl

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.conversion import from_causal_lm, load_source
-from tarflow_hf.data import PYTHON_DOCS, checked_ids, load_splits, read_text
+from tarflow_hf.data import PYTHON_DOCS, PackedTokens, load_splits, read_text
 from tarflow_hf.evaluation import compare, round_to_int8
 from tarflow_hf.hub import load_checkpoint
 
@@ -141,12 +141,9 @@ def main():
     arguments = parse_arguments()
     model, tokenizer = load(arguments)
     name = arguments.data or PYTHON_DOCS
-    text = read_text(name) if arguments.data else "\n".join(load_splits(name)["test"])
-    ids = torch.tensor(checked_ids(tokenizer, text, str(name)))
-    length, number = arguments.num_tokens, arguments.num_texts
-    texts = ids[: len(ids) // length * length].reshape(-1, length)[:number]
-    if len(texts) < 2:
-        raise ValueError(f"{name} has fewer than two pieces of {length} tokens.")
+    documents = [read_text(name)] if arguments.data else load_splits(name)["test"]
+    pieces = PackedTokens(documents, tokenizer, arguments.num_tokens)
+    texts = torch.stack([piece["input_ids"] for piece in pieces.first(arguments.num_texts)])
 
     table = Results("cpu", arguments.output)
     table.facts["model"] = Path(arguments.gguf_file or arguments.model).stem

@@ -18,9 +18,8 @@ own; its square over the paired one's is the number of times as many texts that 
 import argparse
 
 import torch
-from torch import Tensor
 
-from tarflow_hf.data import checked_ids, read_text, say_what_is_lost
+from tarflow_hf.data import PackedTokens, read_text, say_what_is_lost
 from tarflow_hf.evaluation import Comparison, compare, round_to_int8
 from tarflow_hf.hub import load_checkpoint
 from tarflow_hf.noise import check_same_space
@@ -44,22 +43,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def texts_of(arguments: argparse.Namespace, tokenizer, patch_size: int) -> Tensor | None:
-    """Pieces (n, T) of the text in a file; None without one."""
-    if arguments.data is None:
-        return None
-
-    text = read_text(arguments.data)
-    ids = torch.tensor(checked_ids(tokenizer, text, arguments.data))
-    say_what_is_lost(tokenizer, [text], arguments.data)
-    length = arguments.num_tokens // patch_size * patch_size
-    pieces = ids[: len(ids) // length * length].reshape(-1, length)[: arguments.num_texts]
-    if len(pieces) < 2:
-        raise ValueError(f"{arguments.data} has fewer than two pieces of {length} tokens.")
-
-    return pieces
-
-
 def main():
     arguments = parse_arguments()
     a, tokenizer = load_checkpoint(arguments.model_a)
@@ -73,7 +56,14 @@ def main():
 
         b = PeftModel.from_pretrained(b, arguments.adapter_b).merge_and_unload()
 
-    texts = texts_of(arguments, tokenizer, a.config.patch_size)
+    texts = None
+    if arguments.data is not None:
+        length = arguments.num_tokens // a.config.patch_size * a.config.patch_size
+        text = read_text(arguments.data)
+        say_what_is_lost(tokenizer, [text], arguments.data)
+        pieces = PackedTokens([text], tokenizer, length)
+        texts = torch.stack([piece["input_ids"] for piece in pieces.first(arguments.num_texts)])
+
     names = ("num_texts", "num_tokens", "batch_size", "seed")
     found = compare(a, b, texts=texts, **{name: getattr(arguments, name) for name in names})
     print_texts(found, tokenizer)

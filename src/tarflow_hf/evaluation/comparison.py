@@ -99,7 +99,8 @@ def compare(
         seed: Decides all noise.
 
     Raises:
-        ValueError: If the models' latent spaces or vocabularies differ.
+        ValueError: If the models' latent spaces or vocabularies differ, or there are fewer than two
+            texts, which have no standard error.
 
     Example:
         >>> from tarflow_hf.hub import load_checkpoint
@@ -109,6 +110,11 @@ def compare(
         (4, 0.0)
     """
     check_same_space(a, b)
+    if (given := num_texts if texts is None else len(texts)) < 2:
+        raise ValueError(
+            f"A standard error takes at least two texts, not {given}: give more of them, or shorter ones."
+        )
+
     generator = torch.Generator().manual_seed(seed)
     length = num_tokens // a.config.patch_size * a.config.patch_size
     noise = torch.randn(num_texts, length, a.config.latent_size, generator=generator)

@@ -1,0 +1,52 @@
+"""Two models, one noise: the differences are those of the models' own texts and scores."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from tarflow_hf.evaluation import compare, round_to_int8
+
+IDS = torch.arange(36).remainder(27).reshape(4, 9)
+
+
+@pytest.fixture(scope="module")
+def rounded(flow):
+    other = copy.deepcopy(flow)
+    round_to_int8(other)
+    return other
+
+
+def test_a_model_and_itself(flow):
+    found = compare(flow, flow, num_texts=3, num_tokens=8, texts=IDS)
+    assert found.is_same.all() and found.rate == 0 and found.difference == 0
+    assert found.standard_error == 0 < found.unpaired_standard_error
+
+
+def test_scores_are_bits_of_the_bound_under_one_noise(flow, rounded):
+    found = compare(flow, rounded, num_texts=2, num_tokens=8, texts=IDS, batch_size=3, seed=5)
+    for model, scores in zip((flow, rounded), found.scores, strict=True):
+        generator = torch.Generator().manual_seed(5)
+        elbo = torch.cat([model(part, generator=generator).elbo for part in IDS.split(3)])
+        torch.testing.assert_close(scores, -elbo.double() / 9 / math.log(2))
+
+    assert 0 < found.standard_error < found.unpaired_standard_error
+
+
+def test_texts_are_written_from_one_noise(flow, rounded):
+    """Each model's texts are those it writes alone from the noise; by default A's are scored."""
+    found = compare(flow, rounded, num_texts=4, num_tokens=8, batch_size=3, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(4, 8, flow.config.latent_size, generator=generator)
+    for model, written in zip((flow, rounded), found.written, strict=True):
+        assert torch.equal(written, model.generate(noise=noise, eos_token_id=-1))
+
+    again = compare(flow, rounded, num_texts=4, num_tokens=8, texts=found.written[0], seed=5)
+    torch.testing.assert_close(again.scores, found.scores, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"num_texts": 1}, {"texts": IDS[:1]}], ids=str)
+def test_one_text_has_no_standard_error(flow, options):
+    with pytest.raises(ValueError, match="at least two texts, not 1"):
+        compare(flow, flow, **options)
