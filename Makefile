@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST ?= .venv-oldest
 
-.PHONY: train test test-oldest test-torchao fuzz docs check wheel-check gpu-check study-ptb study-wikitext2 study-stacks results clean
+.PHONY: train test test-oldest test-torchao fuzz docs check wheel-check gpu-check study-ptb study-ptb-rates study-wikitext2 study-stacks results clean
 
 # Trains the demo: at most five minutes on two CPU cores. A run that was stopped goes on. More options: see
 # examples/train.py.
@@ -62,8 +62,18 @@ study-ptb: $(VENV)/.installed
 	$(STUDY) $(PTB_OPTIONS) --num_steps 6000 --test_samples 1 --cases discrete "Mix-d, one flow"
 	$(STUDY) $(PTB_OPTIONS) --hidden_size 128 --num_steps 12000 --learning_rate 0.004 --warmup_steps 200 \
 		--initializer_range 0.06 --test_samples 1 --cases discrete "Mix-d, one flow"
-	$(STUDY) $(PTB_OPTIONS) --hidden_size 128 --num_steps 14000 --optimizer muon --learning_rate 0.008 --warmup_steps 200 \
-		--initializer_range 0.06 --test_samples 1 --cases discrete "Mix-d, one flow"
+	$(STUDY) $(PTB_OPTIONS) --hidden_size 128 --num_steps 12000 --batch_size 32 --optimizer muon --learning_rate 0.004 \
+		--warmup_steps 200 --initializer_range 0.06 --test_samples 1 --cases discrete "Mix-d, one flow"
+
+# How fast the two optimisers learn, by the validation text.
+study-ptb-rates: $(VENV)/.installed
+	$(STUDY) $(RATE_OPTIONS) --learning_rate 0.004
+	$(STUDY) $(RATE_OPTIONS) --optimizer muon --learning_rate 0.0015
+	$(STUDY) $(RATE_OPTIONS) --optimizer muon --learning_rate 0.003
+	$(STUDY) $(RATE_OPTIONS) --optimizer muon --learning_rate 0.004 --num_steps 1500 --batch_size 32 --warmup_steps 100
+
+RATE_OPTIONS = $(PTB_OPTIONS) --hidden_size 128 --num_steps 3000 --warmup_steps 200 --initializer_range 0.06 --test_samples 1 \
+	--test_sequences 512 --output $(RESULTS)/ptb_rates.jsonl --cases discrete
 
 PTB_OPTIONS = --dataset ptb:$(PTB) --num_steps 1200 --num_tokens 320 --latent_size 8 --learning_rate 0.003 --warmup_steps 60 \
 	--test_sequences 3735 --output $(RESULTS)/ptb.jsonl
