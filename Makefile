@@ -62,7 +62,7 @@ study-ptb: $(VENV)/.installed
 	$(STUDY) $(PTB_OPTIONS) --num_steps 6000 --test_samples 1 --cases discrete "Mix-d, one flow"
 	$(STUDY) $(PTB_OPTIONS) --hidden_size 128 --num_steps 12000 --learning_rate 0.004 --warmup_steps 200 \
 		--initializer_range 0.06 --test_samples 1 --cases discrete "Mix-d, one flow"
-	$(STUDY) $(PTB_OPTIONS) --hidden_size 128 --num_steps 12000 --batch_size 32 --optimizer muon --learning_rate 0.004 \
+	$(STUDY) $(PTB_OPTIONS) --hidden_size 128 --num_steps 8000 --batch_size 32 --optimizer muon --learning_rate 0.004 \
 		--warmup_steps 200 --initializer_range 0.06 --test_samples 1 --cases discrete "Mix-d, one flow"
 
 # How fast the two optimisers learn, by the validation text.
