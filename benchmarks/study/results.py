@@ -63,8 +63,8 @@ def title_of(key: tuple) -> str:
     dataset, steps, batch, width, layers, _, initial, optimizer = key
     size = f"{layers} layers of width {width} in all"
     weights = "" if initial == 0.02 else f", initial weights of {initial}"
-    muon = "" if optimizer == "adamw" else f", {optimizer}"
-    return f"**{dataset}**: {size}, {steps:,} steps of {batch} sequences{weights}{muon}"
+    by = "" if optimizer == "adamw" else f", {optimizer}"
+    return f"**{dataset}**: {size}, {steps:,} steps of {batch} sequences{weights}{by}"
 
 
 def gap(rows: list[dict], discrete: list[dict] | None, name: str) -> str:

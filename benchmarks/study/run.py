@@ -54,6 +54,7 @@ from tarflow_hf.data import (
 from tarflow_hf.evaluation import likelihood, score
 from tarflow_hf.evaluation.likelihood import batches_of_equal_length
 from tarflow_hf.training import TrainingConfig, train
+from tarflow_hf.training.config import OPTIMIZERS
 
 SETTINGS = ("dataset", "num_layers", "hidden_size", "num_tokens", "latent_size")
 SETTINGS += (
@@ -94,7 +95,7 @@ def parser_of_arguments() -> argparse.ArgumentParser:
         default=0.02,
         help="of the weights; narrow models learn faster from larger ones",
     )
-    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"])
+    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--test_sequences", type=int, default=512)
     parser.add_argument(

@@ -4,6 +4,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 
+# Those that mean the same here.
 SHARED_OPTIONS = (
     "bos_token_id",
     "eos_token_id",

@@ -71,9 +71,9 @@ class MuonAdamW(torch.optim.Optimizer):
     square of AdamW's, so that both take the same learning rate (J. Liu and others, "Muon is
     scalable for LLM training", 2025).
 
-    `torch.optim.Muon` takes matrices only, one after the other, and in bfloat16. A CPU without
-    instructions for bfloat16 takes fifteen times as long as in float32. Here matrices of one shape
-    are one product, in bfloat16 on a GPU only.
+    `torch.optim.Muon` takes matrices only, one after the other, and in bfloat16, which is slow on a
+    CPU without instructions for it. Here matrices of one shape are one product, in bfloat16 on a
+    GPU only.
 
     Args:
         matrices: A group of `torch.optim`, of parameters (m, n).
