@@ -142,8 +142,8 @@ def nearest_orthogonal(matrices: Tensor) -> Tensor:
         >>> import torch
         >>> x = torch.tensor([[3.0, 0.0], [0.0, -0.5]])
         >>> nearest_orthogonal(x).round(decimals=1)
-        tensor([[ 1.1,  0.0],
-                [ 0.0, -1.0]])
+        tensor([[ 0.7000,  0.0000],
+                [ 0.0000, -1.0000]])
     """
     x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices
     is_tall = x.shape[-2] > x.shape[-1]
