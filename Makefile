@@ -5,7 +5,7 @@ OLDEST ?= .venv-oldest
 
 .PHONY: train test test-oldest test-torchao fuzz docs check wheel-check gpu-check study-ptb study-ptb-rates study-wikitext2 study-stacks results clean
 
-# Trains the demo: at most five minutes on two CPU cores. A run that was stopped goes on. More options: see
+# Trains the demo: five to ten minutes on two CPU cores. A run that was stopped goes on. More options: see
 # examples/train.py.
 train: $(or $(wildcard $(VENV)/.installed),$(VENV)/.installed-core)
 	$(BIN)/python examples/train.py $(if $(wildcard runs/demo/checkpoint-*),--resume)

@@ -1,6 +1,6 @@
 """Train a TarFlowLM, or the discrete transformer beside it.
 
-    python examples/train.py                                    # the demo: five minutes on two CPU cores
+    python examples/train.py                                    # the demo: five to ten minutes on two CPU cores
     python examples/train.py --recipe demo_ar                   # the discrete baseline, same data
     python examples/train.py --recipe text8_mixd --stage_steps 8000 1000 1000
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py --recipe openwebtext_deep
