@@ -8,6 +8,7 @@ import re
 import runpy
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
@@ -16,6 +17,7 @@ from helpers import ROOT
 from helpers.checkpoints import MIX_1, MIX_D, WITHIN_PATCH, make
 from helpers.local_hub import card_errors
 from helpers.models import flow
+from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import character_tokenizer
 from tarflow_hf.hub import model_card
 from tarflow_hf.training import save_model
@@ -175,6 +177,15 @@ def test_a_shipped_checkpoint_has_its_card():
     for path in (ROOT / "checkpoints").iterdir():
         card = (path / "README.md").read_text()
         assert card == CARDS[path.name.replace("-", "_")].read_text()
+
+        config = TarFlowLMConfig.from_pretrained(path)
+        recipe = RECIPES[path.name.replace("-", "_")]["config"]
+        assert {name: getattr(config, name) for name in recipe if name != "flows"} == {
+            name: value for name, value in recipe.items() if name != "flows"
+        }
+        with torch.device("meta"):
+            num_parameters = TarFlowLMModel(config).num_parameters()
+        assert f"\n{num_parameters:,} parameters" in card
 
 
 def test_the_citation_is_of_this_version_and_of_the_paper():

@@ -24,7 +24,7 @@ METRICS = {
     "perplexity": ("perplexity per token, at most", None),
     "perplexity_per_word": ("perplexity per word, at most", None),
     "reconstruction_accuracy": (
-        "share of tokens that their latents decode to",
+        "share of tokens that are decoded correctly from their latents",
         "reconstruction_standard_error",
     ),
     "generative_perplexity": ("generative perplexity of samples", None),
@@ -174,7 +174,7 @@ def _describe_data(training: Mapping[str, Any]) -> str:
     if dataset and _is_on_the_hub(dataset):
         return f"[{dataset}](https://huggingface.co/datasets/{dataset})"
 
-    return f"`{Path(dataset).name}`, a file of the trainer's own" if dataset else ""
+    return f"`{Path(dataset).name}`, a text of the author's own" if dataset else ""
 
 
 def _describe_tokenizer(training: Mapping[str, Any]) -> str:
