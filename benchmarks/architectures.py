@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import signal
+import textwrap
 from pathlib import Path
 
 import torch
@@ -188,7 +189,7 @@ def one_line(error: Exception) -> str:
     sentences = words.split(". ")
     text = ". ".join(sentences[:2]) if len(sentences[0]) < 90 else sentences[0]
     prefix = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return f"{prefix}{text[:220]}".strip()
+    return f"{prefix}{textwrap.shorten(text, 220, placeholder=' ...')}".strip()
 
 
 def page(results: dict[str, tuple[str, str]]) -> str:
@@ -200,12 +201,11 @@ def page(results: dict[str, tuple[str, str]]) -> str:
     lines = [
         "# Which architectures convert",
         "",
-        f"Every architecture that `AutoModelForCausalLM` of transformers {transformers.__version__} knows, "
-        "at a tiny size with random",
-        "weights, converted by `from_causal_lm` and taken back by `to_causal_lm`: "
-        + ", ".join(f"{number} {kind}" for kind, number in counts.items())
-        + ".",
-        "Made by:",
+        "`from_causal_lm` and `to_causal_lm` were tried on every architecture that `AutoModelForCausalLM` of",
+        f"transformers {transformers.__version__} knows, at a tiny size with random weights: "
+        f"{counts['exact']} are exact, {counts['refused']} are refused,",
+        f"{counts['fails'] or 'none'} {'fail' if counts['fails'] > 1 else 'fails'}, "
+        f"{counts['not tried']} were not tried.",
         "",
         "```bash",
         "python benchmarks/architectures.py --output docs/architectures.md",
@@ -213,8 +213,9 @@ def page(results: dict[str, tuple[str, str]]) -> str:
         "",
         '"exact" is 1e-4 nats a token, 1e-3 in log-probabilities and 1e-4 in logits on the way back. "refused" is a',
         '`ValueError` before any model is returned. "not tried" are those of which the script makes no tiny model.',
+        '"tied tables": input and output embeddings are one matrix.',
         "",
-        "| architecture | | |",
+        "| architecture | result | reason |",
         "|---|---|---|",
         *(f"| `{name}` | {kind} | {why} |" for name, (kind, why) in results.items()),
     ]

@@ -73,7 +73,7 @@ def check_config(config) -> None:
 
     for name, what in (
         ("hidden_size", "it is a model of several parts; give its text model"),
-        ("num_attention_heads", "a flow's decoder has attention, and a cache of keys and values"),
+        ("num_attention_heads", "models without attention are not converted"),
     ):
         if not hasattr(config, name):
             raise ValueError(f"The config of {config.model_type} has no {name}: {what}.")
