@@ -79,7 +79,7 @@ def counterfactuals(
 
     def write(prompts: Tensor, noise: Tensor, **options) -> Tensor:
         def of(prompt: Tensor, noise: Tensor) -> Tensor:
-            return model.generate(prompt, noise=noise, eos_token_id=-1, **options)
+            return model.generate(prompt, noise=noise, **options)
 
         return in_batches(of, size, prompts, noise)
 

@@ -83,14 +83,14 @@ def nearest_noise(
     starts = torch.arange(length - width + 1).repeat_interleave(num_draws)
     places = torch.arange(length)
     is_word = (places >= starts.unsqueeze(-1)) & (places < starts.unsqueeze(-1) + width)  # (n, T)
-    tokens = model.generate(noise=noise, eos_token_id=-1)
+    tokens = model.generate(noise=noise)
     if bool((tokens.unfold(1, width, 1) == word).all(-1).any()):
         return noise
 
     written = tokens.expand(len(starts), -1).masked_scatter(is_word, word.repeat(len(starts)))
 
     def says(noise: Tensor, is_word: Tensor) -> Tensor:
-        ids = model.generate(noise=noise, eos_token_id=-1)
+        ids = model.generate(noise=noise)
         return (ids[is_word].unflatten(0, (len(noise), width)) == word).all(-1)
 
     # The noise of a patch changes as a whole.
@@ -170,11 +170,11 @@ def main():
         options = {name: getattr(arguments, name) for name in names}
         prompt = torch.tensor([checked_ids(tokenizer, arguments.prompt or "")], dtype=torch.long)
         say_what_is_lost(tokenizer, [arguments.prompt or ""], "the prompt")
-        counterfactual = other.generate(prompt, noise=noise, eos_token_id=-1, **options)
+        counterfactual = other.generate(prompt, noise=noise, **options)
     else:
         word = torch.tensor(checked_ids(tokenizer, arguments.contains, "the word"))
         near = nearest_noise(model, noise, word, arguments.num_draws, generator)
-        counterfactual = model.generate(noise=near, eos_token_id=-1)
+        counterfactual = model.generate(noise=near)
         change, number = (near - noise).square().sum().sqrt(), int((near != noise).sum())
         print(f"The noise moves by {change:.2f}, in {number} of {noise.numel()} numbers.")
 

@@ -239,6 +239,17 @@ def test_a_codebook_that_overlaps_is_refused(llama):
     assert from_causal_lm(llama, latent_size=4, log_scale=-5.0).config.latent_size == 4
 
 
+def test_a_source_is_as_long_as_its_rotary_embeddings_stay_the_same():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    options = {"rope_parameters": rope, "original_max_position_embeddings": 16}
+    model = from_causal_lm(tiny_causal_lm("phi3", **options))
+    assert model.config.max_position_embeddings == 15
+
+    ids = draw_ids(length=15)
+    assert torch.equal(model.generate(noise=model.noise_of(ids)), ids)
+
+
 def test_a_start_token_is_found_given_or_missed():
     source = tiny_causal_lm("llama", bos_token_id=None, eos_token_id=7)
     source.generation_config.bos_token_id = None

@@ -191,10 +191,10 @@ def test_the_noise_of_a_text_gives_it_back_and_answers_another_prompt(model, tok
     text, prompt = pair
     noise = model.noise_of(text, generator=torch.Generator().manual_seed(0))
     for num_known in (0, 3):
-        again = model.generate(text[:, :num_known], noise=noise, eos_token_id=-1)
+        again = model.generate(text[:, :num_known], noise=noise)
         assert torch.equal(again, text)
 
-    other = model.generate(prompt, noise=noise, eos_token_id=-1)
+    other = model.generate(prompt, noise=noise)
     assert torch.equal(other[:, : prompt.shape[1]], prompt) and not torch.equal(other, text)
 
 

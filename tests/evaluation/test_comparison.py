@@ -40,7 +40,7 @@ def test_texts_are_written_from_one_noise(flow, rounded):
     generator = torch.Generator().manual_seed(5)
     noise = torch.randn(4, 8, flow.config.latent_size, generator=generator)
     for model, written in zip((flow, rounded), found.written, strict=True):
-        assert torch.equal(written, model.generate(noise=noise, eos_token_id=-1))
+        assert torch.equal(written, model.generate(noise=noise))
 
     again = compare(flow, rounded, num_texts=4, num_tokens=8, texts=found.written[0], seed=5)
     torch.testing.assert_close(again.scores, found.scores, rtol=1e-5, atol=0)

@@ -45,6 +45,8 @@ def model():
         {"inputs_embeds": None},
         {"position_ids": torch.arange(8).expand(2, -1)},
         {"num_items_in_batch": 16},
+        {"logits_to_keep": 0},
+        {"token_type_ids": torch.zeros(2, 8, dtype=torch.long)},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -68,6 +70,17 @@ def test_what_would_be_ignored_is_refused(model):
     for name, value in {"output_attentions": True, "inputs_embeds": torch.zeros(2, 8, 2)}.items():
         with pytest.raises(TypeError, match=rf"no arguments \['{name}'\]"):
             model(ids_of(2, 8), **{name: value})
+
+
+def test_tuples_and_hidden_states_by_the_configuration():
+    model, ids = make(STACKS["mix-d"]), ids_of(2, 8)
+    model.config.output_hidden_states = True
+    assert len(model(ids).hidden_states) == 2
+    assert model(ids, output_hidden_states=False).hidden_states is None
+
+    model.config.return_dict = False
+    assert isinstance(model(ids), tuple)
+    assert not isinstance(model(ids, return_dict=True), tuple)
 
 
 def test_tuples_and_hidden_states(model):
@@ -236,51 +249,52 @@ def test_a_row_is_scored_alike_in_any_batch_and_touches_no_generator():
     assert not torch.equal(model(ids).elbo, model(ids).elbo)
 
 
-def test_only_the_seeds_of_an_evaluations_loaders_are_taken_back():
-    model, ids = make(STACKS["mix-d"]).train(), ids_of(2, 8)
-    state = torch.get_rng_state()
-    model.eval()
-    for batch in DataLoader(ids, batch_size=1):
-        model(batch)
-    model.train()
-    assert torch.equal(torch.get_rng_state(), state)
-
-    model.eval()  # somebody else draws
-    model(ids)
-    torch.randn(3)
-    after = torch.get_rng_state()
-    model.train()
-    assert torch.equal(torch.get_rng_state(), after)
-
-    model.eval()  # nothing is evaluated
-    list(DataLoader(ids))
-    after = torch.get_rng_state()
-    model.train()
-    assert torch.equal(torch.get_rng_state(), after) and not torch.equal(after, state)
+def test_what_others_draw_is_left_alone():
+    model, ids = make(STACKS["mix-d"]), ids_of(2, 8)
+    for draw in (lambda: torch.randn(40), lambda: torch.rand(2), lambda: list(DataLoader(ids))):
+        model.eval()
+        model(ids)
+        draw()
+        model(ids)
+        state = torch.get_rng_state()
+        model.train()
+        assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_training_goes_on_as_if_nobody_had_evaluated(dropout, tmp_path):
+@pytest.mark.parametrize(
+    ("dropout", "evaluation"),
+    [
+        (0.0, {"eval_strategy": "steps", "eval_steps": 1}),
+        (0.2, {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}),
+        (0.0, {"eval_strategy": "epoch"}),
+        (0.0, {}),
+    ],
+    ids=["steps", "dropout", "epochs", "before"],
+)
+def test_training_goes_on_as_if_nobody_had_evaluated(dropout, evaluation, tmp_path):
     rows = [{"input_ids": row, "labels": row.clone()} for row in ids_of(16, 8)]
 
-    def losses(**options):
+    def losses(is_first_evaluated=False, **options):
         set_seed(0)
         model = make([flow("mixture_rosenblatt")])
         for layer in model.flow.layers[0].decoder.layers:
             layer.self_attn.attention_dropout = dropout
 
         arguments = TrainingArguments(
-            tmp_path, max_steps=4, per_device_train_batch_size=4, logging_steps=1, report_to=[],
+            tmp_path, num_train_epochs=2, per_device_train_batch_size=8, logging_steps=1, report_to=[],
             save_strategy="no", use_cpu=True, disable_tqdm=True, **options,
         )  # fmt: skip
         trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:4])
+        if is_first_evaluated:
+            trainer.evaluate()
+
         trainer.train()
         evaluated = [trainer.evaluate()["eval_loss"] for _ in range(2)]
         return [x["loss"] for x in trainer.state.log_history if "loss" in x], evaluated
 
     plain, evaluated = losses()
-    watched, _ = losses(eval_strategy="steps", eval_steps=1)
-    assert plain == watched and evaluated[0] == evaluated[1]
+    watched, _ = losses(is_first_evaluated=not evaluation, **evaluation)
+    assert plain == watched and len(plain) == 4 and evaluated[0] == evaluated[1]
 
 
 # ------------------------------------------------------------------------------ the library's tools
@@ -307,7 +321,7 @@ def test_collators_that_pad_with_the_end_token(tmp_path):
     rows = [tokenizer(text) for text in ("the list</s>", "a</s>")]
     batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(rows)
     assert (batch["labels"][batch["attention_mask"] == 1] == -100).sum() == 2
-    assert model(**{k: v for k, v in batch.items() if k != "token_type_ids"}).loss.isfinite()
+    assert model(**batch).loss.isfinite()
 
 
 # ------------------------------------------------------------------- options of the library's Trainer

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig, TextStreamer, set_seed
@@ -416,10 +417,46 @@ def test_bad_input(model):
         (dict(noise=torch.zeros(1, longest + 1, 2)), "max_position_embeddings"),
         (dict(noise=torch.zeros(1, 8, 2), num_return_sequences=2), "num_return_sequences"),
         (dict(streamer=Recorder(), num_return_sequences=2), "one sequence"),
+        (dict(inputs=prompt == 0), r"integers of shape \(B, n\): torch.bool"),
+        (dict(inputs=prompt, position_ids=prompt), "position_ids must count"),
+        (dict(noise=torch.full((1, 8, 2), torch.nan)), "noise must be finite"),
+        (dict(noise=torch.zeros(1, 8, 2), max_new_tokens=4), "max_new_tokens is 8: leave out"),
+        (dict(noise=torch.zeros(1, 8, 2), max_length=4), "max_length is 8: leave out"),
+        (dict(noise=torch.zeros(1, 8, 2), temperature=0.5), "temperature is 1: leave out"),
+        (dict(noise=torch.zeros(1, 8, 2), do_sample=False), "do_sample is True: leave out"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             model.generate(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_prompts_of_every_integer_type(model, dtype):
+    prompt = torch.tensor([[3, 0, 4]])
+    options = {"max_new_tokens": 4, "eos_token_id": 1, "pad_token_id": 0}
+    expected = model.generate(prompt, generator=torch.Generator().manual_seed(0), **options)
+    tokens = model.generate(prompt.to(dtype), generator=torch.Generator().manual_seed(0), **options)
+    assert torch.equal(tokens, expected) and tokens.dtype == torch.int64
+    assert torch.equal(model(prompt.to(dtype)).elbo, model(prompt).elbo)
+
+
+def test_what_changes_no_token_is_taken(model):
+    """NumPy's integers, and options of the library that any causal language model takes."""
+    prompt = torch.zeros(1, 4, dtype=torch.long)
+
+    def tokens(**options):
+        return model.generate(prompt, generator=torch.Generator().manual_seed(0), **options)
+
+    expected = tokens(max_new_tokens=6, eos_token_id=1, pad_token_id=0)
+    same = tokens(
+        max_new_tokens=np.int64(6), eos_token_id=np.int64(1), pad_token_id=np.int64(0),
+        position_ids=torch.arange(4)[None], cache_implementation="dynamic", disable_compile=True,
+        trust_remote_code=True, logits_to_keep=1,
+    )  # fmt: skip
+    assert torch.equal(same, expected)
+
+    greedy = tokens(max_new_tokens=6, do_sample=False)
+    assert torch.equal(tokens(max_new_tokens=6, do_sample=False, temperature=0.0), greedy)
 
 
 def test_lengths_that_do_not_fit():

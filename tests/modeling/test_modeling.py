@@ -674,6 +674,18 @@ def test_bad_input():
     with pytest.raises(ValueError, match="vocab_size"):
         model.encode(ids + 5)
 
+    z = torch.zeros(2, 6, 2)
+    for wrong in (z[..., :1], torch.zeros(2, 6, 3), z[0], z[..., 0]):
+        with pytest.raises(ValueError, match=r"latent_size, 2|shape"):
+            model.flow(wrong)
+    with pytest.raises(ValueError, match="latent_size, 2"):
+        model.decode(z[..., :1])
+    for option in ("atention_mask", "inverse_method", "known"):
+        with pytest.raises(TypeError, match=f"has no arguments .'{option}'"):
+            model.flow(z, **{option: good})
+    with pytest.raises(ValueError, match="known and known_mask together"):
+        model.flow(z, reverse=True, known=z)
+
 
 @pytest.mark.parametrize("stack", ["mix-d, mix-1, mix-1", "one of each"])
 def test_offloaded_weights(stack):

@@ -50,7 +50,38 @@ def test_noise_of_a_converted_model(name):
     tokens = torch.randint(96, (2, 12))
     tokens[:, 5] = model.config.eos_token_id
     noise = model.noise_of(tokens)
-    assert torch.equal(model.generate(noise=noise, eos_token_id=-1), tokens)
+    assert torch.equal(model.generate(noise=noise), tokens)
+
+
+def test_a_text_as_long_as_the_model_is_its_own_prompt():
+    model = make(STACKS["mix-d, mix-1, mix-1"], max_position_embeddings=8)
+    assert_replays(model, torch.randint(5, (2, 8)))
+
+
+def test_only_an_end_token_of_the_call_cuts_what_noise_says():
+    model = make(STACKS["mix-d"])
+    model.generation_config.eos_token_id = [1, 2]
+    tokens = torch.tensor([[0, 1, 2, 3, 4, 0], [3, 2, 1, 0, 4, 3]])
+    noise, mask = model.noise_of(tokens), torch.ones(2, 6)
+    assert torch.equal(model.generate(noise=noise), tokens)
+
+    cut = model.generate(noise=noise, eos_token_id=[1, 2], pad_token_id=0)
+    assert cut.tolist() == [[0, 1], [3, 2]]
+    masked = model.generate(noise=noise, attention_mask=mask, eos_token_id=[1, 2], pad_token_id=0)
+    assert torch.equal(masked, cut)
+
+
+def test_dropout_changes_no_text_of_given_noise():
+    model = make(CAUSAL["left to right"])
+    for layer in model.flow.layers:
+        for block in layer.decoder.layers:
+            block.self_attn.attention_dropout = 0.5
+
+    prompt, noise = torch.randint(5, (1, 6)), torch.randn(1, 12, 2, dtype=torch.float64)
+    tokens = model.eval().generate(prompt, noise=noise)
+    model.train()
+    for _ in range(4):
+        assert torch.equal(model.generate(prompt, noise=noise), tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

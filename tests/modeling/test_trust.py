@@ -226,6 +226,20 @@ def test_what_is_loaded_is_measured_too(tmp_path, monkeypatch):
         TarFlowLMModel.from_pretrained(tmp_path)
 
 
+def test_rotary_embeddings_that_change_with_the_length_are_refused():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope |= {"original_max_position_embeddings": 8}
+
+    block = dict(SIZE, model_type="llama", head_dim=8, rope_parameters=rope)
+    config = with_block(**block)
+    with pytest.raises(ValueError, match="max_position_embeddings must be at most 8, not 32"):
+        TarFlowLMModel(config)
+
+    config.max_position_embeddings = 8
+    TarFlowLMModel(config)
+
+
 # ------------------------------------------------------------------------------- overridden fields
 
 AFFINE = [{"coupling": "affine", "direction": "left_to_right", "num_hidden_layers": 2}]

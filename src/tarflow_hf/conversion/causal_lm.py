@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
+from ..modeling.causality import longest_of_one_rope
 from ..modeling.configuration_tarflowlm import TarFlowLMConfig
 from ..modeling.inversion_tarflowlm import evaluating
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
@@ -35,6 +37,8 @@ from .source import (
     random_ids,
     start_token,
 )
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_POSITIONS = 2048  # of a source that has no limit
 
@@ -73,7 +77,8 @@ def from_causal_lm(
             documents.
         log_scale: Log standard deviation of every Gaussian of the codebook. The means are drawn
             from N(0, I); those that are too close to others are drawn again.
-        max_position_embeddings: Longest sequence. By default the source's own, or 2,048.
+        max_position_embeddings: The longest sequence. By default the source's own (as far as its
+            rotary embeddings do not change with the length), or 2,048.
         posterior_top_k: See `TarFlowLMConfig`.
         conditional: Let the model be told some of the tokens. It is exact with none observed, and
             has to be trained before it fills gaps.
@@ -151,8 +156,21 @@ def from_causal_lm(
 
 
 def _num_positions(config) -> int:
+    """The source's longest sequence, as far as its positions do not depend on the length."""
     positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else DEFAULT_POSITIONS
+    if not isinstance(positions, int) or positions <= 0:
+        positions = DEFAULT_POSITIONS
+
+    limit = longest_of_one_rope(config)
+    if limit is None or limit > positions:
+        return positions
+
+    longest = limit - 1  # the source reads a start token, too
+    logger.warning_once(
+        f"Beyond {limit} tokens the rotary embeddings of {config.model_type} change for all positions, which a flow "
+        f"cannot do: max_position_embeddings becomes {longest}."
+    )
+    return longest
 
 
 def _block_config(config) -> dict[str, Any]:

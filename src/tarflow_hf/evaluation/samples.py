@@ -153,14 +153,13 @@ def _bar(sampling: Sampling, num_drawn: int) -> tqdm:
 def draw(model: PreTrainedModel, indices: range, sampling: Sampling) -> Tensor:
     """Draws the samples (B, T) with B numbers."""
     length, seed = sampling.length_for(model), sampling.seed
-    options = sampling.generate_options
+    options = dict(sampling.generate_options)
 
     if is_discrete(model):
         return sample_discrete(model, len(indices), length, (seed, indices[0]), **options)
 
     noise = latent_noise(model, length, [(seed, index) for index in indices])[0]
-    temperature = options.get("temperature", 1.0)
-    options = {"eos_token_id": -1, **options}  # no token ends a sample
+    temperature = options.pop("temperature", 1.0)
     return model.generate(noise=temperature * noise, **options)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .decoder_tarflowlm import run_decoder
@@ -24,15 +24,20 @@ NUM_SLOTS = 4
 _measured: dict[str, tuple[bool, bool]] = {}
 
 
-def check_decoders(decoders: Sequence[PreTrainedModel]) -> None:
+def check_decoders(decoders: Sequence[PreTrainedModel], longest: int) -> None:
     """Raises a ValueError unless all decoders are causal, and notes how their caches can be used.
 
     A decoder's `takes_steps` is True if it can be run slot by slot with its cache, and `takes_crops`
     if the last slots can be taken out of a cache again. Each configuration is measured once in a
     process, by a few passes of four slots. Decoders without weights yet (on the meta device, or
     partitioned) are passed over.
+
+    Args:
+        decoders: Of a stack of flows.
+        longest: The most slots that they are run on.
     """
     for decoder in decoders:
+        _check_rope(decoder.config, longest)
         key = decoder.config.to_json_string()
         is_there = all(p.device.type != "meta" and p.numel() for p in decoder.parameters())
         if not is_there or torch.compiler.is_compiling():
@@ -42,6 +47,34 @@ def check_decoders(decoders: Sequence[PreTrainedModel]) -> None:
             _measured[key] = _measure(decoder)
 
         decoder.takes_steps, decoder.takes_crops = _measured[key]
+
+
+def longest_of_one_rope(config: PreTrainedConfig) -> int | None:
+    """The most slots for which a decoder's rotary embeddings do not depend on their number.
+
+    Some change the frequencies of all positions as soon as a sequence is longer than that, and then
+    the first positions depend on how many follow. None if there is no such length.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
+    lengths = []
+    for each in by_layer:
+        if each.get("rope_type") == "longrope":
+            lengths.append(each["original_max_position_embeddings"])
+        elif each.get("rope_type") == "dynamic":
+            lengths.append(config.max_position_embeddings)
+
+    return min(lengths, default=None)
+
+
+def _check_rope(config: PreTrainedConfig, longest: int) -> None:
+    """Raises a ValueError if rotary embeddings change with the number of slots."""
+    limit = longest_of_one_rope(config)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"block_config: the rotary embeddings of {config.model_type} change for all positions beyond {limit} "
+            f"slots, so that it looks ahead there: max_position_embeddings must be at most {limit}, not {longest}."
+        )
 
 
 @torch.no_grad()

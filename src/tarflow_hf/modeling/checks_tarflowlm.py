@@ -1,5 +1,6 @@
 """Checks of what the model is given. Each raises a ValueError that says what is allowed."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,26 @@ def check_length(length: int, patch_size: int, longest: int) -> None:
         raise ValueError(
             f"The sequence length must be a positive multiple of patch_size: {length}, {patch_size}."
         )
+
+
+def check_size(latents: Tensor, latent_size: int) -> None:
+    """Raises a ValueError unless the latents have the shape (..., d)."""
+    check_is_tensor("latents", latents)
+    if latents.ndim == 0 or latents.shape[-1] != latent_size:
+        raise ValueError(
+            f"The last dimension of the latents must be latent_size, {latent_size}: {tuple(latents.shape)}."
+        )
+
+
+def check_latents(latents: Tensor, latent_size: int, patch_size: int, longest: int) -> None:
+    """Raises a ValueError unless the latents, or the noise, have the shape (B, T, d) with T in range."""
+    check_size(latents, latent_size)
+    if latents.ndim != 3:
+        raise ValueError(
+            f"Latents and noise must have shape (B, T, d), not {tuple(latents.shape)}."
+        )
+
+    check_length(latents.shape[1], patch_size, longest)
 
 
 def check_mask(attention_mask: Tensor, shape: tuple[int, ...]) -> None:
@@ -49,17 +70,21 @@ def check_ids(
 ) -> Tensor:
     """Checks ids (B, T), and replaces those at padding, which may be anything, by 0.
 
+    Returns:
+        The ids as int64.
+
     Raises:
         ValueError: If they are no integers of this shape, too many, no multiple of the patch size,
             or outside the vocabulary, or if positions do not count them from 0.
     """
     check_is_tensor("input_ids", input_ids)
-    if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+    if input_ids.ndim != 2 or input_ids.numel() == 0 or not is_integer(input_ids):
         raise ValueError(
             f"input_ids must be integers of shape (B, T), not empty: {input_ids.dtype}, {tuple(input_ids.shape)}."
         )
 
     check_length(input_ids.shape[1], config.patch_size, config.max_position_embeddings)
+    input_ids = input_ids.long()
     if attention_mask is not None:
         check_mask(attention_mask, input_ids.shape)
         input_ids = input_ids.masked_fill(attention_mask == 0, 0)
@@ -149,6 +174,11 @@ def check_is_tensor(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a tensor, not {type(value).__name__}: {value!r:.40}.")
 
 
+def is_integer(values: Tensor) -> bool:
+    """True if the tensor is of an integer type."""
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+
+
 def check_generator(generator: torch.Generator | None) -> None:
     """Raises a ValueError unless the generator is one, or None."""
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -156,9 +186,12 @@ def check_generator(generator: torch.Generator | None) -> None:
 
 
 def check_not_given(options: dict[str, Any]) -> None:
-    """Raises a TypeError if arguments that the model does not have ask for something."""
-    given = {name: value for name, value in options.items() if value is not None}
-    unknown = sorted(name for name, value in given.items() if value is not False)
+    """Raises a TypeError if arguments that the model does not have ask for something.
+
+    `logits_to_keep=0` keeps all, and the `token_type_ids` of a tokenizer for pairs say nothing of a
+    single text.
+    """
+    unknown = sorted(name for name, value in options.items() if not _asks_for_nothing(name, value))
     if unknown:
         hint = ""
         if "inputs_embeds" in unknown:
@@ -172,6 +205,13 @@ def check_not_given(options: dict[str, Any]) -> None:
         raise TypeError(f"TarFlowLMModel.forward() has no arguments {unknown}.{hint}")
 
 
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    if name == "token_type_ids" and isinstance(value, Tensor):
+        return not bool(value.any())
+
+    return value is None or value is False or (name == "logits_to_keep" and value == 0)
+
+
 def check_num_flows(num_flows: int | None, num_layers: int) -> None:
     """Raises a ValueError unless a stack of so many layers can be cut there."""
     is_number = type(num_flows) is int and 1 <= num_flows <= num_layers
@@ -181,18 +221,30 @@ def check_num_flows(num_flows: int | None, num_layers: int) -> None:
 
 def check_stack_arguments(
     num_flows: int | None,
-    num_layers: int,
-    known: Tensor | None,
+    stack: Any,
+    reverse: bool,
+    of_inverse: Mapping[str, Any],
     observed_mask: Tensor | None,
-    is_conditional: bool,
 ) -> None:
-    """Checks where a stack is cut, and that what is given has a meaning for it."""
-    check_num_flows(num_flows, num_layers)
+    """Checks where a stack is cut, and that what is given has a meaning for it.
+
+    Raises:
+        ValueError: If `num_flows` is out of range, or masks contradict each other or the stack.
+        TypeError: If arguments of the inverse are given to the way to noise.
+    """
+    check_num_flows(num_flows, len(stack.layers))
+    given = sorted(name for name, value in of_inverse.items() if value is not None)
+    if given and not reverse:
+        raise TypeError(f"Without reverse=True a stack of flows has no arguments {given}.")
+
+    known, known_mask = of_inverse["known"], of_inverse["known_mask"]
+    if (known is None) != (known_mask is None):
+        raise ValueError("Give known and known_mask together: the latents, and where they are.")
     if known is not None and observed_mask is not None:
         raise ValueError(
             "Give known_mask or observed_mask, not both: what is observed has no latents."
         )
-    if observed_mask is not None and not is_conditional:
+    if observed_mask is not None and not stack.is_conditional:
         raise ValueError(
             "observed_mask needs a conditional model: this one's config has conditional=False, and was trained to "
             "model all tokens."

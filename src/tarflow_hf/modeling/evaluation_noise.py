@@ -1,5 +1,6 @@
-"""Evaluation that leaves no trace: noise without a generator, and seeds that are taken back."""
+"""Evaluation that leaves no trace: noise without a generator, and a seed that is taken back."""
 
+import inspect
 import math
 
 import torch
@@ -65,30 +66,22 @@ def _shifted(x: Tensor, shift: int) -> Tensor:
     return (x >> shift) & (2 ** (64 - shift) - 1)
 
 
-class Evaluation:
-    """The time between `model.eval()` and `model.train()`.
+def is_trainers_evaluation() -> bool:
+    """True if the caller was called by the evaluation loop of the library's `Trainer`."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        is_loop = frame.f_code.co_name == "evaluation_loop"
+        if is_loop and frame.f_globals.get("__name__") == "transformers.trainer":
+            return True
 
-    Args:
-        state: That of the global generator at the beginning.
-    """
+        frame = frame.f_back
 
-    MAX_LOOPS = 64
+    return False
 
-    def __init__(self, state: Tensor):
-        self.state = state
-        self.has_begun = False  # the model was called
 
-    def take_back_seeds(self) -> None:
-        """Restores the global generator if nothing but the seeds of loaders was drawn from it."""
-        if not self.has_begun:
-            return
-
-        now, generator = torch.get_rng_state(), torch.Generator()
-        generator.set_state(self.state)
-
-        for _ in range(self.MAX_LOOPS):
-            if torch.equal(generator.get_state(), now):
-                torch.set_rng_state(self.state)
-                return
-
-            torch.empty((), dtype=torch.int64).random_(generator=generator)  # as a DataLoader does
+def drew_one_seed(state: Tensor) -> bool:
+    """True if a loop over a `DataLoader` has begun since the global generator had some state."""
+    generator = torch.Generator()
+    generator.set_state(state)
+    torch.empty((), dtype=torch.int64).random_(generator=generator)  # as a DataLoader does
+    return torch.equal(generator.get_state(), torch.get_rng_state())

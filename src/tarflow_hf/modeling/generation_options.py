@@ -1,5 +1,6 @@
 """The options of `generate`: one object, which checks itself."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -23,8 +24,18 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-# Fields of a GenerationConfig that describe a tokenizer or a cache, and ask for nothing.
-DESCRIPTIVE = ("bos_token_id", "transformers_version", "use_cache")
+# Options of the library that describe a tokenizer, a cache or a compilation: they change no token.
+DESCRIPTIVE = (
+    "bos_token_id",
+    "cache_config",
+    "cache_implementation",
+    "compile_config",
+    "disable_compile",
+    "logits_to_keep",
+    "transformers_version",
+    "trust_remote_code",
+    "use_cache",
+)
 
 # The rest of a batch, which callers hand on together with its ids.
 REST_OF_BATCH = ("labels",)
@@ -190,7 +201,7 @@ class GenerationOptions:
         for name in names:
             for value in (given.get(name), getattr(config, name, None), getattr(saved, name, None)):
                 if value is not None:
-                    values[name] = value
+                    values[name] = _plain_integer(value)
                     break
 
         from_library = {
@@ -273,7 +284,8 @@ class GenerationOptions:
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise ValueError(f"{name} must be a number, not {value!r}.")
 
-        for name in ("temperature", "mixture_temperature"):
+        is_drawn = ("temperature",) if self.do_sample else ()  # else the noise is at its mode
+        for name in (*is_drawn, "mixture_temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, not {getattr(self, name)}.")
 
@@ -381,6 +393,45 @@ class GenerationOptions:
             warpers.append(EtaLogitsWarper(self.eta_cutoff))
 
         return partial(warpers, None) if warpers else None  # whatever tokens came before
+
+
+def beside_noise(
+    given: dict[str, Any], config: GenerationConfig | None, num_tokens: int, num_prompt_tokens: int
+) -> dict[str, Any]:
+    """The options of a call that gives the noise of a whole text.
+
+    Noise has a length and a scale, and it says all of its tokens: a saved end-of-sequence token
+    does not cut them.
+
+    Args:
+        given: Keyword arguments.
+        config: The call's generation config.
+        num_tokens: T, of the noise.
+        num_prompt_tokens: Those of them that the prompt has.
+
+    Raises:
+        ValueError: If an option contradicts the noise.
+    """
+    said = {
+        "max_new_tokens": num_tokens - num_prompt_tokens,
+        "max_length": num_tokens,
+        "temperature": 1,
+        "do_sample": True,
+    }
+    for name, value in said.items():
+        if given.get(name) is not None and given[name] != value:
+            raise ValueError(
+                f"noise is given, and with it {name} is {value}: leave out {name}={given[name]!r}."
+            )
+
+    ends = given.get("eos_token_id"), getattr(config, "eos_token_id", None)
+    return given if any(end is not None for end in ends) else given | {"eos_token_id": -1}
+
+
+def _plain_integer(value: Any) -> Any:
+    """A NumPy integer as Python's own."""
+    is_other = hasattr(value, "__index__") and not isinstance(value, (int, Tensor))
+    return operator.index(value) if is_other else value
 
 
 def _near(unknown: Sequence[str], names: Sequence[str]) -> str:

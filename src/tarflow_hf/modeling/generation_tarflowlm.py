@@ -14,10 +14,17 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput, logging
 
-from .checks_tarflowlm import check_generator, check_ids, check_is_tensor, check_num_flows
+from .checks_tarflowlm import (
+    check_generator,
+    check_ids,
+    check_is_tensor,
+    check_num_flows,
+    check_positions,
+    is_integer,
+)
 from .codebook_kept import unchanged
 from .drafts_tarflowlm import check_drafts, make_drafts
-from .generation_options import GenerationOptions
+from .generation_options import GenerationOptions, beside_noise
 from .generation_writing import (
     ChooseTokens,
     RowGroup,
@@ -26,7 +33,7 @@ from .generation_writing import (
     TokenWriter,
     guess_shower,
 )
-from .inversion_tarflowlm import InverseReport, check_finite
+from .inversion_tarflowlm import InverseReport, check_finite, evaluating
 from .noise_tarflowlm import NoiseMixin, Said, Watermark, check_watermark, keyed_noise, most_likely
 from .outputs_tarflowlm import FlowOutput
 from .slots_tarflowlm import Pieces, take
@@ -40,7 +47,9 @@ class TarFlowLMGenerateOutput(ModelOutput):
 
     sequences: Tensor | None = None  # (B, T)
     latents: Tensor | None = None  # (B, T, d)
-    noise: Tensor | None = None  # (B, T, d)
+    noise: Tensor | None = (
+        None  # (B, T, d); at known tokens, that of their latents' sample of q(z | x)
+    )
     states: tuple[Tensor, ...] | None = None  # h0 (latents), ..., hL (noise), each (B, T, d)
     inverse_reports: list[InverseReport] | None = (
         None  # how each flow was inverted, from the data side
@@ -102,10 +111,12 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             generator ([`torch.Generator`], *optional*): Source of all randomness; the global one by
                 default.
             noise (`torch.Tensor` of shape (B, T, d), *optional*): The noise itself: the same noise
-                gives the same tokens. T counts the prompt and its padding. The first tokens of a
-                prompt that the noise says by itself have the latents that it says; those of the
-                others are drawn by the noise there. So what the noise says goes on in the same way
-                after any beginning of it (see `noise_of`). An `attention_mask` (B, T) without a
+                gives the same tokens. T counts the prompt and its padding. As long as the first
+                tokens of the prompt are those that this noise would write without a prompt, they
+                keep the latents that it gives them. The latents of later prompt tokens are samples
+                of q(z | x), made with the noise at their places. So noise continues its own text
+                after any beginning of it (see `noise_of`). All T tokens are written: only an
+                `eos_token_id` of this call ends a text before. An `attention_mask` (B, T) without a
                 prompt says where the texts are.
             watermark ([`NoiseWatermark`], *optional*): Takes the noise of new tokens from a key, by
                 which the text can be detected. Over keys the distribution of the text is the same.
@@ -126,7 +137,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             capture_step (`bool`): On a GPU, take the sequential form's steps by a CUDA graph. Not
                 run on one yet.
             output_inverse_report (`bool`): Also return each flow's [`InverseReport`].
-            max_new_tokens, max_length (`int`): Length; by default that which the model was made
+            max_new_tokens, max_length (`int`): The length; by default that which the model was made
                 for, `max_position_embeddings`, which is also the most.
             num_return_sequences (`int`): Sequences per prompt.
             temperature (`float`): Standard deviation of the noise that is drawn, 1 by default.
@@ -178,13 +189,13 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             those of the latents are 0 behind the position at which the work stopped.
 
         Raises:
-            ValueError: If an option is unknown or out of range (as a keyword, in a generation
-                config or saved with the model), mixture weights are steered though no flow has any,
-                the logits of the next token are processed though the first flow has none,
-                `num_candidates` meets `noise` or a streamer, a `watermark` meets `noise` or has no
-                noise to mark, a prompt leaves no room, a prompt or a
-                continuation is no multiple of the patch size, a gap is not of whole patches, or a
-                text has no gap.
+            ValueError: If an option is unknown or out of range (as a keyword, in a generation config or
+                saved with the model), mixture weights are steered though no flow has any, the
+                logits of the next token are processed though the first flow has none,
+                `num_candidates` meets `noise` or a streamer, an option contradicts the noise, a
+                `watermark` meets `noise` or has no noise to mark, a prompt leaves no room, a prompt
+                or a continuation is no multiple of the patch size, a gap is not of whole patches,
+                or a text has no gap.
 
         Example:
             >>> from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
@@ -199,16 +210,20 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         """
         # 1. What is asked for.
         check_generator(generator)
+        is_infill = infill_mask is not None
         prompt, is_real, infill_mask = self._read_prompt(inputs, noise, infill_mask, kwargs)
+        if noise is not None:
+            kwargs = beside_noise(kwargs, generation_config, noise.shape[1], prompt.shape[1])
+
         options = GenerationOptions.resolve(kwargs, generation_config, self.generation_config)
         check_watermark(watermark, noise, options)
         self._check_options(options, noise, streamer)
         self._check_weights(options.num_flows)
-        if infill_mask is not None:
+        if is_infill:
             self._check_infill(prompt, is_real, infill_mask, kwargs)
 
         # 2. Where tokens are known, and where new ones go.
-        text = self._lay_out(prompt, is_real, infill_mask, noise, options)
+        text = self._lay_out(prompt, is_real, infill_mask, noise, options, is_infill)
         self._check_text(text, options, streamer)
 
         # 3. The noise, and what decides between tokens.
@@ -280,6 +295,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
 
         prompt = inputs if input_ids is None else input_ids
         attention_mask = kwargs.pop("attention_mask", None)
+        position_ids = kwargs.pop("position_ids", None)
         given = {"inputs": prompt, "attention_mask": attention_mask}
         for name, value in (given | {"noise": noise, "infill_mask": infill_mask}).items():
             if value is not None:
@@ -296,10 +312,12 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             raise ValueError(
                 f"attention_mask must have the shape of the prompt: {tuple(attention_mask.shape)}, {shape}."
             )
-        if prompt is not None and (prompt.ndim != 2 or prompt.is_floating_point()):
+        if prompt is not None and (prompt.ndim != 2 or not is_integer(prompt)):
             raise ValueError(
                 f"The prompt must be integers of shape (B, n): {prompt.dtype}, {tuple(prompt.shape)}."
             )
+        if prompt is not None:
+            check_positions(position_ids, prompt, attention_mask)
         if noise is not None and noise.ndim != 3:
             raise ValueError(f"noise must have shape (B, T, d), not {tuple(noise.shape)}.")
 
@@ -307,6 +325,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             batch_size = 1 if noise is None else len(noise)
             prompt = torch.empty(batch_size, 0, dtype=torch.long, device=self._home)
 
+        prompt = prompt.long()
         if attention_mask is None:
             return prompt, torch.ones_like(prompt, dtype=torch.bool), infill_mask
 
@@ -359,6 +378,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         infill_mask: Tensor | None,
         noise: Tensor | None,
         options: GenerationOptions,
+        is_infill: bool,
     ) -> Text:
         """The text of each sequence to write, with known tokens and room for new ones."""
         is_known = is_real if infill_mask is None else is_real & (infill_mask == 0)
@@ -382,7 +402,6 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         ids, is_known, is_real = (pieces.gather(x.to(home)) for x in (tokens, is_known, is_real))
         ids = check_ids(ids.masked_fill(~is_known, 0), self.config)
         first_new = int(is_new.any(0).int().argmax()) if bool(is_new.any()) else tokens.shape[1]
-        is_infill = infill_mask is not None
         return Text(tokens, is_new, first_new, pieces, ids, is_known, is_real, is_infill)
 
     def _draw_noise(
@@ -409,6 +428,8 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             raise ValueError(
                 f"noise must have shape (B, T, d) = {shape}, not {tuple(noise.shape)}."
             )
+        elif not bool(noise.isfinite().all()):
+            raise ValueError("noise must be finite.")
 
         return text.pieces.gather(noise.to(self._home))
 
@@ -728,13 +749,15 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         noise = torch.randn(shape, generator=generator, device=device)
         latents = self.encode(ids, noise=noise.repeat_interleave(num_candidates, 0))
 
-        elbo = self(
-            ids,
-            attention_mask,
-            latents=latents,
-            num_flows=options.num_flows,
-            observed_mask=known.get("observed_mask"),
-        ).elbo
+        with evaluating(self):
+            elbo = self(
+                ids,
+                attention_mask,
+                latents=latents,
+                num_flows=options.num_flows,
+                observed_mask=known.get("observed_mask"),
+            ).elbo
+
         best = elbo.unflatten(0, (-1, num_candidates)).argmax(-1).cpu()
         best = best + num_candidates * torch.arange(len(best))
         return elbo[best.to(elbo.device)], best
@@ -789,7 +812,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
     def _length(self, is_prompt: Tensor, noise: Tensor | None, options: GenerationOptions) -> int:
         """The number of tokens of a sequence, with its prompt (B, n), and the prompt's padding."""
         prompt_length, longest = is_prompt.shape[1], self.config.max_position_embeddings
-        if prompt_length >= longest:
+        if prompt_length > longest or (prompt_length == longest and noise is None):
             raise ValueError(
                 f"A prompt of {prompt_length} tokens leaves no room: max_position_embeddings is {longest}."
             )

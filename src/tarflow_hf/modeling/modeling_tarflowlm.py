@@ -23,13 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.generation import GenerationMixin
+from transformers.utils import can_return_tuple
 
 from .checks_tarflowlm import (
     check_given,
     check_ids,
     check_labels,
-    check_length,
+    check_latents,
     check_not_given,
+    check_size,
     check_stack_arguments,
     require,
 )
@@ -223,10 +225,9 @@ class FlowStack(nn.Module):
                 N(0, I).
             output_noise: Compute `noise`, `log_det` and the last of the `states`, not `log_prob`
                 only.
-            known, known_mask: With `reverse`, latents (B, T, d) that are held fixed, and where,
-                (B, T). If no flow runs right to left, those before the first unknown one are given
-                to every flow, which is exact: the others follow p(z_new | z_known). All others are
-                held fixed in the first flow only.
+            known, known_mask: With `reverse`, latents (B, T, d) that are held fixed, and where, (B, T). If no flow
+                runs right to left, those before the first unknown one are given to every flow, which is exact: the
+                others follow p(z_new | z_known). All others are held fixed in the first flow only.
             observed_ids, observed_mask: In a conditional model, token ids (B, T) and where they are
                 observed, (B, T). Only the other tokens have latents: the flow is that of
                 p(z_missing | x_observed), both ways.
@@ -237,18 +238,18 @@ class FlowStack(nn.Module):
             A `FlowOutput`. At padding and at observed tokens, noise and states are 0.
 
         Raises:
-            ValueError: If T or a real length is no multiple of the patch size, T too long, a mask has another
-                shape or holes, a patch is known, observed or padding in part, `num_flows` is not in
-                1, ..., L, `observed_mask` is given to a model that is not conditional or covers a
-                whole sequence, or an option of the inverse is out of range.
+            ValueError: If latents or masks have another shape, T or a real length is no multiple of the patch size, T
+                too long, a mask has holes, a patch is known, observed or padding in part, `num_flows` is not in 1, ...,
+                L, `observed_mask` covers a whole sequence or the model is not conditional, or an option of the inverse
+                is out of range.
+            TypeError: If options of the inverse are given without `reverse`.
         """
-        check_length(latents.shape[1], self.patch_size, self.longest)
-        check_stack_arguments(
-            num_flows, len(self.layers), known, observed_mask, self.is_conditional
-        )
+        codebook = self.codebook() if codebook is None else codebook
+        check_latents(latents, codebook.mean.shape[-1], self.patch_size, self.longest)
+        of_inverse = {"known": known, "known_mask": known_mask, **inverse_options}
+        check_stack_arguments(num_flows, self, reverse, of_inverse, observed_mask)
 
         layers = self.layers[:num_flows]
-        codebook = self.codebook() if codebook is None else codebook
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
         h = to_positions(latents, self.patch_size)
 
@@ -341,7 +342,9 @@ class FlowStack(nn.Module):
         # Left to right, the states of the first positions depend on nothing behind them.
         h = zero_unless(mask, h)
         leading = (~layout.keep_variables(~mask)).long().cumprod(-1).bool()
-        states = self._transform(layers[:-1], h, codebook, layout).states[1:]
+        with evaluating(self):
+            states = self._transform(layers[:-1], h, codebook, layout).states[1:]
+
         states = [to_positions(state, self.patch_size) for state in states]
         return [Known(h, mask)] + [Known(state, leading) for state in states]
 
@@ -388,6 +391,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
     def codebook(self) -> Codebook:
         return self.flow.codebook
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
@@ -402,10 +406,9 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         num_items_in_batch: Tensor | int | None = None,
         position_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         use_cache: bool | None = None,
         **not_given: None,
-    ) -> TarFlowLMOutput | tuple[Tensor, ...]:
+    ) -> TarFlowLMOutput:
         """The evidence lower bound of each sequence, from one sample of its latents.
 
         With `observed_mask`, in a conditional model, it bounds log p(x_missing | x_observed), and
@@ -415,33 +418,28 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             input_ids: Token ids (B, T), T a multiple of the patch size.
             attention_mask: (B, T), 1 for real tokens and 0 for padding, on the right or the left.
             labels: Asks for the loss: `input_ids`, where padding and observed tokens may be -100.
-                In a conditional model without an `observed_mask`, the real tokens of label -100 are
-                the observed ones: a prompt, for example. A collator that masks by the id of padding
-                may hide real tokens of the same id (an end token): behind the beginning of a
-                sequence they count as real. No other token can be left out of the bound, which is
-                that of whole sequences.
+                In a conditional model without an `observed_mask`, the real tokens of label -100 are the observed ones:
+                a prompt, for example. A collator that masks by the id of padding may hide real tokens of the same id
+                (an end token): behind the beginning of a sequence they count as real. No other token can be left out
+                of the bound, which is that of whole sequences.
             latents: Latents (B, T, d) to take instead of a sample of q(z | x).
             generator: Source of the sample's noise.
             num_flows: Score the stack cut after its first flows.
             output_noise: Compute `noise` too, which the likelihood does not need.
             observed_mask: In a conditional model, 1 (or True) at the tokens that are given, (B, T),
                 whole patches.
-            latent_noise: The N(0, I) noise (B, T, d) of the sample of q(z | x), in place of the
-                generator's. Without any of `latents`, `generator` and `latent_noise`, a model in
-                training draws it from the global generator. In eval mode each row has noise that
-                follows from its tokens, so that equal weights give equal losses.
+            latent_noise: The N(0, I) noise (B, T, d) of the sample of q(z | x), in place of the generator's. Without
+                any of `latents`, `generator` and `latent_noise`, a model in training draws it from the global
+                generator. In eval mode a row's noise follows from its tokens: equal weights give equal losses.
             num_items_in_batch: The number of labels other than -100 in all batches of an
                 optimiser's step, by which `Trainer` asks to divide.
-            position_ids: Taken if they count the real tokens of each sequence from 0, as the model
-                itself does.
+            position_ids: Taken if they count the real tokens of each sequence from 0, as the model does.
             output_hidden_states: Return the states of the flows as `hidden_states`.
-            return_dict: If False, returns a tuple.
-            use_cache: Taken, and without effect.
-            not_given: Arguments that wrappers such as PEFT's hand to every model
-                (`inputs_embeds=None`), None or False.
+            use_cache, not_given: Taken, and without effect. Wrappers such as PEFT's hand arguments
+                to every model that are None or False (`inputs_embeds=None`).
 
         Returns:
-            [`TarFlowLMOutput`]. The loss is the mean over the missing tokens.
+            [`TarFlowLMOutput`], a tuple with `return_dict=False`. The loss is the mean over the missing tokens.
 
         Raises:
             ValueError: If ids are outside the vocabulary, labels are not the ids, a sequence is
@@ -451,6 +449,9 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             TypeError: If another argument is given, and is neither None nor False.
         """
         check_not_given(not_given)
+        self._leave_no_trace()
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
 
         # 1. Which tokens are scored.
         input_ids = check_ids(input_ids, self.config, attention_mask, position_ids)
@@ -476,7 +477,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             latents,
             attention_mask,
             num_flows=num_flows,
-            output_noise=output_noise or bool(output_hidden_states),
+            output_noise=output_noise or output_hidden_states,
             observed_ids=input_ids,
             observed_mask=observed_mask,
             codebook=codebook,
@@ -499,14 +500,12 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
             noise=flow.noise,
             hidden_states=flow.states if output_hidden_states else None,
         )
-        if self._evaluation is not None:
-            self._evaluation.has_begun = True
         if observed_mask is None and not torch.compiler.is_compiling():
             output._make_logits = self._logits_maker(latents, codebook, num_flows, attention_mask)
         if labels is None and num_items_in_batch is not None:  # `Trainer` has taken them away
             output.keep_label_logits(input_ids, is_scored, self.config.vocab_size)
 
-        return output.to_tuple() if return_dict is False else output
+        return output
 
     def encode(
         self,
@@ -519,6 +518,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
 
     def decode(self, latents: Tensor) -> Tensor:
         """log p(x | z) in nats, normalised over the vocabulary: (B, T, d) to (B, T, V)."""
+        check_size(latents, self.config.latent_size)
         return torch.log_softmax(self.codebook().log_prob_all(latents), -1)
 
     def importance_weighted_bound(

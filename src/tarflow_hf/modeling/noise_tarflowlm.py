@@ -25,7 +25,7 @@ from .checks_tarflowlm import check_ids
 from .codebook import Gaussians
 from .generation_options import GenerationOptions
 from .generation_writing import ChooseTokens, Text
-from .inversion_tarflowlm import evaluating
+from .inversion_tarflowlm import check_finite, evaluating
 from .outputs_tarflowlm import FlowOutput
 from .slots_tarflowlm import Pieces
 
@@ -59,8 +59,7 @@ class NoiseMixin(GenerationMixin):
         directions of the flows.
 
         The noise is that of the model's own distribution. If the saved generation config steers it
-        (`top_k`, `mixture_temperature`, ...), give `generate` the neutral values; if a text has an
-        end-of-sequence token before its end, give it `eos_token_id=-1`.
+        (`top_k`, `mixture_temperature`, ...), give `generate` the neutral values.
 
         Args:
             tokens: Token ids (B, T), whatever wrote them.
@@ -105,6 +104,7 @@ class NoiseMixin(GenerationMixin):
             with evaluating(self.flow):
                 noise = self.flow(latents, mask).noise
 
+            check_finite(noise, "The noise of the text")
             replayed = self.flow(noise, mask, reverse=True).latents
             is_open = (most_likely(codebook, replayed) != ids) & is_real
             if not bool(is_open.any()):

@@ -12,7 +12,7 @@ from .causality import check_decoders
 from .codebook import Codebook, Gaussians
 from .configuration_tarflowlm import TarFlowLMConfig
 from .decoder_tarflowlm import InputEmbedding
-from .evaluation_noise import Evaluation
+from .evaluation_noise import drew_one_seed, is_trainers_evaluation
 from .slots_tarflowlm import make_layout
 from .vocabulary_tarflowlm import add_tokens
 
@@ -42,7 +42,7 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    _evaluation: Evaluation | None = None  # since the last switch from training
+    _state_before_evaluation: Tensor | None = None  # of the global generator, until its loop begins
 
     @classmethod
     def from_pretrained(
@@ -97,23 +97,29 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
 
     def check_decoders(self) -> None:
         """Raises a ValueError if a decoder of a flow looks ahead, or cannot be run slot by slot."""
-        check_decoders([layer.decoder for layer in self.flow.layers])
+        decoders = [layer.decoder for layer in self.flow.layers]
+        check_decoders(decoders, self.config.max_position_embeddings // self.config.patch_size)
 
     def train(self, mode: bool = True) -> "TarFlowLMPreTrainedModel":
-        """Switches between training and evaluation, after which training goes on as without.
+        """Switches between training and evaluation.
 
-        Every loop over a `DataLoader` draws a seed from the global generator. Those that the loops
-        of an evaluation drew are taken back.
+        An evaluation by `Trainer` leaves the random numbers of training unchanged: the seed that
+        its loop over a `DataLoader` draws from the global generator is taken back.
         """
-        was_training = self.training
-        super().train(mode)
-        if was_training and not mode:
-            self._evaluation = Evaluation(torch.get_rng_state())
-        elif mode and not was_training and self._evaluation is not None:
-            self._evaluation.take_back_seeds()
-            self._evaluation = None
+        is_evaluation = not mode and is_trainers_evaluation()
+        self._state_before_evaluation = torch.get_rng_state() if is_evaluation else None
+        return super().train(mode)
 
-        return self
+    def _leave_no_trace(self) -> None:
+        """Takes back the seed that the loop of `Trainer`'s evaluation drew, before its first batch."""
+        state = self._state_before_evaluation
+        if state is None or torch.compiler.is_compiling():
+            return
+
+        if drew_one_seed(state):
+            torch.set_rng_state(state)
+
+        self._state_before_evaluation = None
 
     def _zero_of_unused(self) -> Tensor:
         """0, with the parameters that only observed tokens use: DDP wants all in every step."""

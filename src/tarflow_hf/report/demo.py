@@ -192,7 +192,7 @@ def edit(
     generator = torch.Generator().manual_seed(seed)
     state = model.flow(model.encode(ids, generator), num_flows=num_flows).noise
     state[:, is_redrawn] = torch.randn(state.shape, generator=generator)[:, is_redrawn].to(state)
-    edited = model.generate(noise=state, num_flows=num_flows, eos_token_id=-1)
+    edited = model.generate(noise=state, num_flows=num_flows)
 
     before, after = ids[0].cpu(), edited[0].cpu()
     nowhere = torch.zeros_like(is_redrawn)
