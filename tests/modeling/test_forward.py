@@ -249,6 +249,16 @@ def test_a_row_is_scored_alike_in_any_batch_and_touches_no_generator():
     assert not torch.equal(model(ids).elbo, model(ids).elbo)
 
 
+def test_the_seed_of_an_evaluations_loader_is_taken_back():
+    model, ids = make(STACKS["mix-d"]).train(), ids_of(2, 8)
+    state = torch.get_rng_state()
+    model.eval()
+    for batch in DataLoader(ids, batch_size=1):
+        model(batch)
+    model.train()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_what_others_draw_is_left_alone():
     model, ids = make(STACKS["mix-d"]), ids_of(2, 8)
     for draw in (lambda: torch.randn(40), lambda: torch.rand(2), lambda: list(DataLoader(ids))):

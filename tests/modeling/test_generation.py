@@ -415,19 +415,32 @@ def test_bad_input(model):
             "max_position_embeddings",
         ),
         (dict(noise=torch.zeros(1, longest + 1, 2)), "max_position_embeddings"),
-        (dict(noise=torch.zeros(1, 8, 2), num_return_sequences=2), "num_return_sequences"),
         (dict(streamer=Recorder(), num_return_sequences=2), "one sequence"),
         (dict(inputs=prompt == 0), r"integers of shape \(B, n\): torch.bool"),
         (dict(inputs=prompt, position_ids=prompt), "position_ids must count"),
-        (dict(noise=torch.full((1, 8, 2), torch.nan)), "noise must be finite"),
-        (dict(noise=torch.zeros(1, 8, 2), max_new_tokens=4), "max_new_tokens is 8: leave out"),
-        (dict(noise=torch.zeros(1, 8, 2), max_length=4), "max_length is 8: leave out"),
-        (dict(noise=torch.zeros(1, 8, 2), temperature=0.5), "temperature is 1: leave out"),
-        (dict(noise=torch.zeros(1, 8, 2), do_sample=False), "do_sample is True: leave out"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             model.generate(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"max_new_tokens": 4}, "max_new_tokens is 8: leave out"),
+        ({"max_length": 4}, "max_length is 8: leave out"),
+        ({"temperature": 0.5}, "temperature is 1: leave out"),
+        ({"do_sample": False}, "do_sample is True: leave out"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+    ],
+)
+def test_what_contradicts_noise(model, option, message):
+    noise = torch.zeros(1, 8, 2)
+    with pytest.raises(ValueError, match=message):
+        model.generate(noise=noise, **option)
+
+    same = {"max_new_tokens": 8, "temperature": 1.0, "do_sample": True}
+    assert torch.equal(model.generate(noise=noise, **same), model.generate(noise=noise))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])

@@ -1,6 +1,5 @@
 """Evaluation that leaves no trace: noise without a generator, and a seed that is taken back."""
 
-import inspect
 import math
 
 import torch
@@ -66,21 +65,8 @@ def _shifted(x: Tensor, shift: int) -> Tensor:
     return (x >> shift) & (2 ** (64 - shift) - 1)
 
 
-def is_trainers_evaluation() -> bool:
-    """True if the caller was called by the evaluation loop of the library's `Trainer`."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        is_loop = frame.f_code.co_name == "evaluation_loop"
-        if is_loop and frame.f_globals.get("__name__") == "transformers.trainer":
-            return True
-
-        frame = frame.f_back
-
-    return False
-
-
 def drew_one_seed(state: Tensor) -> bool:
-    """True if a loop over a `DataLoader` has begun since the global generator had some state."""
+    """True if since some state the global generator has drawn what a loop over a `DataLoader` draws."""
     generator = torch.Generator()
     generator.set_state(state)
     torch.empty((), dtype=torch.int64).random_(generator=generator)  # as a DataLoader does

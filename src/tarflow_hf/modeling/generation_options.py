@@ -1,6 +1,5 @@
 """The options of `generate`: one object, which checks itself."""
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -431,7 +430,7 @@ def beside_noise(
 def _plain_integer(value: Any) -> Any:
     """A NumPy integer as Python's own."""
     is_other = hasattr(value, "__index__") and not isinstance(value, (int, Tensor))
-    return operator.index(value) if is_other else value
+    return int(value) if is_other else value
 
 
 def _near(unknown: Sequence[str], names: Sequence[str]) -> str:

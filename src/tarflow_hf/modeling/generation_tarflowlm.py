@@ -212,10 +212,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         check_generator(generator)
         is_infill = infill_mask is not None
         prompt, is_real, infill_mask = self._read_prompt(inputs, noise, infill_mask, kwargs)
-        if noise is not None:
-            kwargs = beside_noise(kwargs, generation_config, noise.shape[1], prompt.shape[1])
-
-        options = GenerationOptions.resolve(kwargs, generation_config, self.generation_config)
+        options = self._resolve_options(kwargs, generation_config, noise, prompt)
         check_watermark(watermark, noise, options)
         self._check_options(options, noise, streamer)
         self._check_weights(options.num_flows)
@@ -331,6 +328,18 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
 
         return prompt, attention_mask != 0, infill_mask
 
+    def _resolve_options(
+        self,
+        kwargs: dict[str, Any],
+        config: GenerationConfig | None,
+        noise: Tensor | None,
+        prompt: Tensor,
+    ) -> GenerationOptions:
+        if noise is not None:
+            kwargs = beside_noise(kwargs, config, noise.shape[1], prompt.shape[1])
+
+        return GenerationOptions.resolve(kwargs, config, self.generation_config)
+
     def _check_options(self, options: GenerationOptions, noise: Tensor | None, streamer) -> None:
         """Raises a ValueError where options contradict this model, the noise or a streamer."""
         check_num_flows(options.num_flows, len(self.flow.layers))
@@ -429,7 +438,8 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
                 f"noise must have shape (B, T, d) = {shape}, not {tuple(noise.shape)}."
             )
         elif not bool(noise.isfinite().all()):
-            raise ValueError("noise must be finite.")
+            position = int((~noise.isfinite()).any(-1).any(0).int().argmax())
+            raise ValueError(f"noise is not finite, first at position {position}.")
 
         return text.pieces.gather(noise.to(self._home))
 

@@ -12,7 +12,7 @@ from .causality import check_decoders
 from .codebook import Codebook, Gaussians
 from .configuration_tarflowlm import TarFlowLMConfig
 from .decoder_tarflowlm import InputEmbedding
-from .evaluation_noise import drew_one_seed, is_trainers_evaluation
+from .evaluation_noise import drew_one_seed
 from .slots_tarflowlm import make_layout
 from .vocabulary_tarflowlm import add_tokens
 
@@ -103,15 +103,14 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
     def train(self, mode: bool = True) -> "TarFlowLMPreTrainedModel":
         """Switches between training and evaluation.
 
-        An evaluation by `Trainer` leaves the random numbers of training unchanged: the seed that
-        its loop over a `DataLoader` draws from the global generator is taken back.
+        An evaluation leaves the random numbers of training unchanged: the seed that its loop over a
+        `DataLoader` draws, between `model.eval()` and the first batch, is taken back.
         """
-        is_evaluation = not mode and is_trainers_evaluation()
-        self._state_before_evaluation = torch.get_rng_state() if is_evaluation else None
+        self._state_before_evaluation = None if mode else torch.get_rng_state()
         return super().train(mode)
 
     def _leave_no_trace(self) -> None:
-        """Takes back the seed that the loop of `Trainer`'s evaluation drew, before its first batch."""
+        """Takes back the seed that the loop of an evaluation drew, at its first batch."""
         state = self._state_before_evaluation
         if state is None or torch.compiler.is_compiling():
             return
