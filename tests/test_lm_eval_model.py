@@ -176,6 +176,52 @@ def test_an_answer_follows_from_seed_and_prompt():
     assert evaluator(model, seed=1).generate_until(requests("g", *asked), True) != answers
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 4},
+        {"max_tokens": 4},
+        {"max_completion_tokens": 4},
+        {"max_gen_toks": 4, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True},
+        {"max_gen_toks": 4, "do_sample": True, "temperature": 0.0},
+        {"max_gen_toks": 4, "do_sample": False, "temperature": 1.0, "top_p": 0.9},
+        {"max_gen_toks": 4, "until": None},
+    ],
+    ids=str,
+)
+def test_options_of_tasks_that_ask_for_nothing_else(options):
+    lm = evaluator(make(STACKS["mix-d"]))
+    expected = lm.generate_until(requests("g", ("ab", {"max_gen_toks": 4})), True)
+    assert len(expected[0]) == 4
+    assert lm.generate_until(requests("g", ("ab", options)), True) == expected
+
+
+def test_a_temperature_samples_and_no_tokens_are_none():
+    lm = evaluator(make(STACKS["mix-d"]))
+    none = {"max_gen_toks": 0}
+    warm = {"max_gen_toks": 9, "temperature": 0.9}
+    sampled = {**warm, "do_sample": True}
+    assert lm.generate_until(requests("g", ("ab", none), ("", none)), True) == ["", ""]
+    drawn = lm.generate_until(requests("g", ("ab", warm)), True)
+    assert drawn == lm.generate_until(requests("g", ("ab", sampled)), True)
+    assert drawn != lm.generate_until(requests("g", ("ab", {"max_gen_toks": 9})), True)
+    with pytest.raises(ValueError, match="max_gen_toks must be at least 0, not -1"):
+        lm.generate_until(requests("g", ("ab", {"max_gen_toks": -1})), True)
+
+
+def test_a_context_that_is_cut_is_said(monkeypatch):
+    """Once; one that loses less than a patch is not."""
+    from tarflow_hf import lm_eval_model as module
+
+    said = set()
+    monkeypatch.setattr(module.logger, "warning_once", said.add)
+    lm = evaluator(make(STACKS["mix-d"], 2, conditional=True), num_samples=1)
+    lm.loglikelihood(requests("l", ("abc", "de")), True)
+    assert said == set()
+    lm.loglikelihood(requests("l", ("abcde" * 6, "de")), True)
+    assert said == {"The model takes 18 tokens: some contexts lose their first tokens."}
+
+
 def test_what_the_tokenizer_drops_is_said(caplog, monkeypatch):
     """Once; a text of which nothing is left is an error that names the document."""
     from tarflow_hf import lm_eval_model as module

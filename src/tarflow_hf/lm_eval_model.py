@@ -17,7 +17,7 @@ What its numbers are:
   DIFFERENCE OF TWO BOUNDS, bound(question, answer) - bound(question), which may lie on either side
   of the truth. The results' `config` says which of the two it was.
 - `generate_until`: what `generate` continues, with all it says of exactness. The noise of an
-  answer follows from the seed and the prompt, whatever stands beside it.
+  answer follows from the seed and the prompt, not from the other requests.
 
 A tokenizer that loses something of a text, as that of text8, is scored on what is left of it. How
 many characters it drops is said once; a text of which nothing is left is an error. The harness's
@@ -27,7 +27,7 @@ bits per byte divide by the bytes of the original text.
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,14 +39,17 @@ try:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
     raise ImportError(
-        f"The evaluation harness is missing: `pip install lm-eval` ({error})."
+        f"The evaluation harness is missing or too old: `pip install -U lm-eval` ({error})."
     ) from None
 
 from .data import CharacterCount, checked_ids, token_ids
 from .evaluation import cut_text, elbo_samples, latent_noise, log_mean_exp
 from .hub import check_checkpoint
+from .modeling.coupling_torch import chunks
+from .modeling.generation_options import _is_neutral
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
 logger = logging.get_logger(__name__)
@@ -56,24 +59,32 @@ BOUND = "a lower bound on log p(continuation | context)"
 DIFFERENCE = "a difference of two bounds, of context with continuation and of context, which is itself no bound"
 
 
+class Asked(NamedTuple):
+    """The parts of a request of `generate_until`."""
+
+    prompt: list[int]
+    num_new: int
+    stops: list[str]
+    options: dict[str, Any]
+
+
 @register_model("tarflowlm")
 class TarFlowLMEvaluator(LM):
     """A TarFlowLM in the harness.
 
     Args:
         pretrained: A folder, or a repository of the Hub; or a model, with its `tokenizer`.
-        tokenizer: Where it is not in the same place.
+        tokenizer: The tokenizer, if it is not in the same place.
         batch_size: Sequences at once; "auto" is 16.
-        device: Default "cuda" where there is one.
-        num_samples: Of the importance-weighted bound.
-        seed: Of the latents. With it they follow from the text (of `loglikelihood` from the
-            context, so that the choices of a question share them), whatever stands beside it.
-        check_greedy: Whether `loglikelihood` also finds out if the model would have written the
-            continuation with its noise at 0, for tasks with such an accuracy (lambada). It takes a
-            generation for each request; where it is False, the answer is always no. Multiple choice
-            does not need it.
-        max_gen_toks: Of `generate_until`, where a task does not say.
-        dtype, revision, trust_remote_code: Of `from_pretrained`.
+        device: By default "cuda", if there is one.
+        num_samples: The number of samples of the importance-weighted bound.
+        seed: The seed of the latents. They follow from it and the text (for `loglikelihood`: the
+            context, so that the choices of a question share them), not from the other requests.
+        check_greedy: If True, `loglikelihood` also finds out if the model would write the
+            continuation with its noise at 0, as lambada asks. It takes a generation for each
+            request. If False, the answer is always no.
+        max_gen_toks: The number of new tokens of `generate_until`, if a task names none.
+        dtype, revision, trust_remote_code: Options of `from_pretrained`.
 
     Raises:
         ValueError: The checkpoint is another kind of model, which the harness evaluates by `--model
@@ -115,23 +126,27 @@ class TarFlowLMEvaluator(LM):
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples}.")
 
-        if device is None or (
-            device.startswith("cuda") and not torch.cuda.is_available()
-        ):  # the harness's default
+        # The harness's default is "cuda", also where there is none.
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "cuda" if torch.cuda.is_available() else "cpu"
 
-        self.model, self.tokenizer = model.to(device).eval(), tokenizer
+        self.model = model.to(device).eval()
+        self.tokenizer = tokenizer
         self._device = torch.device(device)
-        self.batch_size = (
-            16 if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
-        )
-        self.num_samples, self.seed, self.check_greedy = num_samples, seed, check_greedy
+
+        is_automatic = batch_size is None or str(batch_size).startswith("auto")
+        self.batch_size = 16 if is_automatic else int(batch_size)
+        self.num_samples = num_samples
+        self.seed = seed
+        self.check_greedy = check_greedy
         self.max_gen_toks = max_gen_toks
-        self.characters, self.is_said = CharacterCount(tokenizer), False
-        self.patch_size, self.max_length = (
-            model.config.patch_size,
-            model.config.max_position_embeddings,
-        )
+
+        self.characters = CharacterCount(tokenizer)
+        self.is_said = False
+
+        self.is_conditional = model.config.conditional
+        self.patch_size = model.config.patch_size
+        self.max_length = model.config.max_position_embeddings
 
     @property
     def tokenizer_name(self) -> str:
@@ -143,7 +158,7 @@ class TarFlowLMEvaluator(LM):
             "model_num_parameters": self.model.num_parameters(),
             "num_samples": self.num_samples,
             "loglikelihood_rolling": "a lower bound on log p(text)",
-            "loglikelihood": BOUND if self.model.config.conditional else DIFFERENCE,
+            "loglikelihood": BOUND if self.is_conditional else DIFFERENCE,
         }
 
     def encode(self, text: str) -> list[int]:
@@ -176,14 +191,13 @@ class TarFlowLMEvaluator(LM):
     ) -> list[float]:
         """Returns bounds on log p(text), in nats; 0 for an empty text."""
         self._look_at(requests)
-        pieces, totals = [], [0.0] * len(requests)
+        pieces = []
         for index, request in enumerate(requests):
             tokens = torch.tensor(self.encode(request.args[0]), dtype=torch.long)
-            pieces += [
-                (index, cut["input_ids"])
-                for cut in cut_text(tokens, self.max_length, self.patch_size)
-            ]
+            cuts = cut_text(tokens, self.max_length, self.patch_size)
+            pieces += [(index, cut["input_ids"]) for cut in cuts]
 
+        totals = [0.0] * len(requests)
         bounds = self._bounds([(ids, 0) for _, ids in pieces], disable_tqdm)
         for (index, _), bound in zip(pieces, bounds, strict=True):
             totals[index] += bound
@@ -202,40 +216,19 @@ class TarFlowLMEvaluator(LM):
         other. "Is greedy" means that the model writes the continuation with its noise at 0 (see
         `check_greedy`).
         """
-        if not self.model.config.conditional:
+        if not self.is_conditional:
             logger.warning_once(f"loglikelihood is {DIFFERENCE}: this model is not conditional.")
 
         self._look_at(requests)
         pairs = [self._encode_pair(*request.args) for request in requests]
-        is_conditional = self.model.config.conditional
         contexts = [torch.tensor(context, dtype=torch.long) for context, _ in pairs]
-        seeds = [
-            self._seed(context) for context in contexts
-        ]  # the choices of a question share the latents' noise
-        wholes = []
+        continuations = [torch.tensor(continuation) for _, continuation in pairs]
 
-        for context, (_, continuation) in zip(contexts, pairs, strict=True):
-            padding = (
-                -len(continuation) % self.patch_size
-            )  # tokens that are modelled, too: see `cut_text`
-            tokens = torch.tensor(continuation)
-            wholes.append(
-                (
-                    torch.cat([context, tokens, tokens[-1:].expand(padding)]),
-                    len(context) * is_conditional,
-                )
-            )
-
-        scores = self._bounds(wholes, disable_tqdm, seeds)
-        if not is_conditional:
-            known = {
-                tuple(context): (torch.tensor(context, dtype=torch.long), 0) for context, _ in pairs
-            }
-            rest = dict(zip(known, self._bounds(list(known.values()), disable_tqdm), strict=True))
-            scores = [
-                score - rest[tuple(context)]
-                for score, (context, _) in zip(scores, pairs, strict=True)
-            ]
+        # The choices of a question share the latents' noise.
+        seeds = [self._seed(context) for context in contexts]
+        scores = self._bounds(self._joined(contexts, continuations), disable_tqdm, seeds)
+        if not self.is_conditional:
+            scores = self._minus_contexts(scores, contexts, disable_tqdm)
 
         greedy = self._is_greedy(pairs, disable_tqdm) if self.check_greedy else [False] * len(pairs)
         results = list(zip(scores, greedy, strict=True))
@@ -243,6 +236,34 @@ class TarFlowLMEvaluator(LM):
             self.cache_hook.add_partial("loglikelihood", request.args, result)
 
         return results
+
+    def _joined(
+        self, contexts: Sequence[Tensor], continuations: Sequence[Tensor]
+    ) -> list[tuple[Tensor, int]]:
+        """Returns each context with its continuation, and how many of the tokens are given.
+
+        The last token is repeated until patches are whole: see `cut_text`.
+        """
+        joined = []
+        for context, continuation in zip(contexts, continuations, strict=True):
+            padding = continuation[-1:].expand(-len(continuation) % self.patch_size)
+            ids = torch.cat([context, continuation, padding])
+            joined.append((ids, len(context) if self.is_conditional else 0))
+
+        return joined
+
+    def _minus_contexts(
+        self, scores: Sequence[float], contexts: Sequence[Tensor], disable_tqdm: bool
+    ) -> list[float]:
+        """Returns the scores less the bounds of their contexts, each of which is scored once."""
+        known = {tuple(context.tolist()): (context, 0) for context in contexts}
+        bounds = self._bounds(list(known.values()), disable_tqdm)
+        bound_of = dict(zip(known, bounds, strict=True))
+
+        return [
+            score - bound_of[tuple(context.tolist())]
+            for score, context in zip(scores, contexts, strict=True)
+        ]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Returns the tokens of context and continuation.
@@ -266,8 +287,18 @@ class TarFlowLMEvaluator(LM):
                 f"{continuation[:80]!r}."
             )
 
-        room = min(len(before), self.max_length - length) // self.patch_size * self.patch_size
+        patch = self.patch_size
+        room = min(len(before), self.max_length - length) // patch * patch
+        if room < len(before) // patch * patch:
+            logger.warning_once(
+                f"The model takes {self.max_length} tokens: some contexts lose their first tokens."
+            )
+
         return before[len(before) - room :], after
+
+    def _batches(self, indices: Sequence[int]) -> list[Sequence[int]]:
+        """Returns them in lists of at most `batch_size`."""
+        return [indices[part] for part in chunks(len(indices), self.batch_size)]
 
     @torch.no_grad()
     def _bounds(
@@ -284,31 +315,19 @@ class TarFlowLMEvaluator(LM):
         bounds = [0.0] * len(sequences)
 
         # Of a similar length, longest first; an empty sequence has probability one.
-        order = sorted(
-            (i for i, (ids, _) in enumerate(sequences) if len(ids)),
-            key=lambda i: -len(sequences[i][0]),
-        )
+        order = [i for i, (ids, _) in enumerate(sequences) if len(ids)]
+        order.sort(key=lambda i: -len(sequences[i][0]))
 
-        batches = [
-            order[start : start + self.batch_size]
-            for start in range(0, len(order), self.batch_size)
-        ]
-        for batch in tqdm(batches, desc="bounds", disable=disable_tqdm):
+        for batch in tqdm(self._batches(order), desc="bounds", disable=disable_tqdm):
             rows = [sequences[i][0] for i in batch]
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self._device)
             position = torch.arange(ids.shape[1], device=self._device)
-            lengths, given = (
-                torch.tensor(numbers, device=self._device).unsqueeze(-1)
-                for numbers in ([len(row) for row in rows], [sequences[i][1] for i in batch])
-            )
+            lengths = torch.tensor([[len(row)] for row in rows], device=self._device)
+            given = torch.tensor([[sequences[i][1]] for i in batch], device=self._device)
 
             # As many as the model takes, so that the first ones are the same whatever the length.
-            noise = latent_noise(
-                self.model,
-                self.max_length,
-                [(self.seed, seeds[i]) for i in batch],
-                self.num_samples,
-            )
+            batch_seeds = [(self.seed, seeds[i]) for i in batch]
+            noise = latent_noise(self.model, self.max_length, batch_seeds, self.num_samples)
             options = {"attention_mask": (position < lengths).long()}
             if bool(given.any()):
                 options["observed_mask"] = position < given
@@ -341,66 +360,74 @@ class TarFlowLMEvaluator(LM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations, cut before the first of the strings in `until`.
 
-        Of the task's `generation_kwargs` count `until`, `max_gen_toks`, `do_sample` (False by
-        default: the noise at 0), `temperature`, `top_k` and `top_p`.
+        Reads `until`, `max_gen_toks` (also by its other names), `do_sample`, `temperature`, `top_k`
+        and `top_p` from the task's `generation_kwargs`, as the harness does: a temperature above 0
+        samples, unless `do_sample` is False; otherwise the noise is 0.
 
         Raises:
-            ValueError: There are others.
+            ValueError: If there are others that ask for something, or if `max_gen_toks` is
+                negative.
         """
         self._look_at(requests)
-        prompts, num_new, texts = [], [], [""] * len(requests)
-        groups: dict[str, tuple[dict[str, Any], list[int]]] = {}
-        stops = []
+        asked = [self._read_request(request) for request in requests]
+        texts = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for index, each in enumerate(asked):
+            groups.setdefault(repr(sorted(each.options.items())), []).append(index)
 
-        for index, request in enumerate(requests):
-            context: str = request.args[0]
-            options: dict[str, Any] = dict(request.args[1])
-            until = options.pop("until", None) or []
-            stops.append([until] if isinstance(until, str) else list(until))
-            prompt, length = self._share_positions(
-                self.encode(context), options.pop("max_gen_toks", self.max_gen_toks)
-            )
-            prompts.append(prompt)
-            num_new.append(length)
-            options = {"do_sample": False, **options}
-            if unknown := sorted(set(options) - GENERATE_UNTIL):
-                raise ValueError(
-                    f"generate_until has no options {unknown}; its options are {sorted(GENERATE_UNTIL)}, until and "
-                    "max_gen_toks."
-                )
-
-            if not options["do_sample"]:
-                options = {
-                    "do_sample": False
-                }  # a temperature of 0, as tasks write it, says the same
-
-            groups.setdefault(repr(sorted(options.items())), (options, []))[1].append(index)
-
-        for options, indices in groups.values():
-            chosen = [prompts[i] for i in indices], [num_new[i] for i in indices]
-            for i, output in zip(
-                indices, self._generate(*chosen, options, disable_tqdm), strict=True
-            ):
+        for indices in groups.values():
+            prompts = [asked[i].prompt for i in indices]
+            num_new = [asked[i].num_new for i in indices]
+            outputs = self._generate(prompts, num_new, asked[indices[0]].options, disable_tqdm)
+            for i, output in zip(indices, outputs, strict=True):
                 text = self.tokenizer.decode(
                     output, skip_special_tokens=True, clean_up_tokenization_spaces=False
                 )
-                texts[i] = min(
-                    (text.split(stop)[0] for stop in stops[i] if stop), key=len, default=text
-                )
+                beginnings = [text.split(stop)[0] for stop in asked[i].stops if stop]
+                texts[i] = min(beginnings, key=len, default=text)
                 self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
 
         return texts
 
+    def _read_request(self, request: Instance) -> Asked:
+        """Returns what a request of `generate_until` asks for, which documents the errors."""
+        context, given = request.args
+        options = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+        stops = options.pop("until")
+        num_new = options.pop("max_gen_toks")
+        if num_new < 0:
+            raise ValueError(f"max_gen_toks must be at least 0, not {num_new}.")
+
+        prompt, num_new = self._share_positions(self.encode(context), num_new)
+        unknown = [
+            name
+            for name, value in options.items()
+            if name not in GENERATE_UNTIL and not _is_neutral(name, value)
+        ]
+        if unknown:
+            raise ValueError(
+                f"generate_until has no options {sorted(unknown)}; its options are {sorted(GENERATE_UNTIL)}, until and "
+                "max_gen_toks."
+            )
+
+        # A temperature of 0 is the noise at 0, which generate asks for in another way.
+        if not options["do_sample"] or options.get("temperature") == 0:
+            return Asked(prompt, num_new, stops, {"do_sample": False})
+
+        options = {name: value for name, value in options.items() if name in GENERATE_UNTIL}
+        return Asked(prompt, num_new, stops, options)
+
     def _share_positions(self, tokens: list[int], num_new: int) -> tuple[list[int], int]:
         """Returns the prompt and the number of new tokens, which fit the model together.
 
-        Where they do not fit, the prompt keeps at least half of the positions, and loses its first
+        If they do not fit, the prompt keeps at least half of the positions, and loses its first
         tokens only if it needs more than the new tokens leave.
         """
         patch = self.patch_size
         half = max(self.max_length // 2 // patch, 1) * patch
         kept = len(tokens) // patch * patch
-        length = max(min(num_new, self.max_length - min(kept, half)) // patch, 1) * patch
+        least = patch if num_new > 0 else 0
+        length = max(min(num_new, self.max_length - min(kept, half)) // patch * patch, least)
         kept = min(kept, self.max_length - length)
 
         if kept < len(tokens) // patch * patch or length < num_new // patch * patch:
@@ -425,15 +452,13 @@ class TarFlowLMEvaluator(LM):
         outputs: list[list[int]] = [[]] * len(prompts)
         groups: dict[tuple[int, int], list[int]] = {}
         for i, (prompt, length) in enumerate(zip(prompts, num_new, strict=True)):
-            groups.setdefault((len(prompt), length), []).append(i)
+            if length > 0:
+                groups.setdefault((len(prompt), length), []).append(i)
 
         seeds = self._seeds_of(prompts)
         with tqdm(total=len(prompts), desc="generating", disable=disable_tqdm) as bar:
             for (size, length), group in groups.items():
-                for batch in (
-                    group[start : start + self.batch_size]
-                    for start in range(0, len(group), self.batch_size)
-                ):
+                for batch in self._batches(group):
                     ids = torch.tensor([prompts[i] for i in batch], device=self._device)
                     noise = latent_noise(self.model, size + length, [seeds[i] for i in batch])[0]
                     scale = options.get("temperature", 1.0) if options["do_sample"] else 0.0
