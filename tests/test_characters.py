@@ -6,12 +6,13 @@ import sys
 import evaluate
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from helpers import ROOT
 from helpers.models import STACKS, make
 from helpers.scripts import script
+from helpers.tokenizers import letters_with_a_template
 from tarflow_hf.data import (
     CharacterCount,
     PackedTokens,
@@ -23,19 +24,6 @@ from tarflow_hf.data import (
     vocabulary_size,
 )
 from tarflow_hf.training import check_tokenizer, save_model
-
-
-def letters_with_a_template() -> PreTrainedTokenizerFast:
-    """Letters; a text by itself gets a token in front of it and one behind it."""
-    vocabulary = {"<s>": 0, "</s>": 1, **{chr(97 + i): i + 2 for i in range(26)}, "Ġ": 28}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = [("<s>", 0), ("</s>", 1)]
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=special
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 def words_with_a_gap() -> PreTrainedTokenizerFast:

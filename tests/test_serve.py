@@ -12,17 +12,18 @@ import torch
 import uvicorn
 
 from helpers.models import STACKS, separated
+from helpers.tokenizers import letters_with_a_template
 from tarflow_hf import TarFlowLMModel
-from tarflow_hf.data import character_tokenizer
+from tarflow_hf.data import character_tokenizer, token_ids
 from tarflow_hf.serve import make_app
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
 @contextlib.contextmanager
-def served(folder, model, chat_template=None):
-    """The address of a server of the model, with characters for tokens."""
-    tokenizer = character_tokenizer()
+def served(folder, model, chat_template=None, tokenizer=None):
+    """The address of a server of the model, by default with characters for tokens."""
+    tokenizer = character_tokenizer() if tokenizer is None else tokenizer
     tokenizer.chat_template = chat_template
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -117,6 +118,8 @@ def test_a_stream_that_is_cut_off_leaves_the_server_alive(server, complete):
         ({"top_p": 3}, "top_p must be above 0"),
         ({"top_p": 3, "stream": True}, "top_p must be above 0"),
         ({"seed": -1}, "seed must be an integer"),
+        ({"extra_body": {"seed": True}}, "seed must be an integer"),
+        ({"extra_body": {"max_tokens": True}}, "max_tokens must be an integer"),
         ({"stop": 5}, "stop must be a string"),
         ({"model": "other"}, "pinned to"),
         ({"suffix": "b"}, "suffix needs a model that is conditional"),
@@ -178,3 +181,28 @@ def test_a_suffix_bounds_a_gap(tmp_path):
         assert text_of(answer) == tokenizer.decode(filled[0, 4:10])
         with pytest.raises(openai.BadRequestError, match="No room between"):
             client.completions.create(**options | {"prompt": "x" * 28})
+
+
+def test_prompt_and_suffix_have_no_special_tokens(tmp_path):
+    """Where the tokenizer's template puts some around a text by itself, as in training."""
+    model = separated(STACKS["mix-d"], conditional=True, vocab_size=29)
+    tokenizer = letters_with_a_template()
+    prompt, suffix = (token_ids(tokenizer, text) for text in ("the", "list"))
+    options = {"model": str(tmp_path), "prompt": "the", "seed": 4, "max_tokens": 6}
+    with served(tmp_path, model, tokenizer=tokenizer) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        answer = client.completions.create(**options)
+        parts = client.completions.create(**options, stream=True)
+        streamed = "".join(part.choices[0].text for part in parts)
+        filled = client.completions.create(**options, suffix="list")
+
+    generator = torch.Generator().manual_seed(4)
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=6, generator=generator)
+    expected = tokenizer.decode(ids[0, 3:], skip_special_tokens=True)
+    assert text_of(answer) == streamed == expected and answer.usage.prompt_tokens == 3
+
+    gap = torch.tensor([[0] * 3 + [1] * 6 + [0] * 4])
+    ids = torch.tensor([prompt + [0] * 6 + suffix])
+    generator = torch.Generator().manual_seed(4)
+    ids = model.generate(ids, infill_mask=gap, generator=generator)
+    assert text_of(filled) == tokenizer.decode(ids[0, 3:9], skip_special_tokens=True)

@@ -134,8 +134,10 @@ class TarFlowLMEvaluator(LM):
         self.tokenizer = tokenizer
         self._device = torch.device(device)
 
-        is_automatic = batch_size is None or str(batch_size).startswith("auto")
-        self.batch_size = 16 if is_automatic else int(batch_size)
+        if batch_size is None or str(batch_size).startswith("auto"):
+            batch_size = 16
+
+        self.batch_size = int(batch_size)
         self.num_samples = num_samples
         self.seed = seed
         self.check_greedy = check_greedy

@@ -28,13 +28,14 @@ from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState
 
+from .data import token_ids
 from .hub import check_checkpoint
 from .modeling.generation_options import GenerationOptions
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
 
 class ServedModel(TarFlowLMModel):
-    """The model, whose requests bring their seed and what follows a gap in their config."""
+    """The model, whose requests bring their seed in their config."""
 
     def generate(self, inputs: Tensor | None = None, generation_config=None, **options: Any):
         seed = getattr(generation_config, "_seed", None)
@@ -69,12 +70,12 @@ class _Checked(BaseHandler):
 
     async def handle_request(self, body: dict[str, Any], request_id: str):
         seed = body.get("seed")
-        if seed is not None and (not isinstance(seed, int) or not 0 <= seed < 2**63):
+        if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
             raise HTTPException(400, f"seed must be an integer in 0, ..., 2^63 - 1, not {seed!r}.")
 
         for name in ("max_tokens", "max_completion_tokens"):
             value = body.get(name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and not (type(value) is int and value >= 1):
                 raise HTTPException(400, f"{name} must be an integer of at least 1, not {value!r}.")
 
         stop = body.get("stop")
@@ -100,6 +101,16 @@ class _Checked(BaseHandler):
 
         return config
 
+    def prepare(
+        self, model: ServedModel, inputs: dict[str, Tensor], config: GenerationConfig
+    ) -> None:
+        """Makes the ids integers, and the number of new tokens one that the model has room for."""
+        inputs["input_ids"] = inputs["input_ids"].long()  # an empty prompt comes as numbers
+        patch_size = model.config.patch_size
+        room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
+        num_new = min(config.max_new_tokens or room, room)
+        config.max_new_tokens = num_new - num_new % patch_size or patch_size
+
     def check(
         self,
         model: ServedModel,
@@ -108,22 +119,20 @@ class _Checked(BaseHandler):
         config: GenerationConfig,
     ) -> None:
         """Raises an HTTPException of status 400 unless the request can be answered."""
-        prompt = inputs["input_ids"]
-        inputs["input_ids"] = prompt = prompt.long()  # an empty prompt comes as numbers
-        longest, patch_size = model.config.max_position_embeddings, model.config.patch_size
-        room = longest - prompt.shape[1]
-        if room < 1:
+        length = inputs["input_ids"].shape[1]
+        longest = model.config.max_position_embeddings
+        if length >= longest:
             raise HTTPException(
                 400,
-                f"The prompt has {prompt.shape[1]} tokens, the model takes fewer than {longest}: shorten it.",
-            )
-        if prompt.shape[1] % patch_size:
-            raise HTTPException(
-                400, f"The prompt must be a multiple of {patch_size} tokens, not {prompt.shape[1]}."
+                f"The prompt has {length} tokens, the model takes fewer than {longest}: shorten it.",
             )
 
-        num_new = min(config.max_new_tokens or room, room)
-        config.max_new_tokens = num_new - num_new % patch_size or patch_size
+        patch_size = model.config.patch_size
+        if length % patch_size:
+            raise HTTPException(
+                400, f"The prompt must be a multiple of {patch_size} tokens, not {length}."
+            )
+
         try:
             given = {"tokenizer": tokenizer}
             options = GenerationOptions.resolve(given, config, model.generation_config)
@@ -135,12 +144,28 @@ class _Checked(BaseHandler):
 class Completions(_Checked, CompletionHandler):
     """`/v1/completions`."""
 
+    def _build_generation_config(
+        self, body: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> GenerationConfig:
+        config = super()._build_generation_config(body, *args, **kwargs)
+        config._prompt = body.get("prompt", "")
+        return config
+
+    def _inputs(
+        self, model: ServedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
+    ) -> dict[str, Tensor]:
+        """The prompt's tokens as training makes them; the library's have special tokens around."""
+        ids = token_ids(tokenizer, config._prompt)
+        return {"input_ids": torch.tensor([ids], dtype=torch.long, device=model.device)}
+
     def _streaming(
         self, request_id, model, processor, model_id, inputs, config, manager, suffix=None
     ):
         if suffix:
             raise HTTPException(400, "The gap before a suffix is filled at once: leave out stream.")
 
+        inputs = self._inputs(model, processor, config)
+        self.prepare(model, inputs, config)
         self.check(model, processor, inputs, config)
         arguments = request_id, model, processor, model_id, inputs, config, manager
         return super()._streaming(*arguments)
@@ -151,6 +176,8 @@ class Completions(_Checked, CompletionHandler):
         if suffix:
             manager = Gap(manager, suffix)
 
+        inputs = self._inputs(model, processor, config)
+        self.prepare(model, inputs, config)
         self.check(model, processor, inputs, config)
         arguments = request_id, model, processor, model_id, inputs, config, manager
         return await super()._non_streaming(*arguments)
@@ -171,7 +198,7 @@ class Gap:
             )
 
         prompt = inputs["input_ids"]
-        suffix = processor(self.suffix, return_tensors="pt").input_ids.long()
+        suffix = prompt.new_tensor([token_ids(processor, self.suffix)])
         longest = model.config.max_position_embeddings
         room = longest - prompt.shape[1] - suffix.shape[1]
         num_new = min(config.max_new_tokens, room)
@@ -181,7 +208,7 @@ class Gap:
             )
 
         ids = torch.cat([prompt, prompt.new_zeros(1, num_new), suffix], 1)
-        place = torch.arange(ids.shape[1])
+        place = torch.arange(ids.shape[1], device=ids.device)
         is_gap = (place >= prompt.shape[1]) & (place < prompt.shape[1] + num_new)
         config.max_new_tokens = None
         try:
@@ -217,6 +244,7 @@ class Chats(_Checked, ChatCompletionHandler):
         return await super().handle_request(body, request_id)
 
     def _streaming(self, request_id, model, processor, model_id, inputs, config, **options):
+        self.prepare(model, inputs, config)
         self.check(model, processor, inputs, config)
         arguments = request_id, model, processor, model_id, inputs, config
         return super()._streaming(*arguments, **options)
@@ -224,6 +252,7 @@ class Chats(_Checked, ChatCompletionHandler):
     async def _non_streaming(
         self, request_id, model, processor, model_id, inputs, config, **options
     ):
+        self.prepare(model, inputs, config)
         self.check(model, processor, inputs, config)
         arguments = request_id, model, processor, model_id, inputs, config
         return await super()._non_streaming(*arguments, **options)
