@@ -241,9 +241,11 @@ def test_what_is_no_model_of_ours_or_has_another_tokenizer(hub, model, tokenizer
     with pytest.raises(ValueError, match="28 tokens, the model only 27"):
         publish(model, tokenizer, "tester/new")
 
+    model.train()
     with pytest.raises(ValueError, match="choose another probe_text"):
         publish(model, character_tokenizer(), "tester/new", probe_text="")
 
+    assert model.training  # as it was
     assert state_of(hub) == before
 
 

@@ -36,10 +36,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from .cards import model_card
 from .data import lost_path, token_with_highest_id, vocabulary_size
+from .modeling.inversion_tarflowlm import evaluating
 from .modeling.modeling_tarflowlm import TarFlowLMModel
+
+logger = logging.get_logger(__name__)
 
 __all__ = [
     "PublishError",
@@ -127,9 +131,8 @@ def check_checkpoint(name: str | os.PathLike, needs_tokenizer: bool = True) -> N
 
     if not folder.is_dir():
         if try_to_load_from_cache(str(name), "config.json") is None:
-            print(
-                f"There is no folder {name}: it is taken for a repository of the Hub.",
-                file=sys.stderr,
+            logger.warning_once(
+                f"There is no folder {name}: it is taken for a repository of the Hub."
             )
         return
 
@@ -250,10 +253,8 @@ def _check_model(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase) -> N
 
 def _nats_at_hand(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
     """`nats_per_token` in evaluation mode; each module is left in its own mode."""
-    was_training = {module: module.training for module in model.modules()}
-    nats = nats_per_token(model.eval(), tokenizer, text)
-    for module, mode in was_training.items():
-        module.training = mode
+    with evaluating(model):
+        nats = nats_per_token(model, tokenizer, text)
 
     if not math.isfinite(nats):
         raise ValueError(
