@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.conversion import from_causal_lm, load_source
-from tarflow_hf.data import PYTHON_DOCS, PackedTokens, load_splits, read_text
+from tarflow_hf.data import PYTHON_DOCS, PackedTokens, held_out_documents
 from tarflow_hf.evaluation import compare, round_to_int8
 from tarflow_hf.hub import load_checkpoint
 
@@ -141,7 +141,7 @@ def main():
     arguments = parse_arguments()
     model, tokenizer = load(arguments)
     name = arguments.data or PYTHON_DOCS
-    documents = [read_text(name)] if arguments.data else load_splits(name)["test"]
+    documents = held_out_documents(name)
     pieces = PackedTokens(documents, tokenizer, arguments.num_tokens)
     texts = torch.stack([piece["input_ids"] for piece in pieces.first(arguments.num_texts)])
 

@@ -19,7 +19,7 @@ import argparse
 
 import torch
 
-from tarflow_hf.data import PackedTokens, read_text, say_what_is_lost
+from tarflow_hf.data import PackedTokens, held_out_documents, say_what_is_lost
 from tarflow_hf.evaluation import Comparison, compare, round_to_int8
 from tarflow_hf.hub import load_checkpoint
 from tarflow_hf.noise import check_same_space
@@ -35,6 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--int8_b", action="store_true", help="round B's linear layers to 8 bits")
     parser.add_argument("--adapter_b", help="a folder with an adapter of PEFT for B")
     parser.add_argument("--data", help="a text to score, in pieces; default: what A writes")
+    parser.add_argument("--text_column", default="text", help="of a file of documents or a dataset")
     parser.add_argument("--num_texts", type=int, default=32)
     parser.add_argument("--num_tokens", type=int, default=64, help="of a text")
     parser.add_argument("--batch_size", type=int, default=16)
@@ -59,9 +60,9 @@ def main():
     texts = None
     if arguments.data is not None:
         length = arguments.num_tokens // a.config.patch_size * a.config.patch_size
-        text = read_text(arguments.data)
-        say_what_is_lost(tokenizer, [text], arguments.data)
-        pieces = PackedTokens([text], tokenizer, length)
+        documents = held_out_documents(arguments.data, arguments.text_column)
+        say_what_is_lost(tokenizer, documents, arguments.data)
+        pieces = PackedTokens(documents, tokenizer, length)
         texts = torch.stack([piece["input_ids"] for piece in pieces.first(arguments.num_texts)])
 
     names = ("num_texts", "num_tokens", "batch_size", "seed")

@@ -39,8 +39,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data",
         required=True,
-        help="a UTF-8 text file; or python-docs, ptb:FOLDER, wikitext2:FOLDER or a dataset: its test split",
+        help="a file of text or documents; or python-docs, ptb:FOLDER, wikitext2:FOLDER or a dataset: its test split",
     )
+    parser.add_argument("--text_column", default="text", help="of a file of documents or a dataset")
     parser.add_argument("--output", type=Path, help="write all figures here, as JSON")
     parser.add_argument(
         "--num_samples", type=int, default=16, help="of the importance-weighted bound"
@@ -57,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
 def main():
     arguments = parse_arguments()
     model, tokenizer = load_checkpoint(arguments.checkpoint, arguments.device)
-    documents = held_out_documents(arguments.data)
+    documents = held_out_documents(arguments.data, arguments.text_column)
     if is_of_sentences(arguments.data):
         text = sentence_splits(load_splits(arguments.data), tokenizer, patch_size_of(model))["test"]
     else:

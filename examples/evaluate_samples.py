@@ -45,8 +45,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data",
         required=True,
-        help="to compare with: a UTF-8 text file, or python-docs or a dataset",
+        help="to compare with: a file of text or documents, or python-docs or a dataset",
     )
+    parser.add_argument("--text_column", default="text", help="of a file of documents or a dataset")
     judge = parser.add_mutually_exclusive_group()
     judge.add_argument(
         "--judge",
@@ -91,7 +92,7 @@ def main():
         )
 
     length = arguments.length or longest_sequence(model)
-    documents = held_out_documents(arguments.data)
+    documents = held_out_documents(arguments.data, arguments.text_column)
     text = PackedTokens(documents, tokenizer, length)
     reference_sequences(text, arguments.num_samples)
     if note := text.note():

@@ -35,8 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data",
         required=True,
-        help="a UTF-8 text file, or python-docs or a dataset: its test split",
+        help="a file of text or documents, or python-docs or a dataset: its test split",
     )
+    parser.add_argument("--text_column", default="text", help="of a file of documents or a dataset")
     parser.add_argument("--num_sequences", type=int, default=64, help="of the text, and samples")
     parser.add_argument("--length", type=int, help="of a sequence, in tokens; default: the model's")
     parser.add_argument("--batch_size", type=int, default=16)
@@ -55,7 +56,7 @@ def main():
         raise ValueError(f"{arguments.checkpoint} has no flows: it is a {type(model).__name__}.")
 
     length = arguments.length or model.config.max_position_embeddings
-    documents = held_out_documents(arguments.data)
+    documents = held_out_documents(arguments.data, arguments.text_column)
     tokens = PackedTokens(documents, tokenizer, length).tokens
     sequences = cut_text(tokens[: len(tokens) // length * length], length)
 

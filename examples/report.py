@@ -58,8 +58,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data",
         required=True,
-        help="a UTF-8 text file, or python-docs or a dataset: its test split",
+        help="a file of text or documents, or python-docs or a dataset: its test split",
     )
+    parser.add_argument("--text_column", default="text", help="of a file of documents or a dataset")
     parser.add_argument("--output", type=Path, default=Path("report.html"))
     parser.add_argument(
         "--judge", help="a causal language model, for generative perplexity and MAUVE"
@@ -104,7 +105,7 @@ def main():
         judge = Judge(*load_judge(arguments.judge, arguments.device), progress=True)
 
     length = arguments.length or longest_sequence(model)
-    documents = held_out_documents(arguments.data)
+    documents = held_out_documents(arguments.data, arguments.text_column)
     text = PackedTokens(documents, tokenizer, length)
     reference_sequences(text, arguments.num_samples)
     origin = provenance_of(model, arguments.checkpoint, arguments.data, documents)
@@ -144,6 +145,12 @@ def main():
     print(f"Written to {arguments.output}: {len(page.encode()):,} bytes.")
 
 
+def text_options(arguments) -> dict[str, str | None]:
+    """The options of a command that say which text it reads."""
+    column = None if arguments.text_column == "text" else arguments.text_column
+    return {"data": arguments.data, "text_column": column}
+
+
 def command_line(script: str, *words: str, **options) -> str:
     """The command line of an example, without the options that are None."""
     for name, value in options.items():
@@ -168,7 +175,7 @@ def score(arguments, model, text, origin):
         model, text, origin, num_samples=arguments.bound_samples, progress=True, **sizes
     )
     samples = {"num_samples": arguments.bound_samples} if evaluation.is_upper_bound else {}
-    options = {"data": arguments.data, **samples, **sizes, "device": arguments.device}
+    options = {**text_options(arguments), **samples, **sizes, "device": arguments.device}
     command = command_line("evaluate.py", arguments.checkpoint, **options)
 
     return evaluation, rows, command
@@ -185,7 +192,7 @@ def describe_samples(arguments, model, tokenizer, text, judge, origin):
     evaluation = evaluate_samples(samples, text, tokenizer, judge, origin, sampling)
     judged = {"judge": arguments.judge} if arguments.judge else {"no_judge": True}
     options = {
-        "data": arguments.data,
+        **text_options(arguments),
         **judged,
         **sizes,
         "samples": "report-samples.jsonl",
@@ -239,7 +246,7 @@ def show_evolution(arguments, model, text):
         "device": arguments.device,
     }
     command = command_line(
-        "latent_evolution.py", arguments.checkpoint, data=arguments.data, **options
+        "latent_evolution.py", arguments.checkpoint, **text_options(arguments), **options
     )
 
     return evolution_section(

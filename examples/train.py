@@ -97,13 +97,16 @@ class RunConfig:
     dataset: str = field(
         default=PYTHON_DOCS,
         metadata={
-            "help": f"{PYTHON_DOCS}, a text file, a Hub dataset, ptb:FOLDER or wikitext2:FOLDER"
+            "help": f"{PYTHON_DOCS}, a file of text or documents, a folder of them, a Hub dataset, ptb:FOLDER or "
+            "wikitext2:FOLDER"
         },
     )
     dataset_config: str | None = field(
         default=None, metadata={"help": "configuration of a Hub dataset"}
     )
-    text_column: str = field(default="text", metadata={"help": "column of a Hub dataset"})
+    text_column: str = field(
+        default="text", metadata={"help": "column of a file of documents or a Hub dataset"}
+    )
     streaming: bool = field(
         default=False, metadata={"help": "read a Hub dataset while it downloads"}
     )
@@ -318,7 +321,7 @@ def make_model(run: RunConfig, training: TrainingConfig, fields: dict):
     """The model, its configuration and its tokenizer."""
     tokenizer = None
     if run.tokenizer is None or run.tokenizer != training.source:
-        tokenizer = make_tokenizer(run.tokenizer, run.dataset)
+        tokenizer = make_tokenizer(run.tokenizer, run.dataset, run.text_column)
 
     if training.source:
         model, tokenizer = build_from(training, fields, tokenizer)

@@ -186,6 +186,25 @@ def test_many_text_files_are_held_out_as_a_whole(tmp_path):
     }
 
 
+def test_which_files_of_a_folder_are_its_text(tmp_path, monkeypatch):
+    """Text files in capitals, too, beside a description of them; not beside other data."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "BOOK.TXT").write_text("it was the best of times\n" * 60)
+    (folder / "meta.json").write_text('{"title": "A book"}')
+    assert load_splits(str(folder))["train"][0].startswith("it was")
+
+    (folder / "a.txt").write_text("a text")
+    for name in ("one.json", "two.json"):
+        (folder / name).write_text('{"title": "A book"}')
+    with pytest.raises(
+        ValueError, match=r"no column 'text'.* Its text files are read if it has no"
+    ):
+        load_splits(str(folder))
+
+
 @pytest.mark.parametrize("name", ["bad.txt", "bad.jsonl"])
 def test_a_file_of_a_folder_that_is_not_utf_8_is_named(tmp_path, monkeypatch, name):
     datasets = pytest.importorskip("datasets")

@@ -22,6 +22,7 @@ from tarflow_hf.data import (
     PackedTokens,
     StreamingPackedTokens,
     character_tokenizer,
+    held_out_documents,
     load_splits,
     packing,
     python_documentation,
@@ -256,6 +257,13 @@ def test_split_documents_shares_out_every_document():
     assert min(held_out) < 100 and max(held_out) > 900  # from everywhere, not from one end
 
 
+def test_a_document_longer_than_a_held_out_part_is_for_training():
+    documents = [f"{i} ".ljust(800, "x") for i in range(8)] + ["long " * 12_800]
+    splits = split_documents(documents)
+    assert Counter(document for name in SPLITS for document in splits[name]) == Counter(documents)
+    assert splits["train"] == documents[-1:] and splits["validation"] and splits["test"]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -376,6 +384,81 @@ def test_a_file_that_can_not_be_read_is_named(tmp_path, monkeypatch, name, strea
 def test_import_needs_no_optional_library():
     code = "import sys, tarflow_hf.data; print([name for name in ('datasets', 'evaluate') if name in sys.modules])"
     assert run_python(code, PYTHONPATH=str(SOURCE)).strip() == "[]"
+
+
+# --- Files of documents
+
+
+def write_json_lines(path, documents):
+    path.write_text(
+        "".join(json.dumps({"body": each, "text": "other"}) + "\n" for each in documents)
+    )
+
+
+def write_json(path, documents):
+    path.write_text(json.dumps([{"body": each, "text": "other"} for each in documents]))
+
+
+def write_csv(path, documents):
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    lines = [f'"{each}"{separator}other\n' for each in documents]
+    path.write_text(f"body{separator}text\n" + "".join(lines))
+
+
+def write_parquet(path, documents):
+    from datasets import Dataset
+
+    Dataset.from_dict({"body": documents, "text": ["other"] * len(documents)}).to_parquet(path)
+
+
+TABLES = {
+    "my.jsonl": write_json_lines,
+    "my.json": write_json,
+    "my.csv": write_csv,
+    "MY.TSV": write_csv,
+    "my.parquet": write_parquet,
+}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("name", TABLES)
+def test_a_file_of_documents_is_read_by_its_column(tmp_path, name):
+    documents = [f"document {i:02}, a text" for i in range(40)]
+    TABLES[name](tmp_path / name, documents)
+    source = str(tmp_path / name)
+    assert load_splits(source, text_column="body") == split_documents(documents)
+    assert held_out_documents(source, "body") == documents
+    assert held_out_documents(source) == ["other"] * 40
+    with pytest.raises(
+        ValueError, match="no column 'content'; choose its text column among 'body'"
+    ):
+        load_splits(source, text_column="content")
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_file_of_documents_that_are_few_or_streamed(tmp_path):
+    path = tmp_path / "my.jsonl"
+    write_json_lines(path, ["one two three four five " * 9, "six seven eight nine ten " * 9])
+    splits = load_splits(str(path), text_column="body")
+    assert [len(splits[name]) for name in SPLITS] == [2, 2, 2]
+
+    write_json_lines(path, [f"document {i}" for i in range(2050)])
+    stream = load_splits(str(path), text_column="body", streaming=True)
+    assert next(iter(stream["train"])) == "document 2000"
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_file_of_documents_that_can_not_be_read_is_named(tmp_path):
+    path = tmp_path / "my.jsonl"
+    path.write_text(BROKEN["train.jsonl"][0])
+    with pytest.raises(ValueError, match=r"my\.jsonl, line 2, can't be read as JSON"):
+        load_splits(str(path))
 
 
 # --- Datasets

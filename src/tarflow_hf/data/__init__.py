@@ -4,8 +4,8 @@
     tokenizer = character_tokenizer()                      # or any AutoTokenizer
     train = PackedTokens(splits["train"], tokenizer, 256)  # or StreamingPackedTokens
 
-A document is a string. Only a dataset of the Hub needs a network, and only it or a folder the
-`datasets` library.
+A document is a string. Only a dataset of the Hub needs a network. Only it, a file of documents or a
+folder needs the `datasets` library.
 """
 
 from .characters import (

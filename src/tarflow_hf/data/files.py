@@ -10,6 +10,17 @@ from pathlib import Path
 from typing import Any
 
 HELD_OUT = 0.05  # of the text, for each of validation and test
+
+# Files of documents, and how the `datasets` library loads them.
+TABLES: dict[str, dict[str, str]] = {
+    ".json": {"path": "json"},
+    ".jsonl": {"path": "json"},
+    ".csv": {"path": "csv"},
+    ".tsv": {"path": "csv", "sep": "\t"},
+    ".parquet": {"path": "parquet"},
+}
+OTHER_DATA = {*TABLES, ".arrow", ".gz", ".zip", ".zst", ".py"}
+DESCRIPTIONS = {"meta.json", "metadata.json", "info.json", "dataset_info.json"}  # no documents
 TEXT_FILE_SPLITS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "val", "dev"},
@@ -78,7 +89,7 @@ def lost_path(name: str, advice: str, suffixes: Iterable[str] = ()) -> str | Non
     """
     path = Path(name)
     is_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if path.exists() or not (is_path or path.suffix in suffixes):
+    if path.exists() or not (is_path or path.suffix.lower() in suffixes):
         return None
 
     there = next(each for each in path.absolute().parents if each.is_dir())
@@ -96,19 +107,19 @@ def text_files(folder: Path) -> list[Path]:
     hidden = re.compile(r"(^|/)[._]")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [path for path in files if not hidden.search(path.relative_to(folder).as_posix())]
-    others = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".py"}
-    if any(path.suffix in others for path in files):
+    files = [path for path in files if path.name.lower() not in DESCRIPTIONS]
+    if any(path.suffix.lower() in OTHER_DATA for path in files):
         return []
 
-    return [path for path in files if path.suffix == ".txt"]
+    return [path for path in files if path.suffix.lower() == ".txt"]
 
 
 def split_files(folder: Path, files: list[Path]) -> dict[str, list[str]]:
     """The texts of UTF-8 files in three splits. Each file is a document.
 
     A file belongs to the split that its name, or that of a folder over it, says ("train",
-    "validation", "test" and the like). Where there is no file for validation or test, whole files
-    are held out by `split_documents`. Where those are too few, each file is cut by `split_text`.
+    "validation", "test" and the like). Where there is no file for validation or test, it is held
+    out by `split_texts`.
 
     Raises:
         ValueError: If a file is empty, binary or not UTF-8, or if files are named for some splits
@@ -135,16 +146,24 @@ def split_files(folder: Path, files: list[Path]) -> dict[str, list[str]]:
     if not missing:
         return named
 
-    held_out = split_documents(named["train"])
-    if not all(held_out.values()):
-        pieces = [split_text(text) for text in named["train"]]
-        held_out = {name: [text for piece in pieces for text in piece[name]] for name in named}
-
+    held_out = split_texts(named["train"])
     return {name: held_out[name] if name in ("train", *missing) else named[name] for name in named}
+
+
+def split_texts(texts: list[str]) -> dict[str, list[str]]:
+    """Holds out whole texts by `split_documents`; if they are too few or too long, cuts each."""
+    splits = split_documents(texts)
+    if all(splits.values()):
+        return splits
+
+    pieces = [split_text(text) for text in texts]
+    return {name: [text for piece in pieces for text in piece[name]] for name in splits}
 
 
 def split_documents(documents: Iterable[str]) -> dict[str, list[str]]:
     """Shuffles documents, always in the same way, and holds out 5% of their characters twice.
+
+    A document that is longer than these 5% is never held out: training would lose too much.
 
     Example:
         >>> splits = split_documents(f"document {i:02}" for i in range(100))
@@ -155,9 +174,13 @@ def split_documents(documents: Iterable[str]) -> dict[str, list[str]]:
     random.Random(0).shuffle(documents)
     target = HELD_OUT * sum(map(len, documents))
     splits = {"train": [], "validation": [], "test": []}
-    before = 0  # characters in the documents up to here
+    before = 0  # characters in the documents up to here, without those that are too long
 
     for document in documents:
+        if len(document) > target:
+            splits["train"].append(document)
+            continue
+
         name = "validation" if before < target else "test" if before < 2 * target else "train"
         splits[name].append(document)
         before += len(document)

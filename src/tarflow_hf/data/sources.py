@@ -9,18 +9,20 @@ from typing import Any, NoReturn
 from .corpora import corpus_of, load_corpus
 from .files import (
     HELD_OUT,
+    TABLES,
     lost_path,
     read_text,
     split_documents,
     split_files,
     split_text,
+    split_texts,
     text_files,
 )
 from .progress import progress_bar
 from .python_docs import PYTHON_DOCS, python_documentation
 
 BINARY_SUFFIXES = {".arrow", ".parquet"}
-DATA_SUFFIXES = {".txt", ".json", ".jsonl", ".csv", ".tsv", *BINARY_SUFFIXES}
+DATA_SUFFIXES = {".txt", *TABLES, *BINARY_SUFFIXES}
 LONGEST_REASON = 500  # characters of an error of another library
 MAX_HELD_OUT_DOCUMENTS = 1000  # of a dataset without these splits; the number taken from a stream
 
@@ -41,10 +43,12 @@ def load_splits(
             - `"ptb:FOLDER"` or `"wikitext2:FOLDER"`: a benchmark's corpus, see `load_corpus`;
             - the path of a UTF-8 text file, read without the `datasets` library: see `split_text`;
             - a folder of such files, `*.txt`, each of them a document: see `split_files`;
+            - the path of a file of documents, `*.json`, `*.jsonl`, `*.csv`, `*.tsv` or `*.parquet`, each
+              row a document: see `split_texts`; of a stream, see the next;
             - a dataset on the Hub, or a folder of other data files. Its own splits are used; where it has
               no "validation" or no "test", these are its first rows (5%, at most 1,000; of a stream
               1,000), and "train" is the rest.
-        text_column: Column of a dataset that holds the text.
+        text_column: Column of a dataset, or of a file of documents, that holds the text.
         dataset_config: Configuration of a dataset, as in `datasets.load_dataset(source,
             dataset_config)`.
         streaming: Read a dataset while it is downloaded, keeping nothing on disk.
@@ -64,7 +68,9 @@ def load_splits(
         return split_documents(python_documentation())
     if corpus_of(source) is not None:
         return load_corpus(source)
-    if Path(source).is_file():
+    if _is_table(source) and not streaming:
+        return split_texts(_documents_of(source, text_column))
+    if Path(source).is_file() and not _is_table(source):
         return split_text(read_text(source))
     if source and (files := text_files(Path(source))):
         return split_files(Path(source), files)
@@ -82,15 +88,7 @@ def load_splits(
             "rename one of these."
         )
 
-    with _naming_files(source):  # a stream may not know them
-        columns = splits["train"].column_names or next(iter(splits["train"]), {})
-
-    if text_column not in columns:
-        names = ", ".join(map(repr, columns))
-        raise ValueError(
-            f"the dataset {source!r} has no column {text_column!r}; choose its text column among {names}."
-        )
-
+    _check_column(splits["train"], source, text_column)
     missing = [name for name in ("validation", "test") if name not in splits]
     num_rows = MAX_HELD_OUT_DOCUMENTS
 
@@ -118,19 +116,55 @@ def load_splits(
     }
 
 
-def held_out_documents(source: str) -> Iterable[str]:
+def held_out_documents(source: str, text_column: str = "text") -> Iterable[str]:
     """The text to evaluate a model on.
 
-    A UTF-8 text file counts as a whole. Anything else that `load_splits` takes has a test split.
+    A file, of text or of documents, counts as a whole. Anything else that `load_splits` takes has a
+    test split.
 
     Raises:
         ImportError, ValueError: see `load_splits` and `read_text`.
     """
-    return [read_text(source)] if Path(source).is_file() else load_splits(source)["test"]
+    if _is_table(source):
+        return _documents_of(source, text_column)
+    if Path(source).is_file():
+        return [read_text(source)]
+
+    return load_splits(source, text_column=text_column)["test"]
+
+
+def _is_table(source: str) -> bool:
+    """True of a file of documents."""
+    path = Path(source)
+    return path.suffix.lower() in TABLES and path.is_file()
+
+
+def _documents_of(source: str, text_column: str) -> list[str]:
+    """The texts of all rows of a file of documents."""
+    rows = _load_dataset(source, None, streaming=False)["train"]
+    _check_column(rows, source, text_column)
+    return list(_Rows(rows, source, "train", text_column, 0))
+
+
+def _check_column(rows: Any, source: str, text_column: str) -> None:
+    """Raises ValueError if a dataset has no such column; the message says which it has."""
+    with _naming_files(source):  # a stream may not know them
+        columns = rows.column_names or next(iter(rows), {})
+
+    if text_column not in columns:
+        names = ", ".join(map(repr, columns))
+        is_mixed = any(Path(source).glob("*.txt"))
+        hint = " Its text files are read if it has no data files beside them." if is_mixed else ""
+        raise ValueError(
+            f"the dataset {source!r} has no column {text_column!r}; choose its text column among {names}.{hint}"
+        )
 
 
 def _load_dataset(source: str, dataset_config: str | None, streaming: bool) -> dict[str, Any]:
-    """The splits of a dataset; of a folder whose files can't be read, an error that names one."""
+    """The splits of a dataset; of a file of documents, "train".
+
+    Of files that can't be read, an error that names one.
+    """
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
@@ -142,6 +176,9 @@ def _load_dataset(source: str, dataset_config: str | None, streaming: bool) -> d
     try:
         if not source:
             raise ValueError("the name is empty")
+        if _is_table(source):
+            options = TABLES[Path(source).suffix.lower()]
+            return dict(load_dataset(**options, data_files=source, streaming=streaming))
         return dict(load_dataset(source, dataset_config, streaming=streaming))
     except (OSError, ValueError, DatasetsError) as error:
         # DatasetNotFoundError and ConnectionError are OSErrors.
@@ -156,12 +193,13 @@ def _raise_fault(source: str, error: Exception) -> NoReturn:
     reason = str(error.__cause__ or error)[:LONGEST_REASON]
     folder = Path(source)
     is_folder = source not in ("", ".") and folder.is_dir()
-    files = [x for x in sorted(folder.rglob("*")) if x.suffix in DATA_SUFFIXES] if is_folder else []
+    files = sorted(folder.rglob("*")) if is_folder else [folder] if folder.is_file() else []
+    files = [path for path in files if path.suffix.lower() in DATA_SUFFIXES]
 
     for path in files:
-        if path.suffix not in BINARY_SUFFIXES:
+        if path.suffix.lower() not in BINARY_SUFFIXES:
             text = read_text(path)
-            if path.suffix == ".jsonl":
+            if path.suffix.lower() == ".jsonl":
                 _check_lines(path, text)
 
     if files:
@@ -175,11 +213,11 @@ def _raise_fault(source: str, error: Exception) -> NoReturn:
 
 @contextmanager
 def _naming_files(source: str) -> Iterator[None]:
-    """Makes whatever is raised in reading files of a folder an error that names the file."""
+    """Makes whatever is raised in reading local files an error that names the file."""
     try:
         yield
     except Exception as error:  # each kind of file has its own
-        if not Path(source).is_dir():
+        if not Path(source).exists():
             raise
         _raise_fault(source, error)
 

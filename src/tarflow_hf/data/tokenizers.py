@@ -45,14 +45,16 @@ def character_tokenizer(with_end: bool = False) -> PreTrainedTokenizerFast:
     return symbol_tokenizer(SYMBOLS, rules, with_end)
 
 
-def make_tokenizer(name: str | None, source: str = PYTHON_DOCS) -> PreTrainedTokenizerBase:
+def make_tokenizer(
+    name: str | None, source: str = PYTHON_DOCS, text_column: str = "text"
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a name, or by default that of a corpus.
 
     Args:
         name: "text8" (27 characters), "ptb" (the 50 symbols of Penn Treebank), "words" (those of
             the source's training text), or any `AutoTokenizer`. None is that of the source: "ptb"
             of "ptb:FOLDER", "words" of "wikitext2:FOLDER", else "text8".
-        source: As of `load_splits`.
+        source, text_column: As of `load_splits`.
 
     Raises:
         FileNotFoundError: If the name is a path that leads nowhere.
@@ -64,7 +66,7 @@ def make_tokenizer(name: str | None, source: str = PYTHON_DOCS) -> PreTrainedTok
     if name == "ptb":
         return penn_treebank_tokenizer()
     if name == "words":
-        return word_tokenizer(load_splits(source)["train"])
+        return word_tokenizer(load_splits(source, text_column=text_column)["train"])
 
     advice = "Give a folder with a tokenizer, text8, ptb, words, or a repository of the Hub."
     if reason := lost_path(name, advice):
