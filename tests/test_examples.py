@@ -1,15 +1,20 @@
 """The short examples, run as from the command line on a small model."""
 
 import json
+import os
 import re
 import runpy
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
+from transformers import Trainer
+from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from helpers import ROOT
 from helpers.checkpoints import MIX_1, MIX_D, make
@@ -340,11 +345,73 @@ def test_finetune_goes_on_where_it_stopped(run):
         run("finetune.py", "model", "text.txt", *options, "--max_steps", "6")
 
     Path("mine/checkpoint-5").mkdir()
+    Path("mine/checkpoint-best").mkdir()
+    Path("mine/checkpoint-best/trainer_state.json").write_text("{}")
     resumed = [*options, "--max_steps", "6", "--resume_from_checkpoint", "true"]
     printed = run("finetune.py", "model", "text.txt", *resumed)
     assert sum("'loss'" in line for line in printed.splitlines()) == 2
     with pytest.raises(SystemExit, match="0"):
         run("finetune.py", "--help")
+
+
+def test_finetune_says_what_the_tokenizer_drops(run):
+    Path("text.txt").write_text(TEXT.replace("fox", "größe"))
+    options = ["--output_dir", "mine", "--max_steps", "1", "--report_to", "none", "--use_cpu"]
+    printed = run("finetune.py", "model", "text.txt", *options)
+    assert "characters of the training text" in printed and "'ö', 'ß'" in printed
+
+
+@pytest.fixture
+def sigterm_is_an_error():
+    """Makes SIGTERM, where nothing takes it, a failed test instead of the end of all tests."""
+
+    def fail(*_arguments):
+        raise AssertionError("SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, fail)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("sigterm_is_an_error")
+def test_finetune_is_saved_on_sigterm(run, monkeypatch):
+    """Before its first save, which would be at step 500."""
+    monkeypatch.setattr(CheckpointManager.__init__, "__defaults__", (0,))  # seconds it waits
+    step = Trainer.training_step
+
+    def step_with_signal(trainer, *arguments):
+        if trainer.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)  # for the thread that the handler has started
+        return step(trainer, *arguments)
+
+    options = ["--output_dir", "mine", "--report_to", "none", "--use_cpu", "--disable_tqdm", "true"]
+    options += ["--logging_steps", "1", "--max_steps", "5"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="Stopped, and saved"):
+        patch.setattr(Trainer, "training_step", step_with_signal)
+        run("finetune.py", "model", "text.txt", *options)
+
+    (saved,) = Path("mine").glob("checkpoint-*")
+    assert saved.name == "checkpoint-2" and not Path("mine/model.safetensors").exists()
+    printed = run("finetune.py", "model", "text.txt", *options, "--resume_from_checkpoint", "true")
+    assert sum("'loss'" in line for line in printed.splitlines()) == 3
+    assert Path("mine/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("script", ["compare.py", "evaluate.py", "finetune.py", "train.py"])
+def test_a_file_of_documents_is_read_by_its_column(run, monkeypatch, tmp_path, script):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    Path("my.jsonl").write_text(json.dumps({"body": ""}) + "\n")
+    arguments = {
+        "compare.py": ["model", "model", "--data", "my.jsonl"],
+        "evaluate.py": ["model", "--data", "my.jsonl"],
+        "finetune.py": ["model", "my.jsonl", "--output_dir", "mine", "--use_cpu"],
+        "train.py": ["--dataset", "my.jsonl"],
+    }[script]
+    with pytest.raises(ValueError, match="no column 'text'; choose its text column among 'body'"):
+        run(script, *arguments)
+    with pytest.raises(ValueError, match=r"no sequence|too short"):
+        run(script, *arguments, "--text_column", "body")
 
 
 # --- Messages

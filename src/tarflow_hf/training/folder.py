@@ -60,8 +60,8 @@ def trainer_checkpoint(training: TrainingArguments) -> str | None:
         FileExistsError: If a new run would write over another one.
     """
     given, folder = training.resume_from_checkpoint, Path(training.output_dir)
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    whole = [path for path in checkpoints_in(folder) if (path / "trainer_state.json").is_file()]
+    newest = whole[-1] if whole else None
     if given is None and newest is not None:
         raise FileExistsError(
             f"{folder} holds another run ({newest}). Go on with it by --resume_from_checkpoint true, or choose another "
