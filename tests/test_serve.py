@@ -184,7 +184,7 @@ def test_a_suffix_bounds_a_gap(tmp_path):
 
 
 def test_prompt_and_suffix_have_no_special_tokens(tmp_path):
-    """Where the tokenizer's template puts some around a text by itself, as in training."""
+    """As in training, though the tokenizer's template puts some around a text by itself."""
     model = separated(STACKS["mix-d"], conditional=True, vocab_size=29)
     tokenizer = letters_with_a_template()
     prompt, suffix = (token_ids(tokenizer, text) for text in ("the", "list"))
