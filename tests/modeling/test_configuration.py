@@ -1,9 +1,12 @@
 """TarFlowLMConfig: defaults, round trips, and what it refuses."""
 
+import copy
+
 import pytest
+import torch
 from transformers import AutoConfig, LlamaConfig, Qwen3Config
 
-from tarflow_hf import TarFlowLMConfig
+from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 
 
 def flow(**changes):
@@ -132,3 +135,158 @@ REFUSED = {
 def test_contradictions_are_refused(message):
     with pytest.raises(ValueError, match=message):
         TarFlowLMConfig(**REFUSED[message])
+
+
+# ------------------------------------------------------------------------------ fields that change
+
+SIZES = {"vocab_size": 27, "latent_size": 3, "hidden_size": 32, "num_attention_heads": 2}
+SIZES |= {"max_position_embeddings": 16}
+
+
+def affine(**changes):
+    return flow(**{"coupling": "affine", **changes})
+
+
+# A field, values that it refuses, and part of the message.
+REFUSED_VALUES = {
+    "start_token_id": ((99, -1, 1.0, "x"), "start_token_id must be in 0, ..., vocab_size - 1 = 26"),
+    "embedding_scale": ((0, -1, "x", True), "embedding_scale must be positive and finite"),
+    "tie_word_embeddings": (("no", 1), "tie_word_embeddings must be true or false"),
+    "eos_token_id": ((2.5, "a", []), "eos_token_id must be an integer, a list"),
+    "bos_token_id": ((2.5, "a", [1]), "bos_token_id must be an integer or None"),
+    "pad_token_id": ((2.5, "a", [1]), "pad_token_id must be an integer or None"),
+}
+
+
+@pytest.mark.parametrize("way", ["keyword", "attribute", "loaded"])
+@pytest.mark.parametrize("name", REFUSED_VALUES)
+def test_every_way_to_a_field_is_checked(name, way, tmp_path):
+    values, message = REFUSED_VALUES[name]
+    config = TarFlowLMConfig(**SIZES, flows=[tied()])
+    config.save_pretrained(tmp_path)
+    for value in values:
+        with pytest.raises(ValueError, match=message):
+            if way == "keyword":
+                TarFlowLMConfig(**SIZES, flows=[tied()], **{name: value})
+            elif way == "attribute":
+                setattr(config, name, value)
+            else:
+                AutoConfig.from_pretrained(tmp_path, **{name: value})
+
+
+def test_what_a_field_needs_stays():
+    """An option of the first flow's embeddings meets none, whichever of both comes last."""
+    options = {"start_token_id": 3, "embedding_scale": 2.0, "tie_word_embeddings": True}
+    for name, value in options.items():
+        config = TarFlowLMConfig(**SIZES, flows=[affine()])
+        with pytest.raises(ValueError, match="need a first flow of context posterior"):
+            setattr(config, name, value)
+
+        config = TarFlowLMConfig(**SIZES, flows=[tied()], **{name: value})
+        for other, change in (("flows", [affine()]), ("patch_size", 2)):
+            with pytest.raises(ValueError, match="need a first flow of context posterior"):
+                setattr(config, other, change)
+
+    config = TarFlowLMConfig(**SIZES, flows=[tied()], start_token_id=26)
+    with pytest.raises(ValueError, match="start_token_id must be in"):
+        config.vocab_size = 26
+
+
+IN_PLACE = {
+    r"flows\[0\].direction must be one of": lambda c: c.flows[0].update(direction="up"),
+    r"unknown options \['foo'\]": lambda c: c.flows[0].update(foo=3),
+    "coupling must be one of": lambda c: c.flows[0].update(coupling="afine"),
+    "direction must be one of": lambda c: c.flows.append({"coupling": "affine"}),
+    "block_config.max_position_embeddings is 4, fewer than the 16": lambda c: setattr(
+        c.block_config, "max_position_embeddings", 4
+    ),
+}
+
+
+@pytest.mark.parametrize("message", IN_PLACE)
+def test_a_change_in_place_is_refused_where_it_would_act(message, tmp_path):
+    config = TarFlowLMConfig(**SIZES, flows=[tied()])
+    IN_PLACE[message](config)
+    for use in (TarFlowLMModel, lambda config: config.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match=message):
+            use(config)
+
+
+def test_a_flow_that_is_appended_in_place_is_completed():
+    config = TarFlowLMConfig(**SIZES, flows=[tied()])
+    config.flows.append(flow())
+    model = TarFlowLMModel(config)
+    assert config.flows[1]["context"] == "latent" and config.flows[1]["num_components"] == 8
+    ids = torch.randint(27, (1, 8))
+    assert model(ids).elbo.isfinite().all()
+
+
+# -------------------------------------------------------------------------------- unknown keywords
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_key_value_heads", 1, "num_key_value_heads is a field of the decoder's configuration"),
+        ("attention_dropout", 0.1, "give it in block_config"),
+        ("hidden_act", "relu", "give it in block_config"),
+        ("rope_theta", 1e4, "give it in block_config"),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}, "give it in block_config"),
+        ("latent_dim", 5, "no field latent_dim: did you mean latent_size"),
+        ("patchsize", 2, "did you mean patch_size"),
+        ("posterior_topk", 2, "did you mean posterior_top_k"),
+    ],
+)
+def test_a_keyword_without_effect_is_refused(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        TarFlowLMConfig(**SIZES, **{name: value})
+
+
+def test_other_keywords_are_kept_as_the_library_keeps_them(tmp_path):
+    config = TarFlowLMConfig(**SIZES, sep_token_id=3, author="me", dtype="bfloat16")
+    assert (config.sep_token_id, config.author, config.dtype) == (3, "me", torch.bfloat16)
+
+    # What is set later is saved, and loaded by whatever library comes next.
+    config.pretraining_tp, config.latent_dim = 1, 5
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert (loaded.pretraining_tp, loaded.latent_dim, loaded.author) == (1, 5, "me")
+    assert copy.deepcopy(loaded).to_dict() == loaded.to_dict()
+
+
+# ----------------------------------------------------------------------------- decoders of a depth
+
+BY_LAYER = {
+    "llama4_text": {"intermediate_size_mlp": 32, "num_local_experts": 2, "num_key_value_heads": 2},
+    "zamba2": {"mamba_headdim": 8, "n_mamba_heads": 8, "mamba_d_state": 8},
+    "gpt_neo": {},
+    "smollm3": {},
+    "gemma4_text": {"head_dim": 8, "num_key_value_heads": 2, "hidden_size_per_layer_input": 0},
+}
+
+
+@pytest.mark.parametrize("model_type", BY_LAYER)
+def test_a_decoder_that_lists_its_layers_is_made_at_each_depth(model_type):
+    block = {"model_type": model_type, "hidden_size": 32, "num_attention_heads": 4}
+    block |= {"intermediate_size": 32, "max_position_embeddings": 16, **BY_LAYER[model_type]}
+    sizes = {"vocab_size": 27, "latent_size": 3, "max_position_embeddings": 16}
+    flows = [tied(num_hidden_layers=2), flow(num_hidden_layers=1)]
+    model = TarFlowLMModel(TarFlowLMConfig(**sizes, block_config=block, flows=flows))
+    decoders = [layer.decoder for layer in model.flow.layers]
+    assert [decoder.config.num_hidden_layers for decoder in decoders] == [2, 1]
+    layers = [
+        next(part for part in decoder.children() if isinstance(part, torch.nn.ModuleList))
+        for decoder in decoders
+    ]
+    assert [len(each) for each in layers] == [2, 1]
+    assert model(torch.randint(27, (1, 8))).elbo.isfinite().all()
+
+
+def test_layers_keep_their_kinds():
+    """The first of a list's; and where a flow is deeper than the list, the library's own."""
+    block = {"model_type": "smollm3", "hidden_size": 32, "num_attention_heads": 4}
+    block |= {"num_hidden_layers": 3, "no_rope_layers": [0, 1, 0], "num_key_value_heads": 2}
+    config = TarFlowLMConfig(block_config=block)
+    assert config.decoder_config(2).no_rope_layers == [0, 1]
+    assert config.decoder_config(3).no_rope_layers == [0, 1, 0]
+    assert config.decoder_config(5).no_rope_layers == [1, 1, 1, 0, 1]

@@ -1,5 +1,8 @@
 """TarFlowLMConfig: the shape of a TarFlowLM, which checks itself."""
 
+import inspect
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -17,6 +20,9 @@ FLOW_OPTIONS = ("coupling", "direction", "num_hidden_layers", "context")
 # Fields that follow from block_config where that is given.
 DECODER_FIELDS = ("hidden_size", "num_attention_heads", "intermediate_size")
 
+# Keywords of a rotary embedding that a decoder's configuration takes, and keeps in `rope_parameters`.
+ROTARY_KEYWORDS = ("rope_theta", "rope_scaling")
+
 # Fields that are checked together.
 CHECKED_FIELDS = (
     "vocab_size",
@@ -30,6 +36,12 @@ CHECKED_FIELDS = (
     "posterior_top_k",
     "initializer_range",
     "initial_log_scale",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "start_token_id",
+    "embedding_scale",
+    "tie_word_embeddings",
 )
 
 
@@ -94,7 +106,7 @@ class TarFlowLMConfig(PreTrainedConfig):
 
     Raises:
         ValueError: If a field contradicts itself or another one; the message names it, its value
-            and what is allowed.
+            and what is allowed. If a keyword is one of the decoder's, or close to a field's name.
 
     Example:
         >>> config = TarFlowLMConfig(vocab_size=27, latent_size=5, hidden_size=64, num_attention_heads=4, flows=[
@@ -156,21 +168,26 @@ class TarFlowLMConfig(PreTrainedConfig):
             )
         self.conditional = true_or_false("conditional", conditional)
         self.posterior_top_k = posterior_top_k
-        if posterior_top_k is None and self.vocab_size > 256:
-            self.posterior_top_k = 8
-
-        if self.posterior_top_k is not None:
-            at_least_one("posterior_top_k", self.posterior_top_k)
+        if posterior_top_k is None:
+            self.posterior_top_k = _default_top_k(self.vocab_size)
+        else:
+            at_least_one("posterior_top_k", posterior_top_k)
 
         self.initializer_range = number_between("initializer_range", initializer_range, 0, 10)
         self.initial_log_scale = number_between("initial_log_scale", initial_log_scale, -40, 40)
         self.bos_token_id = _token_id("bos_token_id", bos_token_id)
         self.eos_token_id = _token_id("eos_token_id", eos_token_id, may_be_several=True)
         self.pad_token_id = _token_id("pad_token_id", pad_token_id)
+        self.start_token_id = start_token_id
+        self.embedding_scale = embedding_scale
+        self.tie_word_embeddings = true_or_false("tie_word_embeddings", tie_word_embeddings)
 
-        self.block_config = self._block_config(
-            block_config, hidden_size, num_attention_heads, intermediate_size
+        sizes = hidden_size, num_attention_heads, intermediate_size
+        self.block_config = _read_block(
+            self._default_block(*sizes) if block_config is None else block_config
         )
+        _check_agreement(self.block_config, *sizes)
+        self._check_positions()
         self.hidden_size = self.block_config.hidden_size
         self.num_attention_heads = getattr(self.block_config, "num_attention_heads", None)
         self.intermediate_size = getattr(self.block_config, "intermediate_size", None)
@@ -179,11 +196,11 @@ class TarFlowLMConfig(PreTrainedConfig):
         if not isinstance(flows, (list, tuple)) or not flows:
             raise ValueError(f"flows must be a list of at least one flow, not {flows!r}.")
 
+        # The last one: from here on `__setattr__` checks fields that change.
         self.flows = [self._flow(index, flow) for index, flow in enumerate(flows)]
-        self.start_token_id = start_token_id
-        self.embedding_scale = embedding_scale
-        self.tie_word_embeddings = true_or_false("tie_word_embeddings", tie_word_embeddings)
         self._check_embeddings()
+        if "transformers_version" not in kwargs:  # not saved ones, whose library may be another
+            self._check_keywords(kwargs)
 
         kwargs.setdefault("auto_map", {
             "AutoConfig": "configuration_tarflowlm.TarFlowLMConfig",
@@ -230,14 +247,13 @@ class TarFlowLMConfig(PreTrainedConfig):
             ValueError: If the value is out of range or contradicts another field.
         """
         is_complete = "flows" in vars(self)
-        if name not in CHECKED_FIELDS or not is_complete or vars(self).get(name) == value:
+        before = vars(self).get(name)
+        is_same = type(before) is type(value) and before == value
+        if name not in CHECKED_FIELDS or not is_complete or is_same:
             super().__setattr__(name, value)
             return
 
-        fields = {key: vars(self)[key] for key in CHECKED_FIELDS}
-        for key in DECODER_FIELDS:  # they follow from block_config
-            fields.pop(key)
-
+        fields = {}
         if name == "vocab_size":
             fields |= self._without_vocabulary()
         if (
@@ -249,7 +265,26 @@ class TarFlowLMConfig(PreTrainedConfig):
             sizes |= {"patch_size": self.patch_size, name: value}
             fields["block_config"] = self._block_of_length(**sizes)
 
-        checked = type(self)(**fields | {name: value})
+        self._change(**fields | {name: value})
+
+    def validate(self) -> None:
+        """Checks all fields anew, for those that were changed in place, and completes new flows.
+
+        A model that is made does so, and the library when it saves.
+
+        Raises:
+            ValueError: If a field contradicts itself or another one.
+        """
+        super().validate()
+        self._change()
+
+    def _change(self, **changes: Any) -> None:
+        """Takes the fields of a configuration that is made of the present ones and the changes."""
+        fields = {key: vars(self)[key] for key in CHECKED_FIELDS}
+        for key in DECODER_FIELDS:  # they follow from block_config
+            fields.pop(key)
+
+        checked = type(self)(**fields | changes)
         for key in CHECKED_FIELDS:
             super().__setattr__(key, vars(checked)[key])
 
@@ -261,14 +296,14 @@ class TarFlowLMConfig(PreTrainedConfig):
             if is_mixture and flow["num_components"] == self.vocab_size:
                 del flow["num_components"]
 
-        default = 8 if self.vocab_size > 256 else None
+        default = _default_top_k(self.vocab_size)
         top_k = None if self.posterior_top_k == default else self.posterior_top_k
         return {"flows": flows, "posterior_top_k": top_k}
 
     def _block_of_length(self, max_position_embeddings: int, patch_size: int) -> dict[str, Any]:
         """The block config, with room for more tokens if it counts them."""
         fields = self.block_config.to_dict()
-        positions = -(-max_position_embeddings // patch_size)
+        positions = round_up(max_position_embeddings, patch_size) // patch_size
         if (fields.get("max_position_embeddings") or positions) < positions:
             fields["max_position_embeddings"] = positions
 
@@ -291,66 +326,45 @@ class TarFlowLMConfig(PreTrainedConfig):
         for name in ("model_type", "dtype", "transformers_version"):
             fields.pop(name, None)
 
-        if num_hidden_layers != getattr(self.block_config, "num_hidden_layers", None):
-            fields.pop("layer_types", None)  # made anew for the depth
+        depth = getattr(self.block_config, "num_hidden_layers", None)
+        if num_hidden_layers != depth:
+            fields = _at_depth(fields, depth, num_hidden_layers)
 
         fields |= {"num_hidden_layers": num_hidden_layers, **changes}
         return CONFIG_MAPPING[self.block_config.model_type](**fields)
 
-    def _block_config(
-        self, block_config, hidden_size, num_attention_heads, intermediate_size
-    ) -> PreTrainedConfig:
-        if block_config is None:
-            hidden_size = at_least_one("hidden_size", 768 if hidden_size is None else hidden_size)
-            num_attention_heads = 12 if num_attention_heads is None else num_attention_heads
-            at_least_one("num_attention_heads", num_attention_heads)
-            if intermediate_size is not None:
-                at_least_one("intermediate_size", intermediate_size)
+    def _default_block(
+        self,
+        hidden_size: int | None,
+        num_attention_heads: int | None,
+        intermediate_size: int | None,
+    ) -> dict[str, Any]:
+        """The fields of Llama's configuration, in the sizes that are given."""
+        hidden_size = at_least_one("hidden_size", 768 if hidden_size is None else hidden_size)
+        num_attention_heads = 12 if num_attention_heads is None else num_attention_heads
+        at_least_one("num_attention_heads", num_attention_heads)
+        if intermediate_size is None:
+            intermediate_size = round_up(8 * hidden_size, 3 * 32) // 3
+        else:
+            at_least_one("intermediate_size", intermediate_size)
 
-            if hidden_size % num_attention_heads:
-                raise ValueError(
-                    f"hidden_size must be a multiple of num_attention_heads: {hidden_size}, {num_attention_heads}."
-                )
-
-            block_config = {
-                "model_type": "llama",
-                "hidden_size": hidden_size,
-                "num_attention_heads": num_attention_heads,
-                "intermediate_size": intermediate_size or -(-8 * hidden_size // (3 * 32)) * 32,
-                "max_position_embeddings": self.max_position_embeddings // self.patch_size,
-                "initializer_range": self.initializer_range,
-            }
-
-        if isinstance(block_config, dict):
-            block_config = dict(block_config)
-            model_type = block_config.pop("model_type", None)
-            if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-                raise ValueError(
-                    f"block_config needs the model_type of an architecture of transformers, not {model_type!r}."
-                )
-
-            try:
-                block_config = CONFIG_MAPPING[model_type](**block_config)
-            except Exception as error:
-                raise ValueError(f"block_config is no {model_type!r}: {error}") from None
-        elif not isinstance(block_config, PreTrainedConfig):
+        if hidden_size % num_attention_heads:
             raise ValueError(
-                f"block_config must be a configuration or a dict, not {type(block_config).__name__}."
+                f"hidden_size must be a multiple of num_attention_heads: {hidden_size}, {num_attention_heads}."
             )
 
-        _check_decoder(block_config)
-        _limit_experts(block_config)
-        for name, value in (
-            ("hidden_size", hidden_size),
-            ("num_attention_heads", num_attention_heads),
-            ("intermediate_size", intermediate_size),
-        ):
-            if value is not None and value != getattr(block_config, name, value):
-                raise ValueError(
-                    f"{name} is {value}, but {getattr(block_config, name)} in block_config: leave it out, or agree."
-                )
+        return {
+            "model_type": "llama",
+            "hidden_size": hidden_size,
+            "num_attention_heads": num_attention_heads,
+            "intermediate_size": intermediate_size,
+            "max_position_embeddings": self.max_position_embeddings // self.patch_size,
+            "initializer_range": self.initializer_range,
+        }
 
-        positions = getattr(block_config, "max_position_embeddings", None)
+    def _check_positions(self) -> None:
+        """Raises a ValueError if the block counts positions, and has too few of them."""
+        positions = getattr(self.block_config, "max_position_embeddings", None)
         is_limit = isinstance(positions, int) and positions > 0
         if is_limit and positions * self.patch_size < self.max_position_embeddings:
             raise ValueError(
@@ -358,7 +372,26 @@ class TarFlowLMConfig(PreTrainedConfig):
                 f"{self.max_position_embeddings // self.patch_size} positions of max_position_embeddings / patch_size."
             )
 
-        return block_config
+    def _check_keywords(self, keywords: Iterable[str]) -> None:
+        """Raises a ValueError for a field of the block's, and for one that is close to an own.
+
+        Others are kept, as the library keeps what it does not know.
+        """
+        own = [name for name in inspect.signature(type(self)).parameters if name != "kwargs"]
+        for name in keywords:
+            is_rotary = name in ROTARY_KEYWORDS
+            if name.startswith("_") or (hasattr(type(self), name) and not is_rotary):
+                continue
+
+            if is_rotary or hasattr(self.block_config, name):
+                raise ValueError(
+                    f"{name} is a field of the decoder's configuration: give it in block_config, a dict with a "
+                    "model_type, or a configuration."
+                )
+
+            near = get_close_matches(name, own, n=1, cutoff=0.75)
+            if near and not name.endswith("_token_id"):  # the library has others
+                raise ValueError(f"TarFlowLMConfig has no field {name}: did you mean {near[0]}?")
 
     def _check_embeddings(self) -> None:
         """Raises a ValueError where an option of the first flow's embeddings meets none of them."""
@@ -370,7 +403,8 @@ class TarFlowLMConfig(PreTrainedConfig):
             )
 
         scale = self.embedding_scale
-        if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+        is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not is_number or not 0 < scale < float("inf"):
             raise ValueError(f"embedding_scale must be positive and finite, not {scale!r}.")
 
         is_used = start is not None or scale != 1 or self.tie_word_embeddings
@@ -421,6 +455,81 @@ class TarFlowLMConfig(PreTrainedConfig):
             )
 
         return flow
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The least multiple that is no less than the number."""
+    return -(-number // multiple) * multiple
+
+
+def _default_top_k(vocab_size: int) -> int | None:
+    """The number of tokens that the "posterior" context averages over; None for all of them."""
+    return 8 if vocab_size > 256 else None
+
+
+def _at_depth(fields: dict[str, Any], depth: int | None, new_depth: int) -> dict[str, Any]:
+    """A decoder's fields, without what states the kind of each of so many layers.
+
+    The library makes `layer_types` anew. Of the other lists a flow of fewer layers keeps the
+    beginning, since some architectures have a list for their default depth only.
+    """
+    changed = {}
+    for name, value in fields.items():
+        is_of_layers = isinstance(value, (list, tuple)) and len(value) == depth
+        if name == "layer_types" or (is_of_layers and new_depth > depth):
+            continue
+
+        changed[name] = value[:new_depth] if is_of_layers else value
+
+    if layers := fields.get("per_layer_config"):
+        changed["per_layer_config"] = {
+            number: layer for number, layer in layers.items() if int(number) < new_depth
+        }
+
+    return changed
+
+
+def _read_block(block_config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
+    """The decoder's configuration, if it is that of one stack of layers.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if isinstance(block_config, dict):
+        block_config = dict(block_config)
+        model_type = block_config.pop("model_type", None)
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"block_config needs the model_type of an architecture of transformers, not {model_type!r}."
+            )
+
+        try:
+            block_config = CONFIG_MAPPING[model_type](**block_config)
+        except Exception as error:
+            raise ValueError(f"block_config is no {model_type!r}: {error}") from None
+    elif not isinstance(block_config, PreTrainedConfig):
+        raise ValueError(
+            f"block_config must be a configuration or a dict, not {type(block_config).__name__}."
+        )
+
+    _check_decoder(block_config)
+    _limit_experts(block_config)
+    return block_config
+
+
+def _check_agreement(
+    block_config: PreTrainedConfig,
+    hidden_size: int | None,
+    num_attention_heads: int | None,
+    intermediate_size: int | None,
+) -> None:
+    """Raises a ValueError if a size that is given is another one in the block config."""
+    sizes = hidden_size, num_attention_heads, intermediate_size
+    for name, value in zip(DECODER_FIELDS, sizes, strict=True):
+        if value is not None and value != getattr(block_config, name, value):
+            raise ValueError(
+                f"{name} is {value}, but {getattr(block_config, name)} in block_config: leave it out, or agree."
+            )
 
 
 def _check_decoder(block_config: PreTrainedConfig) -> None:

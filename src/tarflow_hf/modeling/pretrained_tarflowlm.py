@@ -10,7 +10,7 @@ from transformers import initialization as init
 
 from .causality import check_decoders
 from .codebook import Codebook, Gaussians
-from .configuration_tarflowlm import TarFlowLMConfig
+from .configuration_tarflowlm import TarFlowLMConfig, round_up
 from .decoder_tarflowlm import InputEmbedding
 from .evaluation_noise import drew_one_seed
 from .slots_tarflowlm import make_layout
@@ -43,6 +43,10 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     _state_before_evaluation: Tensor | None = None  # of the global generator, until its loop begins
+
+    def __init__(self, config: TarFlowLMConfig, *inputs, **kwargs):
+        super().__init__(config, *inputs, **kwargs)
+        config.validate()
 
     @classmethod
     def from_pretrained(
@@ -182,7 +186,7 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
         vocab_size = self.config.vocab_size
         num_tokens = vocab_size if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
-            num_tokens = -(-num_tokens // pad_to_multiple_of) * pad_to_multiple_of
+            num_tokens = round_up(num_tokens, pad_to_multiple_of)
 
         if not mean_resizing:
             raise ValueError("mean_resizing must be True: new rows are the mean of the old ones.")
