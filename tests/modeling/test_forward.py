@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -109,6 +110,20 @@ def test_logits_of_the_next_token_are_the_weights_of_its_mixture():
     assert not hasattr(stack, "logits")
     with pytest.raises(AttributeError, match="only a model that is one mixture_rosenblatt flow"):
         _ = stack.logits
+
+
+@pytest.mark.parametrize("stack", ["mix-d", "mix-d, mix-1, mix-1", "affine"])
+def test_outputs_are_pickled_without_the_model(stack):
+    model, ids = make(STACKS[stack]), ids_of(2, 8)
+    with torch.no_grad():
+        out = model(ids, num_items_in_batch=16)
+    content = pickle.dumps(out)
+    again = pickle.loads(content)
+    assert list(again) == list(out) and type(again) is type(out)
+    assert all(torch.equal(again[name], out[name]) for name in [*out, "logits"])
+    assert hasattr(again, "logits") == hasattr(out, "logits")
+    assert pickle.loads(pickle.dumps(again)).keys() == out.keys()
+    assert len(content) < len(pickle.dumps(model.flow.layers[0]))
 
 
 # --------------------------------------------------------------------------------------- labels

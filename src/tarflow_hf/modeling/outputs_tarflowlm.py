@@ -46,6 +46,9 @@ class TarFlowLMOutput(ModelOutput):
         They are computed when they are read. Only a model that is one Mix-d flow which runs left to
         right, with the encoder's codebook and patch size 1, has any.
         """
+        if (logits := vars(self).get("_logits")) is not None:  # out of a pickle
+            return logits
+
         make_logits = vars(self).get("_make_logits")
         if make_logits is None:
             raise AttributeError(
@@ -70,6 +73,14 @@ class TarFlowLMOutput(ModelOutput):
     def keep_label_logits(self, *arguments: Any) -> None:
         """Makes `label_logits` of the bound and the other arguments, if `["logits"]` is read."""
         self._make_label_logits = partial(label_logits, self.elbo, *arguments)
+
+    def __reduce__(self):
+        """The parts of a pickle: `logits` are in it as a tensor, since their maker is the model."""
+        make, arguments, state, *items = super().__reduce__()
+        if state.get("_make_logits") is not None:
+            state = {**state, "_logits": self.logits, "_make_logits": None}
+
+        return make, arguments, state, *items
 
     def __getitem__(self, key):
         if key != "logits":
