@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from helpers.models import STACKS, make
 from tarflow_hf.evaluation import compare, round_to_int8
 
 IDS = torch.arange(36).remainder(27).reshape(4, 9)
@@ -50,3 +51,26 @@ def test_texts_are_written_from_one_noise(flow, rounded):
 def test_one_text_has_no_standard_error(flow, options):
     with pytest.raises(ValueError, match="at least two texts, not 1"):
         compare(flow, flow, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_tokens": 0}, "num_tokens must be an integer of at least 1, not 0"),
+        ({"num_texts": 0}, "num_texts must be an integer of at least 1, not 0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, not 0"),
+        ({"texts": ["a", "b"]}, r"texts must be token ids, a tensor \(m, T\) of .*, not list"),
+        ({"texts": IDS.float()}, "texts must be token ids, .*, not torch.float32"),
+        ({"texts": IDS[0]}, r"texts must be token ids, .*, not torch.int64, \(9,\)"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_compared_is_said(flow, options, message):
+    with pytest.raises(ValueError, match=message):
+        compare(flow, flow, **options)
+
+
+def test_a_text_has_a_patch_at_least():
+    model = make(STACKS["mix-d"], patch_size=2)
+    with pytest.raises(ValueError, match="a patch of 2 tokens at least, not 1"):
+        compare(model, model, num_tokens=1)

@@ -75,8 +75,11 @@ def test_a_stopped_run_goes_on(flow, tmp_path, kind):
     with pytest.raises(ValueError, match="drawn otherwise: seed was 3 and is 0"):
         sample_to_file(model, tokenizer, path, replace(sampling, num_samples=12, seed=0))
 
-    with pytest.raises(ValueError, match="num_samples must be at least 1"):
-        Sampling(num_samples=0)
+
+@pytest.mark.parametrize("name", ["num_samples", "batch_size", "length"])
+def test_numbers_that_are_not_positive_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1"):
+        Sampling(**{name: 0})
 
 
 def test_another_file_is_left_alone(flow, tmp_path):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..modeling.coupling_head import at_least_one
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from ..noise import check_same_space
 
@@ -99,8 +100,8 @@ def compare(
         seed: Decides all noise.
 
     Raises:
-        ValueError: If the models' latent spaces or vocabularies differ, or there are fewer than two
-            texts, which have no standard error.
+        ValueError: If the models' latent spaces or vocabularies differ, there are fewer than two
+            texts, which have no standard error, texts are no token ids, or a number is too small.
 
     Example:
         >>> from tarflow_hf.hub import load_checkpoint
@@ -110,13 +111,24 @@ def compare(
         (4, 0.0)
     """
     check_same_space(a, b)
+    at_least_one("num_texts", num_texts)
+    at_least_one("num_tokens", num_tokens)
+    at_least_one("batch_size", batch_size)
+    patch_size = a.config.patch_size
+    if num_tokens < patch_size:
+        raise ValueError(
+            f"num_tokens must be a patch of {patch_size} tokens at least, not {num_tokens}."
+        )
+    if texts is not None:
+        _check_texts(texts)
+
     if (given := num_texts if texts is None else len(texts)) < 2:
         raise ValueError(
             f"A standard error takes at least two texts, not {given}: give more of them, or shorter ones."
         )
 
     generator = torch.Generator().manual_seed(seed)
-    length = num_tokens // a.config.patch_size * a.config.patch_size
+    length = num_tokens // patch_size * patch_size
     noise = torch.randn(num_texts, length, a.config.latent_size, generator=generator)
 
     def write(model: TarFlowLMModel) -> Tensor:
@@ -133,6 +145,19 @@ def compare(
         return -elbo.double() / scored.shape[1] / math.log(2)
 
     return Comparison(written, (score(a), score(b)))
+
+
+def _check_texts(texts: Tensor) -> None:
+    """Raises a ValueError unless they are token ids (m, T)."""
+    kind = type(texts).__name__
+    if isinstance(texts, Tensor):
+        kind = f"{texts.dtype}, {tuple(texts.shape)}"
+        if texts.ndim == 2 and texts.numel() > 0 and not texts.is_floating_point():
+            return
+
+    raise ValueError(
+        f"texts must be token ids, a tensor (m, T) of integers, as a tokenizer makes of strings, not {kind}."
+    )
 
 
 @torch.no_grad()

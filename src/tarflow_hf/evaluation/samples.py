@@ -62,7 +62,7 @@ class Sampling:
         progress: Shows a bar.
 
     Raises:
-        ValueError: If `num_samples` is not positive.
+        ValueError: If `num_samples`, `batch_size` or `length` is not positive.
     """
 
     num_samples: int = NUM_SAMPLES
@@ -73,8 +73,14 @@ class Sampling:
     progress: bool = False
 
     def __post_init__(self):
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, not {self.num_samples}.")
+        for name in ("num_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+
+        if self.length is not None and self.length < 1:
+            raise ValueError(
+                f"length must be at least 1, or None for the longest, not {self.length}."
+            )
 
     def length_for(self, model: PreTrainedModel) -> int:
         """The length of a sample of this model."""
