@@ -1,5 +1,6 @@
 """The watermark: exact under every other key, strong under its own, and no change of the text."""
 
+import copy
 import itertools
 import math
 
@@ -15,10 +16,11 @@ from tarflow_hf.watermark import (
     Alignment,
     Evidence,
     NoiseWatermark,
+    draw_noise,
     predict,
     rank_p_value,
     read_evidence,
-    sampling,
+    steered,
     stratified_noise,
 )
 from tarflow_hf.watermark.alignment import CORRELATIONS, EDITINGS, ROUNDS
@@ -287,7 +289,7 @@ def test_flows_undo_what_generate_does(case, patch_size):
         steps = {name: x for name, x in (options | more).items() if name != "temperature"}
         scaled = noise * options.get("temperature", 1.0)
         latents = model.generate(noise=scaled, output_states=True, **steps).latents
-        with sampling(model, options | more) as temperature, torch.no_grad():
+        with steered(model, options | more) as temperature, torch.no_grad():
             found = model.flow(latents).noise / temperature
 
         torch.testing.assert_close(found, noise, atol=1e-6, rtol=1e-6)
@@ -322,6 +324,27 @@ def test_conditional_models_leave_the_mark():
     prompt = torch.randint(27, (1, 10))
     tokens = model.generate(prompt, max_new_tokens=80, watermark=mark)
     assert mark.detect(model, tokens, num_prompt_tokens=10).p_value < 1e-9
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [1, 2, 3, 10, 81])
+def test_a_conditional_model_of_patches_knows_any_prompt(num_prompt_tokens):
+    """In each phase, the whole patches of the prompt: what is inferred behind it is theirs."""
+    options = {"latent_size": 4, "conditional": True, "max_position_embeddings": 128}
+    model = separated(MIX_D, patch_size=2, **options)
+    mark = NoiseWatermark(key=42)
+    prompt = torch.randint(27, (1, 10), generator=torch.Generator().manual_seed(5))
+    tokens = model.generate(prompt, max_new_tokens=72, watermark=mark)
+    result = mark.detect(model, tokens, num_prompt_tokens=num_prompt_tokens)
+    assert result.num_tokens == 82 - num_prompt_tokens and 0 < result.p_value < 1
+    assert result.p_value < 1e-6 or num_prompt_tokens == 81
+
+    evidence = read_evidence(model, tokens, num_prompt_tokens)
+    for phase in range(2):
+        num_observed = min((num_prompt_tokens - phase) // 2 * 2, 80 - 2 * phase)
+        part = tokens[:, phase : 82 - phase]
+        draws = draw_noise(model, part, num_observed, 4)
+        expected = predict(draws)[0][num_prompt_tokens - phase :]
+        torch.testing.assert_close(evidence.mean[phase, : len(expected)], expected)
 
 
 @pytest.mark.parametrize("worth", [1.0, 16.0])
@@ -404,8 +427,11 @@ def test_what_cannot_be_marked_or_detected_is_said(model, text):
 
     for message, tokens, num_prompt_tokens in (
         ("one text at a time", text.expand(2, -1), 0),
-        ("must leave something", text, 112),
+        ("must be an integer that leaves something of 112 tokens, not 112", text, 112),
+        ("must be an integer that leaves something of 112 tokens, not 1.0", text, 1.0),
         ("vocab_size", text + 27, 0),
+        (r"tokens must be \(1, T\), not \(3,\)", [1, 2, 3], 0),
+        ("tokens must be ids", [["a", "b"]], 0),
     ):
         with pytest.raises(ValueError, match=message):
             mark.detect(model, tokens, num_prompt_tokens)
@@ -420,6 +446,7 @@ def test_what_cannot_be_marked_or_detected_is_said(model, text):
     with pytest.raises(ValueError, match="steer mixture_rosenblatt flows"):
         mark.detect(make([flow("affine")]), text[:, :4] % 5, mixture_temperature=0.7)
 
+    assert mark.detect(model, text.tolist()) == mark.detect(model, text)
     everything = dict.fromkeys(SAMPLING_OPTIONS)  # None is as left out
     assert mark.detect(model, text, **everything) == mark.detect(model, text)
 
@@ -434,3 +461,20 @@ def test_what_cannot_be_marked_or_detected_is_said(model, text):
     with pytest.raises(ValueError, match="another codebook"):
         mark.detect(other, text)
     assert repr(mark) == "NoiseWatermark(key=..., num_streams=8)"
+
+
+@pytest.mark.parametrize("part", ["codebook", "flow.layers.0.decoder", "flow.layers.0.head"])
+def test_a_model_whose_weights_are_not_finite_detects_nothing(model, text, part):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        next(broken.get_submodule(part).parameters()).fill_(torch.nan)
+
+    for options in ({}, {"top_k": 3}):
+        with pytest.raises(ValueError, match="noise that is not finite"):
+            NoiseWatermark(42).detect(broken, text, **options)
+
+
+def test_tokens_that_the_options_leave_out_are_no_fault(model, text):
+    """Of all 27 tokens one is kept, and the text is another."""
+    draws = read_evidence(model, text[:, :40], top_k=1)
+    assert (draws.variance == 1).any() and draws.mean.isfinite().all()

@@ -1,7 +1,7 @@
 """A watermark in the noise, which leaves the distribution of the text as it is."""
 
 from .alignment import Alignment, rank_p_value
-from .evidence import Evidence, draw_noise, predict, read_evidence, sampling, stratified_noise
+from .evidence import Evidence, draw_noise, predict, read_evidence, steered, stratified_noise
 from .mark import NoiseWatermark, WatermarkResult
 
 __all__ = [
@@ -13,6 +13,6 @@ __all__ = [
     "predict",
     "rank_p_value",
     "read_evidence",
-    "sampling",
+    "steered",
     "stratified_noise",
 ]

@@ -1,7 +1,7 @@
 """The noise that is inferred from a text: some draws of it, and a Gaussian for each number."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ class Evidence(NamedTuple):
 @torch.no_grad()
 def read_evidence(
     model: TarFlowLMModel,
-    tokens: Tensor,
+    tokens: Tensor | Sequence[Sequence[int]],
     num_prompt_tokens: int = 0,
     num_samples: int = NUM_SAMPLES,
     **sampling_options: Any,
@@ -50,16 +50,27 @@ def read_evidence(
     """The noise of a text (1, T) behind its prompt, from some draws. It depends on no key.
 
     Raises:
-        ValueError: If the tokens are not (1, T) of the model's vocabulary, nothing is left, or an
-            option is unknown, out of range or none that steers this model.
+        ValueError: If the tokens are not (1, T) of the model's vocabulary, nothing is left, an
+            option is unknown, out of range or none that steers this model, or the noise that the
+            model infers is not finite.
     """
+    try:
+        tokens = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"tokens must be ids, a tensor or lists of shape (1, T), not {tokens!r:.40}."
+        ) from None
+
     if tokens.ndim != 2 or len(tokens) != 1:
         raise ValueError(
             f"A watermark is detected in one text at a time: tokens must be (1, T), not {tuple(tokens.shape)}."
         )
-    if not 0 <= num_prompt_tokens < tokens.shape[1]:
+
+    is_number = type(num_prompt_tokens) is int
+    if not is_number or not 0 <= num_prompt_tokens < tokens.shape[1]:
         raise ValueError(
-            f"num_prompt_tokens must leave something of {tokens.shape[1]} tokens: {num_prompt_tokens}."
+            f"num_prompt_tokens must be an integer that leaves something of {tokens.shape[1]} tokens, not "
+            f"{num_prompt_tokens!r}."
         )
 
     tokens = tokens.to(model.device)
@@ -72,9 +83,15 @@ def read_evidence(
         if last == phase:
             continue
 
-        with sampling(model, sampling_options) as temperature:
-            part = tokens[:, phase:last]
-            draws = draw_noise(model, part, num_prompt_tokens - phase, num_samples) / temperature
+        given = model, tokens[:, phase:last], num_prompt_tokens - phase, num_samples
+        with steered(model, sampling_options) as temperature:
+            draws = draw_noise(*given) / temperature
+
+        # A token that the options leave out has no noise, but one without any options.
+        if not draws.isfinite().all() and not draw_noise(*given).isfinite().all():
+            raise ValueError(
+                "The model infers noise that is not finite from this text: look at its weights and its dtype."
+            )
 
         mean[phase, phase:last], variance[phase, phase:last] = predict(draws.cpu())
 
@@ -84,8 +101,8 @@ def read_evidence(
 
 
 @contextmanager
-def sampling(model: TarFlowLMModel, sampling_options: dict[str, Any]) -> Iterator[float]:
-    """The time in which a model's flows undo what `generate` does with some options.
+def steered(model: TarFlowLMModel, sampling_options: dict[str, Any]) -> Iterator[float]:
+    """Steers the forward flows as `generate` steers the inverse, so that they undo what it does.
 
     Yields:
         The temperature of the noise, which is left to undo.
@@ -145,15 +162,20 @@ class _DivideOutput:
 def draw_noise(
     model: TarFlowLMModel, tokens: Tensor, num_prompt_tokens: int, num_samples: int
 ) -> Tensor:
-    """Draws (S, T, d) of the noise of a text (1, T), the same ones every time."""
+    """Draws (S, T, d) of the noise of a text (1, T), the same ones every time.
+
+    A conditional model is given the whole patches of the prompt, but for the text's last one.
+    """
     epsilon = stratified_noise(tokens, model.config.latent_size, num_samples)
     ids = tokens.expand(num_samples, -1)
     latents = model.encode(ids, noise=epsilon)
 
+    patch_size, num_tokens = model.config.patch_size, tokens.shape[1]
+    num_observed = min(num_prompt_tokens // patch_size * patch_size, num_tokens - patch_size)
     observed = {}
-    if model.config.conditional and num_prompt_tokens > 0:
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        mask = (place < num_prompt_tokens).expand(num_samples, -1)
+    if model.config.conditional and num_observed > 0:
+        place = torch.arange(num_tokens, device=tokens.device)
+        mask = (place < num_observed).expand(num_samples, -1)
         observed = {"observed_ids": ids, "observed_mask": mask}
 
     with evaluating(model.flow):

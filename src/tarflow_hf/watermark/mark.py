@@ -45,6 +45,7 @@ References:
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +164,7 @@ class NoiseWatermark:
     def detect(
         self,
         model: TarFlowLMModel,
-        tokens: Tensor,
+        tokens: Tensor | Sequence[Sequence[int]],
         num_prompt_tokens: int = 0,
         **sampling_options: Any,
     ) -> WatermarkResult:
@@ -182,7 +183,8 @@ class NoiseWatermark:
         Raises:
             ValueError: If the tokens are not (1, T) of the model's vocabulary, nothing is left
                 behind the prompt, the codebook is none of those of the models that wrote with this
-                object, or an option is unknown, out of range or none that steers this model.
+                object, an option is unknown, out of range or none that steers this model, or the
+                noise that the model infers is not finite.
         """
         if self.codebooks and _codebook_id(model) not in self.codebooks:
             raise ValueError(
