@@ -338,6 +338,33 @@ def test_adapters_on_all_linear_maps(peft, stack):
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in adapted.parameters())
 
 
+ON_TABLES = {
+    "PromptTuningConfig": {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2},
+    "PrefixTuningConfig": {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2},
+    "PromptEncoderConfig": {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2},
+    "TrainableTokensConfig": {"token_indices": [1]},
+    "LoraConfig": {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [1]},
+}
+
+
+@pytest.mark.parametrize("stack", ["affine", "mix-d"])
+@pytest.mark.parametrize("kind", ON_TABLES)
+def test_adapters_of_token_embeddings_are_refused(peft, kind, stack):
+    model = make(STACKS[stack])
+    with pytest.raises(AttributeError, match=r"has no table of token embeddings.* LoRA of linear"):
+        peft.get_peft_model(model, getattr(peft, kind)(**ON_TABLES[kind]))
+
+
+def test_modules_are_found_and_missing_ones_are_not():
+    model = make(STACKS["mix-d"])
+    assert model.get_submodule("flow.layers.0.decoder") is model.flow.layers[0].decoder
+    for name in ("flow.layers.1", "embeddings.word_embeddings"):
+        with pytest.raises(AttributeError, match="has no attribute"):
+            model.get_submodule(name)
+
+    assert not hasattr(model.get_input_embeddings(), "in_features")
+
+
 def test_an_adapter_saved_with_its_tokenizer_loads(peft, tmp_path):
     base, folder = tmp_path / "base", tmp_path / "adapter"
     make(STACKS["mix-d"], vocab_size=28).float().save_pretrained(base)

@@ -26,6 +26,11 @@ CACHE_ARGUMENT = (
     "cache" if tuple(map(int, __version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 )
 
+NO_TABLE = (
+    "A TarFlowLM has no table of token embeddings, which prompts and single tokens that are trained need: it draws "
+    "latents, and its decoders read these."
+)
+
 
 def make_decoder(config: PreTrainedConfig, num_hidden_layers: int) -> PreTrainedModel:
     """Returns the block config's causal decoder at some depth, without a token table.
@@ -157,6 +162,12 @@ class InputEmbedding(nn.Module):
     def weight(self) -> nn.Parameter:
         """The codebook's means, (V, d), by the name of a token table's weight."""
         return self.codebook[0].weight
+
+    def __getattr__(self, name: str):
+        if name == "in_features":  # PEFT's trainable tokens read it
+            raise AttributeError(f"{NO_TABLE} Train all weights, or take LoRA of linear maps.")
+
+        return super().__getattr__(name)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs

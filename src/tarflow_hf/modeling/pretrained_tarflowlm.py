@@ -11,7 +11,7 @@ from transformers import initialization as init
 from .causality import check_decoders
 from .codebook import Codebook, Gaussians
 from .configuration_tarflowlm import TarFlowLMConfig, round_up
-from .decoder_tarflowlm import InputEmbedding
+from .decoder_tarflowlm import NO_TABLE, InputEmbedding
 from .evaluation_noise import drew_one_seed
 from .slots_tarflowlm import make_layout
 from .vocabulary_tarflowlm import add_tokens
@@ -156,6 +156,23 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
         embedding = self.flow.layers[0].input_embedding
         embedding.codebook = [self.codebook]
         return embedding
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """The module of a name, as in torch.
+
+        Raises:
+            AttributeError: If there is none. PEFT takes a parameter with a row for each token for
+                the table that a prompt needs; then the message says that there is no table.
+        """
+        try:
+            return super().get_submodule(target)
+        except AttributeError as error:
+            if target in dict(self.named_parameters()):
+                raise AttributeError(
+                    f"{target} is a parameter. {NO_TABLE} Take LoRA of linear maps."
+                ) from error
+
+            raise
 
     def enable_input_require_grads(self) -> None:
         """Has no work to do: gradients reach the flows through their own inputs."""

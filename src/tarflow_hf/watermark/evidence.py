@@ -87,7 +87,7 @@ def read_evidence(
         with steered(model, sampling_options) as temperature:
             draws = draw_noise(*given) / temperature
 
-        # A token that the options leave out has no noise, but one without any options.
+        # A token that the options leave out may have no finite noise; without them it has some.
         if not draws.isfinite().all() and not draw_noise(*given).isfinite().all():
             raise ValueError(
                 "The model infers noise that is not finite from this text: look at its weights and its dtype."
