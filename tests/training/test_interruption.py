@@ -1,5 +1,6 @@
 """A run that is asked to end saves itself and goes on as if nothing had been."""
 
+import copy
 import json
 import os
 import random
@@ -160,6 +161,33 @@ def test_what_may_matter_is_a_warning_that_names_it(tmp_path, data, tokenizer, n
 
     assert losses == expected
     assert sum("On resuming" in str(each.message) for each in caught) == 1
+
+
+def test_another_version_of_the_library_has_other_fields_of_a_decoder(tmp_path, data, tokenizer):
+    """Fields that are new, or gone, and say nothing are no difference; all others are."""
+    _, expected = run(tmp_path, data, tokenizer, num_steps=4)
+    path = tmp_path / "checkpoint-4" / "run.json"
+    described = json.loads(path.read_text())
+    block = described["model"]["block_config"]
+    assert block.pop("attention_bias") is False  # its default
+    block |= {"transformers_version": "5.22.2", "a_field_that_is_gone": 1}
+    path.write_text(json.dumps(described))
+    _, losses = run(tmp_path, data, tokenizer, num_steps=4, resume=True)
+    assert losses == expected
+
+    described = json.loads(path.read_text())
+    for name, value, message in (
+        ("attention_bias", True, "block_config.attention_bias was True and is False"),
+        ("hidden_size", None, r"block_config.hidden_size was \d+ and is \d+"),
+    ):
+        changed = copy.deepcopy(described)
+        changed["model"]["block_config"][name] = value
+        if value is None:
+            del changed["model"]["block_config"][name]  # then it was the default's 4096
+
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"another run: {message}"):
+            run(tmp_path, data, tokenizer, num_steps=4, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .config import MAY_MATTER, TrainingConfig
 
@@ -239,7 +240,7 @@ def _differences(
     """
     differences = []
     for part, values in description.items():
-        now, then = json.loads(json.dumps(values, default=str)), run.get(part, {})
+        now, then = _as_json(values), run.get(part, {})
         if part == "training" and then:
             then = {**asdict(TrainingConfig()), **then}  # an option that is younger than the run
         is_stated = part in ("model", "training")
@@ -249,11 +250,38 @@ def _differences(
                 continue
             if not is_stated and (name not in now or name not in then):
                 continue
-            if now.get(name) != then.get(name):
+            if name == "block_config" and name in now and name in then:
+                differences += _block_differences(then[name], now[name])
+            elif now.get(name) != then.get(name):
                 text = f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
                 differences.append((name, text))
 
     return differences
+
+
+def _block_differences(then: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str]]:
+    """The name and a text for each difference between two configurations of a decoder.
+
+    All fields of an architecture are in them, and another version of the library has others. So
+    one that the run does not state had its default, and one that is gone had no other value.
+    """
+    model_type = now.get("model_type")
+    defaults = _as_json(CONFIG_MAPPING[model_type]().to_dict())
+    differences = []
+    for name in sorted((set(now) | set(then)) - NOT_THE_MODEL):
+        is_gone = name not in now and name not in defaults
+        was, value = (fields.get(name, defaults.get(name)) for fields in (then, now))
+        if was != value and not is_gone:
+            differences.append(
+                (f"block_config.{name}", f"block_config.{name} was {was!r} and is {value!r}")
+            )
+
+    return differences
+
+
+def _as_json(values: Any) -> Any:
+    """The values as they are when they were written and read."""
+    return json.loads(json.dumps(values, default=str))
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
