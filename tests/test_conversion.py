@@ -328,11 +328,22 @@ def test_a_flow_above_has_its_models_dtype_and_mode(llama):
     assert dtypes == {torch.bfloat16} and model.flow.layers[1].decoder.training
     assert type(model.flow.layers[1].decoder) is type(model.flow.layers[0].decoder)
 
+    own = {"coupling": "mixture_rosenblatt", "num_hidden_layers": 1, "num_components": 6}
+    append_flow(model, {**own, "direction": "right_to_left", "tie_codebook": False})
+    layer = model.flow.layers[2]
+    dtypes = {name: weight.dtype for name, weight in layer.named_parameters()}
+    kept = {name for name in dtypes if name.startswith("head.codebook")}
+    assert {dtypes.pop(name) for name in kept} == {torch.float32} and len(kept) == 2
+    assert set(dtypes.values()) == {torch.bfloat16}
+    for name, buffer in layer.decoder.named_buffers():  # the frequencies of rotary embeddings
+        expected = model.flow.layers[0].decoder.get_buffer(name)
+        assert buffer.dtype == expected.dtype == torch.float32 and torch.equal(buffer, expected)
+
     flows = model.config.flows
-    with pytest.raises(ValueError, match=r"flows\[2\].context must be latent"):
+    with pytest.raises(ValueError, match=r"flows\[3\].context must be latent"):
         append_flow(model, {**MIX_1, "context": "posterior"})
 
-    assert model.config.flows == flows and len(model.flow.layers) == 2
+    assert model.config.flows == flows and len(model.flow.layers) == 3
 
 
 # --------------------------------------------------------------------------------------------------

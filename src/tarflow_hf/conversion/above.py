@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..modeling.codebook import Codebook
 from ..modeling.modeling_tarflowlm import FlowLayer, TarFlowLMModel
 
 
@@ -43,7 +45,7 @@ def append_flow(model: TarFlowLMModel, flow: dict[str, Any]) -> TarFlowLMModel:
     layers.append(layer)
     model.initialize_weights()
     layer.head.start_as_identity()
-    layer.to(model.device, model.dtype)
+    _cast_weights(layer.to(model.device), model.dtype)
     layer.train(model.training)
     if config.conditional:
         observed = layers[0].observed_embedding.state_dict()
@@ -51,3 +53,15 @@ def append_flow(model: TarFlowLMModel, flow: dict[str, Any]) -> TarFlowLMModel:
 
     model.check_decoders()
     return model
+
+
+def _cast_weights(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a layer's weights as loading in this dtype does.
+
+    A codebook stays in float32 at least, and so do buffers: the frequencies of rotary embeddings.
+    """
+    for part in layer.modules():
+        is_codebook = isinstance(part, Codebook)
+        own = torch.promote_types(dtype, torch.float32) if is_codebook else dtype
+        for weight in part.parameters(recurse=False):
+            weight.data = weight.data.to(own)
