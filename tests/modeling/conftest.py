@@ -25,9 +25,8 @@ def run(request):
         pytest.importorskip("triton")
 
     def run(op: str, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        # The affine coupling is one line of PyTorch, and has no kernels.
-        who = "auto" if op.startswith("affine") else implementation
-        out = getattr(coupling, op)(*(x.to(device) for x in tensors), implementation=who)
+        on_device = (x.to(device) for x in tensors)
+        out = getattr(coupling, op)(*on_device, implementation=implementation)
         return tuple(x.cpu() for x in out) if isinstance(out, tuple) else out.cpu()
 
     run.implementation = implementation

@@ -265,6 +265,24 @@ def test_the_autoregressive_inverse_in_one_launch(size, num_features, hidden, nu
     )
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3)])
+def test_the_autoregressive_inverse_of_any_leading_shape(shape):
+    u, context, weights = draw_network(3, 5, 6, 3, num_rows=6)
+    network = AutoregressiveNetwork(*weights, 10.0)
+    num_rows = torch.Size(shape).numel()
+    expected, actual = (
+        coupling.autoregressive_mixture_cdf_inverse(
+            u[:num_rows].reshape(*shape, 3),
+            context[:num_rows].reshape(*shape, 3, 6),
+            network,
+            implementation=implementation,
+        )
+        for implementation in ("reference", "triton")
+    )
+    assert actual.shape == expected.shape == (*shape, 3)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_the_autoregressive_inverse_refuses():
     u, context, weights = draw_network(3, 2, 4, 5)
     for i, name in enumerate(AutoregressiveNetwork._fields[:-1]):
@@ -310,12 +328,16 @@ def test_where_the_kernels_cannot_run(monkeypatch):
     with pytest.raises(ValueError, match="at most 256 components, not 257"):
         coupling.mixture_cdf(*draw("mixture_cdf", 2, 257), implementation="triton")
 
-    with pytest.raises(ValueError, match="affine coupling has no kernels"):
-        coupling.affine(tensors[0], tensors[0], tensors[0], implementation="triton")
+    affine = [tensors[0]] * 3
+    with pytest.raises(ValueError, match="float64"):
+        coupling.affine(*(x.double() for x in affine), implementation="triton")
 
     monkeypatch.setattr(coupling, "IS_INTERPRETED", False)
     with pytest.raises(ValueError, match="needs tensors on a GPU, not on cpu"):
         coupling.mixture_cdf(*(x.cpu() for x in tensors), implementation="triton")
+    for op in (coupling.affine, coupling.affine_inverse):
+        with pytest.raises(ValueError, match="needs tensors on a GPU, not on cpu"):
+            op(*(x.cpu() for x in affine), implementation="triton")
 
     monkeypatch.setattr(coupling, "triton", None)
     with pytest.raises(ValueError, match="triton is not installed"):

@@ -8,7 +8,8 @@ implicit function theorem. Nothing here runs in low precision under autocast.
 `implementation` says what computes:
 
 - "reference" is plain PyTorch, `coupling_torch.py`, and runs anywhere.
-- "triton" stands for kernels of the mixture couplings, in float32 on a GPU.
+- "triton" stands for kernels of the mixture couplings, in float32 on a GPU. The affine coupling has
+  nothing to fuse: where kernels can run, PyTorch computes it element by element.
 - "auto" takes the kernels for tensors on a GPU if they can run. On a CPU it takes
   `coupling_newton.py` for inverses of mixtures, and for large codebooks `coupling_active.py`,
   `coupling_product.py` and `coupling_transform.py`. Otherwise it takes the reference.
@@ -76,7 +77,8 @@ def affine(
     Args:
         z: Latents, any shape.
         loc, log_scale: Parameters, broadcastable to the shape of `z`.
-        implementation: "auto" or "reference".
+        implementation: "auto", "reference" or "triton". All of them compute the same in PyTorch,
+            since there is nothing to fuse; "triton" asks in addition that kernels could run.
 
     Returns:
         `u` and the `log_det` of **each element**, `log du/dz = -log_scale` in nats, both of the
@@ -85,7 +87,7 @@ def affine(
     Raises:
         TypeError: If an argument is not a floating-point tensor.
         ValueError: If shapes or devices do not fit together.
-        ValueError: If `implementation` is not one of those above.
+        ValueError: If `implementation` is not one of those above, or is "triton" and cannot run.
 
     Example:
         >>> affine(torch.tensor([3.0]), torch.tensor([1.0]), torch.tensor([0.0]))
@@ -231,7 +233,7 @@ def autoregressive_mixture_cdf_inverse(
     num_components = network.output_bias.shape[-1] // 3
     takes_kernel = _runs_on_triton(implementation, *tensors, num_components=num_components)
     if takes_kernel and not needs_gradients:
-        rows = u.reshape(-1, u.shape[-1]), from_context.flatten(0, -3)
+        rows = u.reshape(-1, u.shape[-1]), from_context.reshape(-1, *from_context.shape[-2:])
         return autoregressive_inverse_triton(*rows, network).reshape(u.shape)
 
     u, from_context, *weights = _cast(*tensors)
@@ -430,12 +432,8 @@ def linear_mixture_rosenblatt_log_prob(
 
 
 def _prepare_affine(implementation: str, **tensors: Tensor) -> list[Tensor]:
-    if implementation not in ("auto", "reference"):
-        raise ValueError(
-            f'The affine coupling has no kernels: implementation is "auto" or "reference", not {implementation!r}.'
-        )
-
     _check(**tensors)
+    _runs_on_triton(implementation, *tensors.values())  # for its errors only
     first, *parameters = _cast(*tensors.values())
 
     try:
