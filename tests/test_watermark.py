@@ -475,6 +475,6 @@ def test_a_model_whose_weights_are_not_finite_detects_nothing(model, text, part)
 
 
 def test_tokens_that_the_options_leave_out_are_no_fault(model, text):
-    """Of all 27 tokens one is kept, and the text is another."""
-    draws = read_evidence(model, text[:, :40], top_k=1)
-    assert (draws.variance == 1).any() and draws.mean.isfinite().all()
+    """One of all 27 tokens is kept, and the text is another."""
+    evidence = read_evidence(model, text[:, :40], top_k=1)
+    assert (evidence.variance == 1).any() and evidence.mean.isfinite().all()
