@@ -10,7 +10,7 @@ Four tables.
 1. Whole stacks, in every mode: with random weights where no checkpoint is given, whose flows are
    easier to invert in parallel than trained ones. `--patch_steps 0 --train_steps 0` leaves it at
    that.
-2. What patches cost in likelihood and gain in speed: the configuration with each patch size, with
+2. Patches, their cost in likelihood and their gain in speed: the configuration with each patch size, with
    and without a second decoder over the tokens of a patch (`patch_head_layers`), trained alike for
    `--patch_steps` on the Python documentation; the ELBO of held-out text in bits per character.
 3. Trained flows, one by one, in parallel and sequentially: of the checkpoint, or of a small Mix-1

@@ -1,7 +1,7 @@
 """Compare two checkpoints by the same noise: where their texts part, and how their scores differ.
 
 Common random numbers: both models write from the same noise and are scored with the same latent
-noise. What is left of the difference is the models', so that far fewer texts tell whether a
+noise. The difference that is left is the models', so that far fewer texts tell whether a
 quantisation, another dtype or an adapter has changed a model.
 
     python examples/compare.py runs/a/model runs/b/model

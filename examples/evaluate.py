@@ -9,8 +9,9 @@ The text is cut into sequences of the model's length, each scored on its own fro
 on; no window slides. For a TarFlowLM the figures are upper bounds: from the ELBO (1 sample), and
 from the tighter importance-weighted bound with more samples. `+-` is the standard error of nats per
 token over the sequences, which holds for text like this one. Words are what stands between spaces.
-With --num_flows the stack is cut after its first flows, a model of its own. What the JSON holds is
-said in `tarflow_hf.evaluation.Evaluation`. What a model generates: examples/evaluate_samples.py.
+With --num_flows the stack is cut after its first flows, a model of its own. The class
+`tarflow_hf.evaluation.Evaluation` documents the JSON. examples/evaluate_samples.py evaluates text
+that a model generates.
 """
 
 import argparse

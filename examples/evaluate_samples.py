@@ -10,8 +10,8 @@ Measured are generative perplexity, MAUVE, entropy and repetition.
 The defaults are the paper's: 5,000 samples of the model's length, read by GPT-2 large; MAUVE at
 scale 5, with as many sequences of the text. Samples are kept in --samples, and a run that was
 stopped goes on with them. Without a network the judge is a local folder. A judge needs
-`mauve-text`; without one, what it would say is not measured. What the JSON holds:
-`tarflow_hf.evaluation.SampleEvaluation`.
+`mauve-text`; without one, MAUVE is left out. The class
+`tarflow_hf.evaluation.SampleEvaluation` documents the JSON.
 """
 
 import argparse

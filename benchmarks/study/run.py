@@ -12,7 +12,7 @@
 
 The cases and their groups stand in `cases.py`. The same command goes on where it stopped: a
 finished run is a row of the output file and is not repeated, an unfinished one resumes from its
-newest checkpoint. What is equal is made so by the width of the feed-forward layers (within 3%, or
+newest checkpoint. Sizes are made equal by the width of the feed-forward layers (within 3%, or
 the run is refused). Every model takes the same number of steps on the same sequences in the same
 order; progressive training gives the first flow three fifths of them and shares the rest evenly.
 Test text is scored as `tarflow_hf.evaluation` says, by the ELBO and the importance-weighted bound,

@@ -96,7 +96,7 @@ def sample_discrete(
 
     Args:
         seed: The words of `seed_of`. All samples are drawn together from it.
-        options: Of the library's `generate`.
+        options: Options of the library's `generate`.
     """
     start = torch.full((num_samples, 1), model.config.bos_token_id, device=model.device)
     defaults = {"do_sample": True, "top_k": 0, "max_new_tokens": length}

@@ -70,9 +70,9 @@ def model_card(
             `date`, and any of METRICS, which become the table and the `model-index` (null: not
             known); `data` names the text, `versions` the libraries, `num_samples` the samples of
             the importance-weighted bound, `num_tokens` what was scored.
-        repo_id: Where it will be, for the code that shows how to use it.
+        repo_id: The model's name on the Hub, for the code that shows how to use it.
         description: A sentence on what this model is.
-        license: Of the weights, by the Hub's identifiers.
+        license: The licence of the weights, by the Hub's identifiers.
 
     Raises:
         ValueError: If the evaluation has no command or date, no known figure, or one that is not

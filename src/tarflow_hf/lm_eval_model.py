@@ -7,13 +7,13 @@ It is found by its own runner:
 or, in Python, after `import tarflow_hf.lm_eval_model`, by
 `lm_eval.simple_evaluate(model="tarflowlm", ...)`.
 
-What its numbers are:
+Its numbers:
 
 - `loglikelihood_rolling` (perplexity, bits per byte): a lower bound on the log-likelihood, so
   perplexities are upper bounds. A text longer than the model takes is cut into sequences, over
   whose cuts nothing reaches; no window slides.
 - `loglikelihood` (multiple choice, log-probabilities of answers) of a conditional model: a lower
-  bound on log p(answer | question), the one it was trained for. Of any other model it is a
+  bound on log p(answer | question), the one it was trained for. For any other model it is a
   DIFFERENCE OF TWO BOUNDS, bound(question, answer) - bound(question), which may lie on either side
   of the truth. The results' `config` says which of the two it was.
 - `generate_until`: what `generate` continues, with all it says of exactness. The noise of an

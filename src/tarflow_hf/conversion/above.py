@@ -13,7 +13,7 @@ from ..modeling.modeling_tarflowlm import FlowLayer, TarFlowLMModel
 def append_flow(model: TarFlowLMModel, flow: dict[str, Any]) -> TarFlowLMModel:
     """Puts another flow above the last one, in place, and returns the model.
 
-    What the model was stays: `num_flows` cuts the new flow off again. An affine flow begins as the
+    The model stays what it was: `num_flows` cuts the new flow off again. An affine flow begins as the
     identity, and a Mix-1 flow within hundredths of a nat a token of it, so that the likelihood
     stays; a Mix-d flow begins as a mixture that knows nothing. In a conditional model the new flow
     reads observed tokens as the first one does at that time.

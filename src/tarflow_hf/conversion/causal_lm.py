@@ -5,8 +5,8 @@ context, is a causal language model whose next-token probabilities are the mixtu
 
     log p(z) = sum_t log sum_k pi_k(z_<t) N(z_t; mu_k, sigma_k^2 I),   pi(z_<t) = p(. | x_<t)
 
-Where no two Gaussians of the codebook overlap, a latent says which token it stands for, and minus
-the ELBO is the source's cross-entropy. So the source's decoder, its tables and its output
+If no two Gaussians of the codebook overlap, a latent says which token it stands for, and minus the
+ELBO is the source's cross-entropy. So the source's decoder, its tables and its output
 projection become those of the flow, and the codebook is drawn.
 
 The first token follows a start vector: the source's embedding of its beginning-of-sequence token.
@@ -82,7 +82,7 @@ def from_causal_lm(
         posterior_top_k: See `TarFlowLMConfig`.
         conditional: Let the model be told some of the tokens. It is exact with none observed, and
             has to be trained before it fills gaps.
-        seed: Of the codebook.
+        seed: The seed of the codebook.
 
     Returns:
         The model in the source's dtype, with its codebook in float32, in evaluation mode. Tables

@@ -83,7 +83,7 @@ def load_corpus(source: str) -> dict[str, list[str]]:
     """The texts of the three splits: the sentences of "ptb:FOLDER", a text of "wikitext2:FOLDER".
 
     Sentences are those of Ziegler and Rush: each line stripped, kept if 1 to 288 characters are
-    left. Of the published files these are 41,740, 3,356 and 3,735.
+    left. In the published files these are 41,740, 3,356 and 3,735.
 
     Raises:
         FileNotFoundError: If a file is not there. The message says where the text is from.

@@ -118,8 +118,8 @@ def split_files(folder: Path, files: list[Path]) -> dict[str, list[str]]:
     """The texts of UTF-8 files in three splits. Each file is a document.
 
     A file belongs to the split that its name, or that of a folder over it, says ("train",
-    "validation", "test" and the like). Where there is no file for validation or test, it is held
-    out by `split_texts`.
+    "validation", "test" and the like). Without a file for validation or test, it is held out by
+    `split_texts`.
 
     Raises:
         ValueError: If a file is empty, binary or not UTF-8, or if files are named for some splits

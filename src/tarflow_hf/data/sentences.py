@@ -174,13 +174,13 @@ class SimilarLengths(Sampler[int]):
     """A random order, in which sequences of similar length share a batch: little of it is padding.
 
     The sequences are shuffled, those of every `BATCHES_SORTED` batches are sorted by length, and
-    the batches are shuffled. What is left behind the last whole batch comes last.
+    the batches are shuffled. The rest, too small for a batch, comes last.
 
     The library's `LengthGroupedSampler` keeps the order inside a group from long to short, and draws
     from a generator. This order follows from seed and epoch only, so that a resumed run has the same.
 
     Args:
-        lengths: Of the sequences, (n,).
+        lengths: The lengths of the sequences, (n,).
         batch_size: Sequences in a batch.
         seed: Decides the order, together with the epoch.
 

@@ -163,7 +163,7 @@ def _check_column(rows: Any, source: str, text_column: str) -> None:
 def _load_dataset(source: str, dataset_config: str | None, streaming: bool) -> dict[str, Any]:
     """The splits of a dataset; of a file of documents, "train".
 
-    Of files that can't be read, an error that names one.
+    The error about a file that can't be read names it.
     """
     try:
         from datasets import load_dataset

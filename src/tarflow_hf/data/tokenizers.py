@@ -54,7 +54,7 @@ def make_tokenizer(
         name: "text8" (27 characters), "ptb" (the 50 symbols of Penn Treebank), "words" (those of
             the source's training text), or any `AutoTokenizer`. None is that of the source: "ptb"
             of "ptb:FOLDER", "words" of "wikitext2:FOLDER", else "text8".
-        source, text_column: As of `load_splits`.
+        source, text_column: As `load_splits` takes them.
 
     Raises:
         FileNotFoundError: If the name is a path that leads nowhere.

@@ -4,7 +4,7 @@ There are two counts: the true one, and the paper's (its Figure 7).
 
 The true count is `cost.forward_flops`, of the model that a configuration makes, built without
 memory. The paper's is a formula for GPT-2's blocks. Both count a multiply-add as two, and neither
-counts norms, biases, activations, look-ups or the arithmetic of the couplings. What differs:
+counts norms, biases, activations, look-ups or the arithmetic of the couplings. The differences:
 
 - attention: the paper counts the products of queries and keys, and leaves out those with the
   values;

@@ -32,7 +32,7 @@ def load_judge(
 
     Args:
         name: A folder, or a repository of the Hub.
-        options: Of `from_pretrained`.
+        options: Options of `from_pretrained`.
 
     Raises:
         FileNotFoundError: If the name is a path that leads nowhere.
@@ -75,7 +75,7 @@ class Judge:
     Attributes:
         model, tokenizer: By `load_judge`.
         batch_size: Texts at once.
-        mauve_scale: Of `mauve_score`.
+        mauve_scale: The scale of `mauve_score`.
         progress: Shows a bar.
     """
 

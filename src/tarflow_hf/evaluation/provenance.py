@@ -53,7 +53,7 @@ class Provenance:
     data_sha256: str | None
 
     def to_json(self) -> str:
-        """One object, its keys the fields' names in their order. What is not a number is null."""
+        """One object, its keys the fields' names in their order. NaN and infinity are null."""
         return json.dumps(without_nan(asdict(self)), indent=2) + "\n"
 
     @classmethod
@@ -85,7 +85,7 @@ def provenance_of(
     Args:
         model: As loaded from the checkpoint.
         data: A file, or a name that `data.held_out_documents` takes, or None.
-        documents: What it returned for that name; of a file, not needed.
+        documents: The documents that it returned for that name; not needed for a file.
         command: Its words; those that this process was started with by default.
     """
     words = ["python", *sys.argv] if command is None else command

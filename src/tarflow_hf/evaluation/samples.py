@@ -95,9 +95,8 @@ def sample_to_file(
 ) -> list[Sample]:
     """Draws samples of equal length, and keeps them in a file.
 
-    The file has one JSON object a line; the first one says how the samples were drawn. Of samples
-    that the file holds already, only the missing ones are drawn. A line that was cut short is drawn
-    again.
+    The file has one JSON object a line; the first one says how the samples were drawn. Samples
+    that the file already holds are not drawn again, except a line that was cut short.
 
     No token ends a sample: in training, too, texts are cut from a stream of documents. Special
     tokens are left out of its `text`.
@@ -224,14 +223,15 @@ class SampleEvaluation(Provenance):
         num_samples, length, seed, generate_options: How the samples were drawn.
         judge: The model that read them, and the text. Null without one, as all that follows up to
             `mauve_scale`.
-        generative_perplexity: Of the samples; the exponential of `generative_nats_per_token`.
-        generative_nats_per_token, generative_standard_error: Of the samples, under the judge.
-        text_perplexity: Of the text, by the same judge.
-        mauve, mauve_scale: Of samples and text.
-        entropy, entropy_std, distinct_1, distinct_2, distinct_3, repetition_4: Of the samples, see
-            `TokenStatistics`; in the model's own tokens.
+        generative_perplexity: The perplexity of the samples; the exponential of `generative_nats_per_token`.
+        generative_nats_per_token, generative_standard_error: The samples' nats per token under
+            the judge, and their standard error.
+        text_perplexity: The perplexity of the text, by the same judge.
+        mauve, mauve_scale: MAUVE of samples and text, and its scale.
+        entropy, entropy_std, distinct_1, distinct_2, distinct_3, repetition_4: Statistics of the
+            samples in the model's own tokens, see `TokenStatistics`.
         text_entropy, text_entropy_std, text_distinct_1, text_distinct_2, text_distinct_3,
-            text_repetition_4: The same of the text.
+            text_repetition_4: The same statistics of the text.
         warnings: See `warnings_of`.
     """
 

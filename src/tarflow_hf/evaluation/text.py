@@ -22,9 +22,9 @@ class Evaluation(Provenance):
     Attributes:
         num_tokens, num_sequences: The numbers that were scored.
         sequence_length: The longest sequence, in tokens.
-        characters_per_token: Of the whole text. Bits per token are divided by it.
-        tokens_per_word: Of the whole text. A word is what stands between spaces.
-        seed: Of the latents.
+        characters_per_token: The mean over the whole text. Bits per token are divided by it.
+        tokens_per_word: The mean over the whole text. A word is what stands between spaces.
+        seed: The seed of the latents.
         num_flows: The flows after which the stack was cut. Null for all of them, and for a discrete
             model.
         num_samples: S of the importance-weighted bound. Null for a discrete model, whose figures
@@ -32,7 +32,7 @@ class Evaluation(Provenance):
         is_upper_bound: True for a TarFlowLM: the figures that follow, up to `perplexity_per_word`,
             are at least the true ones.
         nats_per_token: The importance-weighted bound, or exact.
-        standard_error: Of `nats_per_token`, over the sequences. Those of `bits_per_token` and
+        standard_error: The standard error of `nats_per_token`, over the sequences. Those of `bits_per_token` and
             `bits_per_character` follow in proportion.
         bits_per_token, bits_per_character, perplexity, perplexity_per_word: The same likelihood in
             other units.
@@ -41,7 +41,8 @@ class Evaluation(Provenance):
         reconstruction_accuracy, reconstruction_standard_error: See `Reconstruction`.
         num_text_tokens, num_used_tokens: See `Reconstruction`.
         codebook_entries, codebook_latent_size: K and d.
-        codebook_scale_min, codebook_scale_mean, codebook_scale_max: Of the standard deviations.
+        codebook_scale_min, codebook_scale_mean, codebook_scale_max: The smallest, mean and
+            largest standard deviation.
         codebook_nearest_distance_min, codebook_nearest_distance_median: See `nearest_distances`.
     """
 

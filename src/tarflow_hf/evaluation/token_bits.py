@@ -27,7 +27,7 @@ def token_bits(
                 - sum_(tokens t of n) log sum_k N(z_t; mean_k, scale_k^2) ],
 
     and a token's share of it is the last term of its own, and an equal part of the others of its
-    patch. What that says of the token depends on the directions of the flows: see `what_bits_mean`.
+    patch. Its meaning depends on the directions of the flows: see `what_bits_mean`.
 
     Args:
         model: In evaluation mode.

@@ -33,7 +33,7 @@ def check_decoders(decoders: Sequence[PreTrainedModel], longest: int) -> None:
     partitioned) are passed over.
 
     Args:
-        decoders: Of a stack of flows.
+        decoders: The decoders of a stack of flows.
         longest: The most slots that they are run on.
     """
     for decoder in decoders:

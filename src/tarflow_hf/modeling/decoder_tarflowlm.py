@@ -146,7 +146,7 @@ def run_decoder(
 class InputEmbedding(nn.Module):
     """The inputs (B, n, w) of a flow's decoder on their way to it.
 
-    What the library hooks onto a model's token embeddings acts here: NEFTune's noise falls on what
+    Hooks of the library on a model's token embeddings act here: NEFTune's noise falls on what
     is read, and not on the latents that are scored.
 
     References:

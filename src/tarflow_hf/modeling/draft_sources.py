@@ -98,15 +98,15 @@ def _num_matching(text: list[int], draft: list[int], most: int = MAX_MATCHING) -
 class Assistant:
     """The tokens that a smaller model says, given the same noise.
 
-    Both models' tokens are functions of the noise. Where their mixture weights are alike, so are
-    the tokens, at any temperature. (Independent samples of two models agree with probability
+    Both models' tokens are functions of the noise. If their mixture weights are similar, they pick
+    the same tokens, at any temperature. (Independent samples of two models agree with probability
     sum_k p_k q_k only, even if p = q.) The assistant gives the weights; noise, codebook and coupling
     are the model's own. So any model with logits of the next token will do.
 
     Args:
         assistant: A causal language model of the library.
         num_tokens: It says at most so many at a time.
-        cost: Of a token of the assistant, in steps of the model.
+        cost: The time of a token of the assistant, in steps of the model.
         start_token_id: Stands before each text, if given.
         warpers: Processes logits (n, V) as those of the model are.
         is_coupled: False to take the most likely tokens, where the model's first flow is no mixture

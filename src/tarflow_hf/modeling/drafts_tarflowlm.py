@@ -6,10 +6,10 @@ guess of what comes next is right if and only if the inverse, run behind that gu
     h_n = inverse(u_n; context(h_0, ..., h_(n-1)))
 
 The guess of a state is the mean of its token's Gaussian. The decoder reads a state as the average
-of embeddings under p(token | state). Where the codebook does not overlap this average is the
+of embeddings under p(token | state). If the codebook does not overlap, this average is the
 token's own embedding to within rounding, at its mean as at any state of that token. So one pass
 over a run of guesses gives the very states that position after position would give, as long as
-tokens agree. What is compared is the decoder's input itself: a guess counts if the state found in
+tokens agree. The decoder's inputs themselves are compared: a guess counts if the state found in
 its place is read as the guess was, to within rounding. With a codebook that overlaps it is not; the
 states found are the next pass's guess then, as in the parallel form of `inversion_tarflowlm.py`,
 and count once they are read as they were.
@@ -63,9 +63,8 @@ class DraftLength:
     Times are in steps, passes over one position. A pass over m + 1 positions takes `seconds(m)` of
     them, a rough model. With the probabilities p_1, p_2, ... that a guess is right when those before
     it are, it completes 1 + p_1 + p_1 p_2 + ... positions; m maximises their number per time. Each
-    p is counted for guesses of one sureness, old counts fading; a lookup is surer of each next
-    token, as one more was found before it. What a lookup guesses is counted also where no pass
-    takes it along, for it costs nothing.
+    p is counted separately for each sureness, and old counts fade. A lookup is surer of a token the
+    more tokens before it were found. Its guesses are counted even if no pass verifies them.
 
     Losses come out of an allowance: 2% of a step for each position, and what earlier drafts gained.
     A pass whose guesses may all be wrong is taken only if that pays for it. So by this model text
@@ -75,7 +74,7 @@ class DraftLength:
     Args:
         batch_size: Number of sequences that go in step.
         device: The kind of device that runs the model.
-        cost: Of a draft token, in steps.
+        cost: The time of a draft token, in steps.
     """
 
     ALLOWANCE = 0.02
@@ -190,7 +189,7 @@ class Drafts:
     """Inverts the first flow as `invert_sequentially` does, verifying guesses on the way.
 
     Args:
-        source: Where guesses come from.
+        source: The source of the guesses.
         writer: The tokens so far. It takes each position as it becomes final.
         length: How many guesses a pass takes along; by default as many as there are.
     """
@@ -369,7 +368,7 @@ class Drafts:
         have read the guess instead were misled: then it ends there.
 
         Returns:
-            Where it ended, and True if all texts did.
+            The place at which it ended, and True if all texts did.
         """
         writer = self.writer
         for n in range(first, first + num_right + 1):
@@ -467,7 +466,7 @@ class _Reader:
 
         Args:
             states: Those found, (B, m + 1, D).
-            guess: Of the first m of them.
+            guess: The guesses for the first m of them.
             num_right: The number of those that counted.
             is_waited_for: The texts (B,) whose tokens are compared.
         """

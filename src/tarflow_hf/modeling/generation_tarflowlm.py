@@ -101,7 +101,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             inputs (`torch.LongTensor` of shape (B, n), *optional*): Prompt, or text with gaps, also
                 accepted as `input_ids`.
             attention_mask (`torch.Tensor` of shape (B, n), *optional*): 0 where that has padding,
-                on either side. What is returned has it there, too, before the new tokens.
+                on either side. The returned tokens have it there, too.
             generation_config ([`GenerationConfig`], *optional*): Options; those given as keywords
                 win.
             streamer (*optional*): Receives the prompt, then tokens as the first flow completes
@@ -146,8 +146,9 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
                 noise enters the last flow alone, so [1, ..., 1, t] is what `temperature=t` is (the
                 two multiply); the others scale the states in between, which the flows behind have
                 just made.
-            mixture_temperature (`float`): Of the mixture weights of every "mixture_rosenblatt"
-                flow, which become proportional to their power 1 / mixture_temperature. In a flow
+            mixture_temperature (`float`): The temperature of the mixture weights of every
+                "mixture_rosenblatt" flow: they become proportional to their power
+                1 / mixture_temperature. In a flow
                 with the encoder's codebook these are the probabilities of the tokens.
             top_k (`int`), top_p (`float`): In every such flow, only the k components of the largest
                 weights, or the fewest that together have the weight p; after the temperature, as in

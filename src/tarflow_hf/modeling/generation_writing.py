@@ -132,7 +132,7 @@ class TokenWriter:
         """The logits of the next token, processed by what each sequence has before it.
 
         Args:
-            logits: Of the next token (B, V), or with guesses of the next m - 1 tokens those of the
+            logits: The logits of the next token (B, V), or with guesses of the next m - 1 tokens those of the
                 next m, (B m, V).
         """
         by_token = logits.unflatten(0, (len(self.tokens), -1))
@@ -197,7 +197,7 @@ def guess_shower(
     Args:
         text: The text of one sequence.
         most_likely: Latents (1, n, d) of the pieces to tokens (1, n).
-        streamer: Where they go; may be None.
+        streamer: Receives them; may be None.
         writer: Writes tokens to the streamer as they become final, if given.
     """
     if not hasattr(streamer, "put_draft"):

@@ -5,7 +5,7 @@
 Sequentially that is N steps with a key-value cache. In parallel it is a fixed point, solved for
 many positions at once (Jacobi's method): from a guess of all states, recompute all of them, again
 and again. After k iterations at least the first k states are those of the sequential inverse,
-whatever the flow is. Where a state depends little on those before it, far more are.
+whatever the flow is. If states depend little on those before them, far more are.
 
 Everything here is in the flow's own order, slot by slot. Three methods of a `FlowLayer` are used:
 `inputs` (the decoder's inputs; slot s predicts position s and reads the state at s - 1), `context`
@@ -295,7 +295,7 @@ def invert(
         flow: The `FlowLayer`.
         u: Its output.
         codebook: The encoder's.
-        observed: What the decoder of a conditional model is told beforehand.
+        observed: The inputs that tell a conditional model's decoder what is observed.
         known: States that are held fixed.
         options: Those of this flow, with one method. `on_position` is called with each new state
             (B, 1, D), in order, but not with those at the beginning that are known to all

@@ -50,7 +50,7 @@ class NoiseMixin(GenerationMixin):
         """A draw of the noise that made a text: u with `generate(noise=u)` equal to the text.
 
         The latents are drawn from the encoder's q(z | x), given that each decodes to its token, and
-        flow forward to the noise, u = f(z). Where the codebook does not overlap that is q(z | x)
+        flow forward to the noise, u = f(z). If the codebook does not overlap, that is q(z | x)
         itself. The draw is then replayed: what comes back has been seen to give the text again, in
         the model's own precision. A latent so close to the edge of its token's region that rounding
         moves it over is drawn again.
@@ -218,7 +218,7 @@ def sample_decoded(
 ) -> Tensor:
     """Samples of q(z | x), given that x is the most likely token under p(x | z).
 
-    By rejection. Where a thousand draws fail, the latent is drawn nearer to the token's mean.
+    Rejection sampling. After a thousand failed draws the latent is drawn nearer to the token's mean.
 
     Args:
         codebook: The encoder's.

@@ -160,7 +160,7 @@ def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
 def _is_close(means: Tensor, index: Tensor, spacing: float) -> Tensor:
     """True for each of the means at the (sorted) index that has another within the spacing.
 
-    Of two that are both at the index only the later one counts.
+    If both of a pair are at the index, only the later one counts.
     """
     is_other = torch.ones(len(means), dtype=torch.bool)
     is_other[index] = False

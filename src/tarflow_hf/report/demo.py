@@ -90,7 +90,7 @@ def settle(
 ) -> Iterator[str]:
     """The text of `write` as it settles, and then its answer.
 
-    What is certain has the page's colour, the model's guess of the rest is grey. Of several
+    Certain text has the page's colour, the model's guess of the rest is grey. With several
     candidates (`num_candidates`) only the answer is given. Parts behind the first that nobody has
     waited for are left out.
 

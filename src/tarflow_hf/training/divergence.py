@@ -19,10 +19,10 @@ class FirstFault:
 
     A step computes the latents, the output of one flow after the other, and the loss; then the
     gradients of the flows, from the last one back, and of the codebook (of a discrete model: the
-    loss, then the gradients). What comes behind a fault is not finite either, and with the
-    optimiser's step neither are the weights: so only the first one tells.
+    loss, then the gradients). Everything behind a fault is not finite either, and after the
+    optimiser's step nor are the weights: only the first one tells.
 
-    Of each part of a step call `see_loss`, behind the last part's backward pass `see_gradients`,
+    Call `see_loss` for each part of a step, `see_gradients` behind the last part's backward pass,
     then `end_step`.
     """
 

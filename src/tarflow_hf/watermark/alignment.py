@@ -101,8 +101,8 @@ class Alignment:
     def log_ratio(self, noise: Tensor) -> Tensor:
         """log E of keys, (num_keys,) in nats, of their noise (num_keys, num_streams, num_places, d).
 
-        Of a key's streams the first counts, and that of the others which fits best in some stretch
-        of text. To leave the others out makes E smaller only.
+        The first stream of a key counts, and the one of the others that fits some stretch of text
+        best. Leaving out the rest only makes E smaller.
         """
         num_keys, num_streams = noise.shape[:2]
         weight = 1 / (torch.arange(num_streams) + 1.0)

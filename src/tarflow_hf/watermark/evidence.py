@@ -203,7 +203,7 @@ def predict(draws: Tensor, worths: tuple[float, ...] = WORTHS) -> tuple[Tensor, 
     """The mean and the variance of the next draw, given some draws (S, ...) of each number.
 
     A number has the variance v around a mean m ~ N(0, 1 - v) of its own, so that it is N(0, 1) on
-    the whole. Of v a grid is taken: half of the weight is on v = 1, a number that the text says
+    the whole. v is taken from a grid: half of the weight is on v = 1, a number that the text says
     nothing about. The mean of S draws is off by v / (S w), where a stratified draw is worth w
     independent ones; w is the one of `worths` under which all the draws together are the likeliest.
 
