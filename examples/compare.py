@@ -12,7 +12,7 @@ quantisation, another dtype or an adapter has changed a model.
 
 Scores are bits a token by the evidence bound, of B minus A: on one's own text, or on what A wrote.
 The standard error is over texts. The unpaired one is that of two runs with noise and texts of their
-own; its square over the paired one's is the number of times as many texts that would take.
+own; (unpaired / paired)^2 is how many times as many texts that would need.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Train a TarFlowLM, or the discrete transformer beside it.
+"""Train a TarFlowLM, or a discrete transformer to compare it with.
 
     python examples/train.py                                    # the demo: five to ten minutes on two CPU cores
     python examples/train.py --recipe demo_ar                   # the discrete baseline, same data

@@ -23,8 +23,8 @@ def generation_config_of(source: PreTrainedModel) -> GenerationConfig:
     """The source's generation config, as far as a flow's `generate` has its options.
 
     The source's temperature is that of the next token's distribution, so it becomes
-    `mixture_temperature`. Options of sampling come along only if the source samples: there is no
-    greedy choice here.
+    `mixture_temperature`. Options of sampling are taken over only if the source samples. A converted
+    model always samples by default; `top_k=1` makes it greedy.
     """
     theirs = source.generation_config
     options = {name: getattr(theirs, name, None) for name in SHARED_OPTIONS}

@@ -74,7 +74,7 @@ class Comparison:
     def unpaired_standard_error(self) -> float:
         """The standard error of two runs with noise and texts of their own.
 
-        Its square over that of `standard_error` is the number of times as many texts that they would take.
+        (this / `standard_error`)^2 is how many times as many texts they would need.
         """
         a, b = self.scores
         return ((a.var() + b.var()) / len(a)).sqrt().item()
@@ -133,7 +133,7 @@ def compare(
 
     def write(model: TarFlowLMModel) -> Tensor:
         parts = noise.split(batch_size)
-        return torch.cat([model.generate(noise=part, eos_token_id=-1) for part in parts])
+        return torch.cat([model.generate(noise=part) for part in parts])
 
     written = write(a), write(b)
     scored = written[0] if texts is None else texts

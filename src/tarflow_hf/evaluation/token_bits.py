@@ -36,8 +36,8 @@ def token_bits(
         generator: Source of their noise.
 
     Returns:
-        Bits (B, T), minus the shares: few for what the model expects. Those of densities, so they
-            may be negative.
+        Bits (B, T), minus the shares. They are small for expected tokens, and may be negative,
+            because they come from densities.
 
     Raises:
         ValueError: num_samples is below 1, or the ids are none that the model takes.
@@ -89,7 +89,7 @@ def _terms_of_flows(model: TarFlowLMModel) -> Iterator[list[Tensor]]:
 
 
 def what_bits_mean(model: TarFlowLMModel) -> str:
-    """The sentence that belongs beside the numbers of `token_bits`."""
+    """Returns the sentence that explains the numbers of `token_bits`."""
     patch_size = model.config.patch_size
     unit = "token" if patch_size == 1 else "patch"
 

@@ -3,11 +3,12 @@
     states = model.generate(output_states=True).states  # or those of `model.flow`
     print(passes_text(find_passes(model, states), tokenizer))  # or `passes_page`, in HTML
 
-`draw_passes` makes the states itself, those of a sample or of a text. `few_changes` says so in a
-sentence where the passes hardly differ.
+`draw_passes` makes the states itself, those of a sample or of a text. `few_changes` is a sentence
+for passes that hardly differ.
 
 References:
-    "Transformer Autoregressive Flows for Language Modeling", arXiv 2507.00425, Figure 6.
+    Zhang et al., *Flexible Language Modeling in Continuous Space with Transformer-based
+    Autoregressive Flows*, NeurIPS 2025, arXiv:2507.00425, Figure 6.
 """
 
 from collections.abc import Sequence
