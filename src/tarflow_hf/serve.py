@@ -30,6 +30,7 @@ from transformers.cli.serving.utils import BaseHandler, GenerateManager, Generat
 
 from .data import token_ids
 from .hub import check_checkpoint
+from .modeling.generation_checks import check_options
 from .modeling.generation_options import GenerationOptions
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
@@ -136,7 +137,7 @@ class _Checked(BaseHandler):
         try:
             given = {"tokenizer": tokenizer}
             options = GenerationOptions.resolve(given, config, model.generation_config)
-            model._check_options(options, None, None)
+            check_options(options, model)
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
 

@@ -233,7 +233,7 @@ def test_a_gap_at_the_end_is_a_prompt(name, patch_size):
 
 
 def test_what_is_approximate_is_said_once(monkeypatch):
-    from tarflow_hf.modeling.generation_tarflowlm import logger
+    from tarflow_hf.modeling.generation_checks import logger
 
     warnings = []
     monkeypatch.setattr(logger, "warning_once", warnings.append)

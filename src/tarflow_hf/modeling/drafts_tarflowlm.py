@@ -401,9 +401,7 @@ def check_drafts(options: GenerationOptions, config: PreTrainedConfig) -> None:
             f"synced_gpus needs as many passes on every GPU, but with {names} their number depends on the text."
         )
 
-    methods = options.inverse_method
-    method = methods if isinstance(methods, str) else next(iter(methods), "auto")
-    if method == "parallel" or options.capture_step:
+    if options.first_inverse_method == "parallel" or options.capture_step:
         raise ValueError(
             f"{names} invert the first flow in a way of their own: leave out capture_step, and "
             'inverse_method="parallel" of the first flow.'

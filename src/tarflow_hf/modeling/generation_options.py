@@ -300,6 +300,12 @@ class GenerationOptions:
         return self.output_states or self.output_inverse_report or self.return_dict_in_generate
 
     @property
+    def first_inverse_method(self) -> str:
+        """The method of the flow next to the data; "auto" if it is left open."""
+        methods = self.inverse_method
+        return methods if isinstance(methods, str) else next(iter(methods), "auto")
+
+    @property
     def draft_options(self) -> list[str]:
         """The names of the options that guess tokens ahead."""
         names = ["prompt_lookup_num_tokens"] if self.prompt_lookup_num_tokens else []
@@ -411,13 +417,13 @@ def beside_noise(
     Raises:
         ValueError: If an option contradicts the noise.
     """
-    said = {
+    expected = {
         "max_new_tokens": num_tokens - num_prompt_tokens,
         "max_length": num_tokens,
         "temperature": 1,
         "do_sample": True,
     }
-    for name, value in said.items():
+    for name, value in expected.items():
         if given.get(name) is not None and given[name] != value:
             raise ValueError(
                 f"noise is given, and with it {name} is {value}: leave out {name}={given[name]!r}."

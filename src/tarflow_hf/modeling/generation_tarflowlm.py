@@ -5,40 +5,46 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.generation import (
     GenerationConfig,
     GenerationMixin,
     StoppingCriteriaList,
 )
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
-from .checks_tarflowlm import (
-    check_generator,
-    check_ids,
-    check_is_tensor,
-    check_num_flows,
-    check_positions,
-    is_integer,
-)
+from .checks_tarflowlm import check_generator
 from .codebook_kept import unchanged
-from .drafts_tarflowlm import check_drafts, make_drafts
+from .drafts_tarflowlm import make_drafts
+from .generation_checks import (
+    check_directions,
+    check_infill,
+    check_options,
+    check_sources,
+    check_states,
+    check_text,
+    check_weights,
+)
+from .generation_layout import Prompt, Text, lay_out, read_prompt
 from .generation_options import GenerationOptions, beside_noise
 from .generation_writing import (
     ChooseTokens,
     RowGroup,
-    Text,
     TextEnds,
     TokenWriter,
     guess_shower,
 )
-from .inversion_tarflowlm import InverseReport, check_finite, evaluating
-from .noise_tarflowlm import NoiseMixin, Said, Watermark, check_watermark, keyed_noise, most_likely
+from .inversion_tarflowlm import InverseReport, evaluating
+from .noise_tarflowlm import (
+    NoiseMixin,
+    Replay,
+    Watermark,
+    check_watermark,
+    keyed_noise,
+    most_likely,
+)
 from .outputs_tarflowlm import FlowOutput
-from .slots_tarflowlm import Pieces, take
-
-logger = logging.get_logger(__name__)
+from .slots_tarflowlm import take
 
 
 @dataclass
@@ -211,32 +217,33 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         """
         # 1. What is asked for.
         check_generator(generator)
-        is_infill = infill_mask is not None
-        prompt, is_real, infill_mask = self._read_prompt(inputs, noise, infill_mask, kwargs)
+        prompt = read_prompt(inputs, noise, infill_mask, kwargs, self.config, self._home)
         options = self._resolve_options(kwargs, generation_config, noise, prompt)
         check_watermark(watermark, noise, options)
-        self._check_options(options, noise, streamer)
-        self._check_weights(options.num_flows)
-        if is_infill:
-            self._check_infill(prompt, is_real, infill_mask, kwargs)
+        check_options(options, self)
+        check_sources(options, noise, streamer)
+        check_weights(self.flow, options.num_flows)
+        if prompt.is_infill:
+            check_infill(prompt, kwargs, self.config.patch_size)
 
         # 2. Where tokens are known, and where new ones go.
-        text = self._lay_out(prompt, is_real, infill_mask, noise, options, is_infill)
-        self._check_text(text, options, streamer)
+        text = lay_out(prompt, noise, options, self.config, self._home)
+        check_text(text, options, streamer, self._runs_in_order)
 
         # 3. The noise, and what decides between tokens.
-        given, noise = noise, self._draw_noise(text, noise, options, generator, watermark)
+        is_given = noise is not None
+        noise = self._draw_noise(text, noise, options, generator, watermark)
         choose_tokens = self._token_choice(text, options, generator)
 
-        # 4. What is known conditions the flows, as far as the noise does not say it by itself.
-        said = None if given is None else self._say(text, noise, choose_tokens, options)
-        known = self._condition(text, noise, options, said)
+        # 4. Known tokens condition the flows, unless given noise writes them by itself.
+        replay = self._replay(text, noise, choose_tokens, options) if is_given else None
+        known = self._condition(text, noise, options, replay)
 
         # 5. The inverse of the flows, from the last to the first.
         ends = self._text_ends(text, options)
-        writer = self._writer(text, options, choose_tokens, ends, streamer, said)
-        flow = self._flow_back(text, noise, known, options, said, writer, streamer)
-        self._check_states(flow.states)
+        writer = self._writer(text, options, choose_tokens, ends, streamer, replay)
+        flow = self._flow_back(text, noise, known, options, replay, writer, streamer)
+        check_states(flow.states, self.config)
         states = tuple(map(text.pieces.scatter, flow.states))
 
         # 6. Latents to tokens.
@@ -245,15 +252,14 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         per_forward = self._tokens_per_forward(text, is_kept, ends, flow.inverse_reports[0])
 
         # 7. The best of several candidates.
-        elbo = None
+        elbo, is_new = None, text.is_new
         if options.num_candidates > 1:
             elbo, best = self._choose_best(text, tokens, known, options, generator)
-            text.select(best)
-            tokens, is_kept, states = _take_rows(best, tokens, is_kept, states)
+            tokens, is_new, is_kept, *states = _take_rows(best, tokens, is_new, is_kept, *states)
             per_forward = per_forward[best]
 
         # 8. Padding behind the end of a sequence.
-        sequences = tokens if is_kept is None else self._pad(text, tokens, is_kept, options)
+        sequences = _pad(tokens, is_new, is_kept, text.first_new, options)
         if streamer is not None:
             is_written = writer is not None and writer.streamer is not None
             _end_stream(streamer, sequences[:, text.first_new :], is_written)
@@ -265,7 +271,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             sequences=sequences,
             latents=states[0],
             noise=states[-1],
-            states=states if options.output_states else None,
+            states=tuple(states) if options.output_states else None,
             inverse_reports=flow.inverse_reports if options.output_inverse_report else None,
             elbo=elbo,
             tokens_per_forward=per_forward,
@@ -276,143 +282,18 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         """The device of the work. Offloaded weights are on the meta device; hooks bring inputs."""
         return torch.device("cpu") if self.device.type == "meta" else self.device
 
-    def _read_prompt(
-        self,
-        inputs: Tensor | None,
-        noise: Tensor | None,
-        infill_mask: Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Takes the prompt (B, n) out of the arguments, where it is real, and where it has gaps.
-
-        None is (B, 0). Noise (B, T, d) with a mask (B, T) and nothing else is all gap.
-        """
-        input_ids = kwargs.pop("input_ids", None)
-        if input_ids is not None and inputs is not None:
-            raise ValueError("Give the prompt as inputs or as input_ids, not as both.")
-
-        prompt = inputs if input_ids is None else input_ids
-        attention_mask = kwargs.pop("attention_mask", None)
-        position_ids = kwargs.pop("position_ids", None)
-        given = {"inputs": prompt, "attention_mask": attention_mask}
-        for name, value in (given | {"noise": noise, "infill_mask": infill_mask}).items():
-            if value is not None:
-                check_is_tensor(name, value)
-
-        if prompt is not None and prompt.ndim == 2 and prompt.shape[1] == 0:
-            prompt = prompt.long()  # a tokenizer makes numbers of an empty text
-        if prompt is None and noise is not None and attention_mask is not None:
-            prompt = attention_mask.new_full(noise.shape[:2], self.config.pad_token_id or 0).long()
-            infill_mask = torch.ones_like(prompt)
-
-        if attention_mask is not None and (prompt is None or attention_mask.shape != prompt.shape):
-            shape = None if prompt is None else tuple(prompt.shape)
-            raise ValueError(
-                f"attention_mask must have the shape of the prompt: {tuple(attention_mask.shape)}, {shape}."
-            )
-        if prompt is not None and (prompt.ndim != 2 or not is_integer(prompt)):
-            raise ValueError(
-                f"The prompt must be integers of shape (B, n): {prompt.dtype}, {tuple(prompt.shape)}."
-            )
-        if prompt is not None:
-            check_positions(position_ids, prompt, attention_mask)
-        if noise is not None and noise.ndim != 3:
-            raise ValueError(f"noise must have shape (B, T, d), not {tuple(noise.shape)}.")
-
-        if prompt is None:
-            batch_size = 1 if noise is None else len(noise)
-            prompt = torch.empty(batch_size, 0, dtype=torch.long, device=self._home)
-
-        prompt = prompt.long()
-        if attention_mask is None:
-            return prompt, torch.ones_like(prompt, dtype=torch.bool), infill_mask
-
-        return prompt, attention_mask != 0, infill_mask
-
     def _resolve_options(
         self,
         kwargs: dict[str, Any],
         config: GenerationConfig | None,
         noise: Tensor | None,
-        prompt: Tensor,
+        prompt: Prompt,
     ) -> GenerationOptions:
         if noise is not None:
-            kwargs = beside_noise(kwargs, config, noise.shape[1], prompt.shape[1])
+            num_prompt = 0 if prompt.is_gap is not None else prompt.ids.shape[1]
+            kwargs = beside_noise(kwargs, config, noise.shape[1], num_prompt)
 
         return GenerationOptions.resolve(kwargs, config, self.generation_config)
-
-    def _check_options(self, options: GenerationOptions, noise: Tensor | None, streamer) -> None:
-        """Raises a ValueError where options contradict this model, the noise or a streamer."""
-        check_num_flows(options.num_flows, len(self.flow.layers))
-        layers = self.flow.layers[: options.num_flows]
-        takes_processor = any(layer.head.takes_logits_processor for layer in layers)
-        couplings = [flow["coupling"] for flow in self.config.flows[: options.num_flows]]
-        if options.warpers() is not None and not takes_processor:
-            raise ValueError(
-                f"mixture_temperature, top_k and top_p (min_p, typical_p, epsilon_cutoff, eta_cutoff) steer "
-                f"mixture_rosenblatt flows, but the flows are {couplings}."
-            )
-
-        first = self.config.flows[0]
-        if options.logits_options and not self.config.has_token_logits:
-            raise ValueError(
-                f"{', '.join(options.logits_options)} process the logits of the next token. They need a first flow "
-                "that has them: mixture_rosenblatt with the encoder's codebook, left to right, patch_size 1. The first "
-                f"flow is {first['coupling']}, {first['direction']}, and patch_size is {self.config.patch_size}."
-            )
-
-        if options.draft_options:
-            check_drafts(options, self.config)
-
-        if streamer is not None and not hasattr(streamer, "put"):
-            raise ValueError(f"streamer must have the methods put and end, not be {streamer!r}.")
-
-        num_candidates = options.num_candidates
-        if num_candidates > 1 and noise is not None:
-            raise ValueError(
-                f"noise already is that of one candidate: leave out num_candidates={num_candidates}."
-            )
-        if num_candidates > 1 and streamer is not None:
-            raise ValueError(
-                f"A streamer cannot wait for the best of num_candidates={num_candidates}."
-            )
-        if noise is not None and options.num_return_sequences != 1:
-            raise ValueError(
-                "noise already says how many sequences there are: leave out num_return_sequences."
-            )
-
-    def _lay_out(
-        self,
-        prompt: Tensor,
-        is_real: Tensor,
-        infill_mask: Tensor | None,
-        noise: Tensor | None,
-        options: GenerationOptions,
-        is_infill: bool,
-    ) -> Text:
-        """The text of each sequence to write, with known tokens and room for new ones."""
-        is_known = is_real if infill_mask is None else is_real & (infill_mask == 0)
-        if noise is None:
-            num_copies = options.num_return_sequences * options.num_candidates
-            prompt, is_real, is_known = (
-                x.repeat_interleave(num_copies, 0) for x in (prompt, is_real, is_known)
-            )
-
-        num_new = 0
-        if infill_mask is None:
-            num_new = self._length(is_real, noise, options) - prompt.shape[1]
-
-        tokens = F.pad(prompt, (0, num_new))
-        is_real = F.pad(is_real, (0, num_new), value=True)
-        is_known = F.pad(is_known, (0, num_new), value=False)
-        is_new = is_real & ~is_known
-
-        home = self._home
-        pieces = Pieces(is_real.to(home))
-        ids, is_known, is_real = (pieces.gather(x.to(home)) for x in (tokens, is_known, is_real))
-        ids = check_ids(ids.masked_fill(~is_known, 0), self.config)
-        first_new = int(is_new.any(0).int().argmax()) if bool(is_new.any()) else tokens.shape[1]
-        return Text(tokens, is_new, first_new, pieces, ids, is_known, is_real, is_infill)
 
     def _draw_noise(
         self,
@@ -444,11 +325,47 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
 
         return text.pieces.gather(noise.to(self._home))
 
+    def _replay(
+        self, text: Text, noise: Tensor, choose_tokens: ChooseTokens, options: GenerationOptions
+    ) -> Replay | None:
+        """The sequences that the noise (B, n, d) of the pieces writes without any known token.
+
+        The inverse stops as soon as every sequence with a known token has differed from it. None if
+        nothing is known, or if the logits are processed, which depends on the known tokens.
+        """
+        if not bool(text.is_known.any()) or options.logits_options:
+            return None
+
+        tokens = torch.full_like(text.ids, -1)
+        has_known = text.is_known.any(-1)
+        num_read, has_stopped = 0, False
+
+        def read(latents: Tensor) -> bool:
+            nonlocal num_read, has_stopped
+            places = torch.arange(num_read, num_read + latents.shape[1], device=latents.device)
+            tokens[:, places] = choose_tokens(latents, places.expand(len(latents), -1), None)
+            num_read += latents.shape[1]
+            differs = (tokens != text.ids)[:, :num_read] & text.is_known[:, :num_read]
+            has_stopped = bool((differs.any(-1) | ~has_known).all())
+            return has_stopped
+
+        on_position = read if self._runs_in_order else None
+        flow = self._invert_flows(text, noise, {}, options, on_position=on_position)
+        if on_position is None:
+            places = torch.arange(text.ids.shape[1], device=noise.device)
+            tokens = choose_tokens(flow.latents, places.expand(len(noise), -1), None)
+
+        agrees = ((tokens == text.ids) | ~text.is_known).long().cumprod(-1).bool()
+        agrees_wholly = agrees.all(-1) & (not has_stopped)
+        return Replay(flow, agrees & text.is_known, agrees_wholly)
+
     def _condition(
-        self, text: Text, noise: Tensor, options: GenerationOptions, said: Said | None
+        self, text: Text, noise: Tensor, options: GenerationOptions, replay: Replay | None
     ) -> dict[str, Tensor]:
         """The arguments by which the flows are told what is known."""
-        if not bool(text.is_known.any()) or (said is not None and bool(said.is_whole.all())):
+        if not bool(text.is_known.any()) or (
+            replay is not None and bool(replay.agrees_wholly.all())
+        ):
             return {}
 
         by_patch = text.is_known.unflatten(1, (-1, self.config.patch_size))
@@ -460,36 +377,12 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         if self.config.conditional:
             return {"observed_ids": text.ids, "observed_mask": text.is_known}
 
-        self._check_directions(text, options.num_flows)
+        check_directions(text, self.config, options.num_flows)
         latents = self.encode(text.ids, noise=noise)
-        if said is not None:
-            latents = torch.where(said.is_said.unsqueeze(-1), said.flow.latents, latents)
+        if replay is not None:
+            latents = torch.where(replay.agrees.unsqueeze(-1), replay.flow.latents, latents)
 
         return {"known": latents, "known_mask": text.is_known}
-
-    def _check_text(self, text: Text, options: GenerationOptions, streamer) -> None:
-        """Raises a ValueError where options contradict the texts that are to be written."""
-        if streamer is not None and len(text.tokens) != 1:
-            raise ValueError(f"A streamer takes one sequence at a time, not {len(text.tokens)}.")
-        if text.is_infill and options.stop_options:
-            raise ValueError(
-                f"{', '.join(options.stop_options)} end a text, but with infill_mask it keeps its length."
-            )
-
-        methods = options.inverse_method
-        method = methods if isinstance(methods, str) else next(iter(methods), "auto")
-        if options.logits_options and (method == "parallel" or options.capture_step):
-            raise ValueError(
-                f"{', '.join(options.logits_options)} read what was written before: leave out "
-                'capture_step, and inverse_method="parallel" of the first flow.'
-            )
-
-        is_in_time = self._runs_in_order and options.num_candidates == 1 and not options.synced_gpus
-        if "max_time" in options.from_library and not is_in_time:
-            raise ValueError(
-                "max_time stops a first flow that runs left to right, without num_candidates and synced_gpus; "
-                "others have no text until they are done."
-            )
 
     @property
     def _runs_in_order(self) -> bool:
@@ -550,11 +443,11 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         choose_tokens: ChooseTokens,
         ends: TextEnds | None,
         streamer,
-        said: Said | None,
+        replay: Replay | None,
     ) -> TokenWriter | None:
         """The writer of tokens while the first flow is inverted; None if nobody waits for them.
 
-        Texts that the noise says by itself are there already, and nobody waits.
+        Texts that the noise writes by itself are there already, and nobody waits.
         """
         if streamer is not None:
             streamer.put(text.tokens[:, : text.first_new].cpu())
@@ -568,7 +461,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         is_waited_for = is_waited_for or options.draft_options
         if not self._runs_in_order or not is_waited_for:
             return None
-        if said is not None and bool(said.is_whole.any()):
+        if replay is not None and bool(replay.agrees_wholly.any()):
             return None
 
         # Observed tokens come first, then the missing ones from left to right, padding last.
@@ -589,7 +482,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
 
         groups = []
         for (prompt_length, places), rows in members.items():
-            num_new = int((text.is_real & ~text.is_known)[rows[0]].sum())
+            num_new = int(text.is_missing[rows[0]].sum())
             with options.naming_options():
                 process = self._get_logits_processor(
                     options.library_config(prompt_length + num_new),
@@ -609,13 +502,13 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         noise: Tensor,
         known: dict[str, Tensor],
         options: GenerationOptions,
-        said: Said | None,
+        replay: Replay | None,
         writer: TokenWriter | None,
         streamer,
     ) -> FlowOutput:
-        """The inverse of the flows, told what is known, or as the noise says it by itself."""
-        if said is not None and bool(said.is_whole.all()):
-            return said.flow
+        """The inverse of the flows, told what is known, or the replay of the noise."""
+        if replay is not None and bool(replay.agrees_wholly.all()):
+            return replay.flow
 
         codebook = self.codebook()
         flow = self._invert_flows(
@@ -628,7 +521,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             on_guess=guess_shower(text, partial(most_likely, codebook), streamer, writer),
             drafts=make_drafts(options, writer, self),
         )
-        return flow if said is None else said.prevail(flow)
+        return flow if replay is None else replay.override(flow)
 
     def _invert_flows(
         self,
@@ -652,30 +545,6 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             **known,
             **callbacks,
         )
-
-    def _check_weights(self, num_flows: int | None) -> None:
-        """Raises a ValueError if a weight that decides on states or tokens is not finite.
-
-        A search for the inverse would hide it. Weights that are not at hand (offloaded, quantised)
-        are passed over.
-        """
-        parts = {"flow.codebook": self.flow.codebook}
-        for index, layer in enumerate(self.flow.layers[:num_flows]):
-            parts[f"flow.layers.{index}.head"] = layer.head
-
-        for part, module in parts.items():
-            for name, parameter in module.named_parameters():
-                is_plain = parameter.is_floating_point() and type(parameter.data) is Tensor
-                is_at_hand = is_plain and parameter.device.type != "meta"
-                if is_at_hand and not bool(parameter.sum(dtype=torch.float32).isfinite()):
-                    raise ValueError(f"{part}.{name} has a weight that is not finite.")
-
-    def _check_states(self, states: tuple[Tensor, ...]) -> None:
-        """Raises a ValueError if a flow's state (B, n, d) is not finite, naming the first of them."""
-        for index in reversed(range(len(states) - 1)):
-            is_reversed = self.config.flows[index]["direction"] == "right_to_left"
-            what = f"The inverse of flow {index} (flow.layers.{index})"
-            check_finite(states[index], what, is_reversed)
 
     def _read_tokens(
         self,
@@ -721,21 +590,6 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         num_passes = (begins < ends.ends.cpu().unsqueeze(-1)).sum(-1)
         return num_new / num_passes.clamp(min=1)
 
-    def _pad(
-        self, text: Text, tokens: Tensor, is_kept: Tensor, options: GenerationOptions
-    ) -> Tensor:
-        """Tokens (B, T) with padding behind each text's end, cut where the last of them ends."""
-        ids = options.pad_token_id, *options.end_token_ids
-        for name in ("pad_token_id", "eos_token_id"):
-            ids = *ids, getattr(options.tokenizer, name, None)
-
-        pad_token_id = next((token for token in ids if token is not None), None)
-        if pad_token_id is not None:
-            tokens = tokens.masked_fill(~is_kept, pad_token_id)
-
-        used = (is_kept & text.is_new).any(0).nonzero().flatten().tolist()
-        return tokens[:, : max([text.first_new, *(place + 1 for place in used)])]
-
     def _choose_best(
         self,
         text: Text,
@@ -773,93 +627,6 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         best = best + num_candidates * torch.arange(len(best))
         return elbo[best.to(elbo.device)], best
 
-    def _check_infill(
-        self, text: Tensor, is_real: Tensor, infill_mask: Tensor, options: dict[str, Any]
-    ) -> None:
-        """Raises a ValueError unless each text (B, T) has a gap, and all are of whole patches."""
-        if infill_mask.shape != text.shape or not text.numel():
-            shapes = f"{tuple(infill_mask.shape)}, {tuple(text.shape)}"
-            raise ValueError(
-                f"infill_mask must have the shape (B, T) of the text in input_ids, not empty: {shapes}."
-            )
-
-        if not bool(((infill_mask == 0) | (infill_mask == 1)).all()):
-            raise ValueError("infill_mask must be boolean, or 0 and 1.")
-
-        for name in ("max_new_tokens", "max_length"):
-            if options.get(name) is not None:
-                raise ValueError(
-                    f"{name} says nothing with infill_mask, with which a text keeps its length."
-                )
-
-        patch_size = self.config.patch_size
-        lengths = is_real.sum(-1)
-        if text.shape[1] % patch_size or bool((lengths % patch_size).any()):
-            raise ValueError(
-                f"Texts must be multiples of patch_size, {patch_size}, not {lengths.tolist()} tokens."
-            )
-        if not bool(((infill_mask == 1) & is_real).any(-1).all()):
-            raise ValueError("infill_mask has a sequence with nothing to fill in.")
-
-    def _check_directions(self, text: Text, num_flows: int | None) -> None:
-        """Warns once if the flows go on from what is known only approximately.
-
-        Raises:
-            ValueError: If there is a prompt, and the first flow runs right to left.
-        """
-        directions = [flow["direction"] for flow in self.config.flows[:num_flows]]
-        if not text.is_infill and directions[0] == "right_to_left":
-            raise ValueError("A prompt needs a first flow that runs left to right.")
-
-        is_leading = bool((text.is_known.long().diff(dim=-1) <= 0).all())
-        if "right_to_left" in directions or not is_leading:
-            logger.warning_once(
-                "The known tokens are held fixed in the first flow only: an approximation of the model's "
-                "conditional distribution. Nothing is wrong with the text. Where its distribution matters, exact "
-                "are the continuation of a prompt if no flow runs right to left, and everything that a model with "
-                "conditional=True has been trained for."
-            )
-
-    def _length(self, is_prompt: Tensor, noise: Tensor | None, options: GenerationOptions) -> int:
-        """The number of tokens of a sequence, with its prompt (B, n), and the prompt's padding."""
-        prompt_length, longest = is_prompt.shape[1], self.config.max_position_embeddings
-        if prompt_length > longest or (prompt_length == longest and noise is None):
-            raise ValueError(
-                f"A prompt of {prompt_length} tokens leaves no room: max_position_embeddings is {longest}."
-            )
-
-        if noise is not None:
-            length = noise.shape[1]
-            if length > longest:
-                raise ValueError(
-                    f"noise for {length} tokens, but max_position_embeddings is {longest}."
-                )
-        elif options.max_new_tokens is not None:
-            length = prompt_length + options.max_new_tokens
-        else:
-            length = longest if options.max_length is None else options.max_length
-
-        if length > longest:
-            logger.warning_once(
-                f"{length} tokens were asked for; the model was made for {longest}, and stops there."
-            )
-            length = longest
-
-        if length < prompt_length or (length == prompt_length and noise is None):
-            raise ValueError(
-                f"Nothing to generate: the prompt has {prompt_length} tokens, the whole would have {length}."
-            )
-
-        patch_size = self.config.patch_size
-        lengths = is_prompt.sum(-1)
-        if (length - prompt_length) % patch_size or bool((lengths % patch_size).any()):
-            raise ValueError(
-                f"Prompts and what follows them must be multiples of patch_size, {patch_size}, not "
-                f"{lengths.tolist()} and {length - prompt_length} tokens."
-            )
-
-        return length
-
 
 def _end_stream(streamer, tokens: Tensor, is_written: bool) -> None:
     """Ends a stream, after the new tokens (1, n) where nobody has written them."""
@@ -869,12 +636,27 @@ def _end_stream(streamer, tokens: Tensor, is_written: bool) -> None:
     streamer.end()
 
 
-def _take_rows(
-    rows: Tensor, tokens: Tensor, is_kept: Tensor | None, states: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """Some of the sequences."""
-    if is_kept is not None:
-        is_kept = is_kept[rows.to(is_kept.device)]
+def _pad(
+    tokens: Tensor,
+    is_new: Tensor,
+    is_kept: Tensor | None,
+    first_new: int,
+    options: GenerationOptions,
+) -> Tensor:
+    """Tokens (B, T) with padding behind each text's end, cut where the last of them ends."""
+    if is_kept is None:
+        return tokens
 
-    states = tuple(state[rows.to(state.device)] for state in states)
-    return tokens[rows.to(tokens.device)], is_kept, states
+    ids = [options.pad_token_id, *options.end_token_ids]
+    ids += [getattr(options.tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
+    pad_token_id = next((token for token in ids if token is not None), None)
+    if pad_token_id is not None:
+        tokens = tokens.masked_fill(~is_kept, pad_token_id)
+
+    used = (is_kept & is_new).any(0).nonzero().flatten().tolist()
+    return tokens[:, : max(first_new, used[-1] + 1 if used else 0)]
+
+
+def _take_rows(rows: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Some of the sequences of each tensor (B, ...)."""
+    return [None if each is None else each[rows.to(each.device)] for each in tensors]

@@ -9,51 +9,18 @@ in the vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .generation_layout import Text
 from .inversion_tarflowlm import check_finite
-from .slots_tarflowlm import Pieces, take
+from .slots_tarflowlm import take
 
 # Latents (B, m, d), their places (B, m) in the pieces, tokens (B, V) that are forbidden there or
 # None -> tokens (B, m)
 ChooseTokens = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
-@dataclass
-class Text:
-    """The tokens of a batch, known and new.
-
-    The flows want the real tokens of a sequence in one piece, its padding at the end, wherever it
-    was: `pieces` takes sequences (B, T, ...) there and back.
-    """
-
-    tokens: Tensor  # (B, T): the prompt, or the text with gaps, and 0 at new tokens behind it
-    is_new: Tensor  # (B, T): True at tokens to write
-    first_new: int  # the first of these in any sequence
-    pieces: Pieces
-    ids: Tensor  # pieces (B, n): known tokens, and 0
-    is_known: Tensor  # pieces (B, n)
-    is_real: Tensor  # pieces (B, n)
-    is_infill: bool  # gaps are filled, and the text keeps its length
-
-    @property
-    def attention_mask(self) -> Tensor | None:
-        """The mask (B, n) of the pieces; None if nothing is padded."""
-        return None if self.pieces.order is None else self.is_real
-
-    @property
-    def num_leading(self) -> list[int]:
-        """The number of known tokens in front of the first new one, of each sequence."""
-        return self.is_known.long().cumprod(-1).sum(-1).tolist()
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps some of the sequences, as far as they are read behind the flows."""
-        rows = rows.to(self.tokens.device)
-        self.tokens, self.is_new = self.tokens[rows], self.is_new[rows]
 
 
 class TextEnds:
@@ -66,7 +33,7 @@ class TextEnds:
 
     def __init__(self, text: Text, criteria: Callable[[Tensor, None], Tensor]):
         self.criteria = criteria
-        self.is_new = text.is_real & ~text.is_known
+        self.is_new = text.is_missing
         self.lengths = text.is_real.sum(-1)
         self.ends = self.lengths.clone()  # (B,): the number of tokens that stay
         self.has_ended = torch.zeros_like(self.ends, dtype=torch.bool)
@@ -120,7 +87,7 @@ class TokenWriter:
         self.order, self.choose_tokens, self.ends = order, choose_tokens, ends
         self.groups, self.streamer = groups, streamer
         self.tokens = text.ids.clone()  # pieces (B, n)
-        self.is_new = text.is_real & ~text.is_known
+        self.is_new = text.is_missing
         self.is_forbidden: list[Tensor] = []  # (B, V) at each of the next tokens
         self.drafted = self.tokens[:, :0]  # (B, m): guesses of the next tokens
 

@@ -3,8 +3,8 @@
     tokens x  --q(z | x)-->  latents z  --flows-->  noise u,   and   generate(noise=u) = x
 
 Text comes from noise by a function, so that noise which makes a given text can be drawn, whoever
-wrote the text. `noise_of` draws it. `Said` is what noise says by itself, beside a text that is
-given as a prompt.
+wrote the text. `noise_of` draws it. A `Replay` compares the text that noise writes by itself with a
+prompt.
 
 Shapes: B batch, T tokens of the sequences, n of the pieces, d latent size, V tokens in the
 vocabulary.
@@ -23,8 +23,8 @@ from transformers.generation import GenerationMixin
 
 from .checks_tarflowlm import check_ids
 from .codebook import Gaussians
+from .generation_layout import Text
 from .generation_options import GenerationOptions
-from .generation_writing import ChooseTokens, Text
 from .inversion_tarflowlm import check_finite, evaluating
 from .outputs_tarflowlm import FlowOutput
 from .slots_tarflowlm import Pieces
@@ -116,54 +116,20 @@ class NoiseMixin(GenerationMixin):
             f"real position {places[0]} is too unlikely there. A model in torch.float64 resolves more."
         )
 
-    def _say(
-        self, text: Text, noise: Tensor, choose_tokens: ChooseTokens, options: GenerationOptions
-    ) -> "Said | None":
-        """The sequences that the noise (B, n, d) of the pieces says without any known token.
 
-        The inverse stops as soon as every sequence with a known token has said another one. None if
-        nothing is known, or if the logits are processed, which noise alone knows nothing of.
-        """
-        if not bool(text.is_known.any()) or options.logits_options:
-            return None
+class Replay(NamedTuple):
+    """The sequences that noise writes by itself, compared with the known tokens."""
 
-        tokens = torch.full_like(text.ids, -1)
-        has_known = text.is_known.any(-1)
-        num_read, has_stopped = 0, False
+    flow: FlowOutput  # of the inverse, up to where every sequence has differed
+    agrees: Tensor  # (B, n): known tokens that the noise writes, as all known ones before them
+    agrees_wholly: Tensor  # (B,): sequences of which it writes all known tokens
 
-        def read(latents: Tensor) -> bool:
-            nonlocal num_read, has_stopped
-            places = torch.arange(num_read, num_read + latents.shape[1], device=latents.device)
-            tokens[:, places] = choose_tokens(latents, places.expand(len(latents), -1), None)
-            num_read += latents.shape[1]
-            differs = (tokens != text.ids)[:, :num_read] & text.is_known[:, :num_read]
-            has_stopped = bool((differs.any(-1) | ~has_known).all())
-            return has_stopped
-
-        on_position = read if self._runs_in_order else None
-        flow = self._invert_flows(text, noise, {}, options, on_position=on_position)
-        if on_position is None:
-            places = torch.arange(text.ids.shape[1], device=noise.device)
-            tokens = choose_tokens(flow.latents, places.expand(len(noise), -1), None)
-
-        is_said = ((tokens == text.ids) | ~text.is_known).long().cumprod(-1).bool()
-        is_whole = is_said.all(-1) & (not has_stopped)
-        return Said(flow, is_said & text.is_known, is_whole)
-
-
-class Said(NamedTuple):
-    """The sequences that noise says by itself, beside what is known of them."""
-
-    flow: FlowOutput  # of the inverse, up to where all of them had differed
-    is_said: Tensor  # (B, n): known tokens that the noise says, with all known ones before them
-    is_whole: Tensor  # (B,): sequences of which it says all that is known
-
-    def prevail(self, flow: FlowOutput) -> FlowOutput:
-        """The inverse in which sequences that the noise says as a whole are as it says them."""
-        is_whole = self.is_whole[:, None, None]
+    def override(self, flow: FlowOutput) -> FlowOutput:
+        """Another inverse, in which the sequences that agree wholly are replaced by their replay."""
+        agrees_wholly = self.agrees_wholly[:, None, None]
         states = tuple(
-            torch.where(is_whole, said, state)
-            for said, state in zip(self.flow.states, flow.states, strict=True)
+            torch.where(agrees_wholly, replayed, state)
+            for replayed, state in zip(self.flow.states, flow.states, strict=True)
         )
         return FlowOutput(
             latents=states[0], noise=states[-1], states=states, inverse_reports=flow.inverse_reports

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..modeling.evaluation_noise import fixed_noise
+from ..modeling.generation_checks import check_options
 from ..modeling.generation_options import LIBRARY_WARPERS, GenerationOptions
 from ..modeling.inversion_tarflowlm import InverseOptions, evaluating
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
@@ -117,7 +118,7 @@ def steered(model: TarFlowLMModel, sampling_options: dict[str, Any]) -> Iterator
 
     given = {name: value for name, value in sampling_options.items() if value is not None}
     options = GenerationOptions(**given)
-    model._check_options(options, None, None)
+    check_options(options, model)
     flows = model.flow.layers
     inverse = InverseOptions(
         flow_temperatures=options.flow_temperatures, logits_processor=options.warpers()

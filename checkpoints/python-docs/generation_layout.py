@@ -1,0 +1,1 @@
+../../src/tarflow_hf/modeling/generation_layout.py
