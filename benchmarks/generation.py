@@ -40,7 +40,7 @@ from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, character_tokenizer, load_splits
 from tarflow_hf.evaluation import likelihood
 from tarflow_hf.modeling.generation_writing import TokenWriter
-from tarflow_hf.modeling.inversion_tarflowlm import InverseOptions
+from tarflow_hf.modeling.inverse_options import FlowInverse
 from tarflow_hf.modeling.slots_tarflowlm import to_positions, to_tokens
 from tarflow_hf.training import TrainingConfig, compute_loss, discrete_baseline, make_optimizer
 
@@ -434,7 +434,7 @@ def trained_flows(model: TarFlowLMModel, arguments: argparse.Namespace, table: R
             layer, facts = model.flow.layers[index], model.config.flows[index]
 
             def invert(method, layer=layer, u=u, codebook=codebook):
-                return layer(u, codebook, options=InverseOptions(method), reverse=True)
+                return layer(u, codebook, options=FlowInverse(method), reverse=True)
 
             h, _ = invert("sequential")
             found, report = invert("parallel")

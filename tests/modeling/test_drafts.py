@@ -398,7 +398,7 @@ def test_useless_guesses_cost_little(device, batch_size, sureness):
             right = min(num_right, m) if num_positions % 17 == 0 else 0
             length.observe(m, right, sureness)
             num_positions += right + 1
-            time += length.seconds(m)
+            time += length.steps_of_pass(m)
             assert time <= 1.02 * num_positions + length.FIRST_BALANCE
 
 

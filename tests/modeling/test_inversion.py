@@ -11,7 +11,8 @@ from transformers import MistralConfig
 
 from helpers.models import CAUSAL, STACKS, flow, make
 from helpers.streaming import Recorder
-from tarflow_hf.modeling.inversion_tarflowlm import MAX_GUESS, InverseOptions
+from tarflow_hf.modeling.inverse_options import FlowInverse
+from tarflow_hf.modeling.inversion_tarflowlm import MAX_GUESS
 from tarflow_hf.modeling.slots_tarflowlm import Known
 
 METHODS = {
@@ -198,7 +199,7 @@ def test_known_positions_are_kept_and_the_others_follow_from_them(coupling, dire
             u.masked_fill(mask[..., None], torch.nan),
             model.codebook(),
             known=Known(known, mask),
-            options=InverseOptions(**{"inverse_method": "sequential", **options}),
+            options=FlowInverse(**{x.removeprefix("inverse_"): options[x] for x in options}),
             reverse=True,
         )
         again, _ = layer(h, model.codebook())

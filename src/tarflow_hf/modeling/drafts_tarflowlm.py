@@ -38,9 +38,8 @@ from .decoder_tarflowlm import InputCache
 from .draft_sources import ASSISTED, MAX_MATCHING, DraftSource, PromptLookup, make_assistant
 from .generation_options import GenerationOptions
 from .generation_writing import TokenWriter
+from .inverse_options import FlowInverse, InverseReport
 from .inversion_tarflowlm import (
-    InverseOptions,
-    InverseReport,
     LayerWithRoom,
     make_cache,
     num_known_to_all,
@@ -60,7 +59,7 @@ MAX_ROUNDINGS = 2
 class DraftLength:
     """Chooses how many guesses a pass takes along, so that drafts never cost much.
 
-    Times are in steps, passes over one position. A pass over m + 1 positions takes `seconds(m)` of
+    Times are in steps, passes over one position. A pass over m + 1 positions takes `steps_of_pass(m)` of
     them, a rough model. With the probabilities p_1, p_2, ... that a guess is right when those before
     it are, it completes 1 + p_1 + p_1 p_2 + ... positions; m maximises their number per time. Each
     p is counted separately for each sureness, and old counts fade. A lookup is surer of a token the
@@ -93,7 +92,7 @@ class DraftLength:
         self.counts = [[p * self.PRIOR_COUNT, self.PRIOR_COUNT] for p in self.PRIOR]
         self.wanted = 0  # at the last choice, whatever the allowance
 
-    def seconds(self, num_drafts: int) -> float:
+    def steps_of_pass(self, num_drafts: int) -> float:
         """The time of a pass over `num_drafts` guesses and one position more, in steps."""
         rows = self.batch_size * (num_drafts + 1)
         time, step = (
@@ -109,15 +108,15 @@ class DraftLength:
             right, tried = self._counts(sureness, m - 1)
             power *= right / tried
             total += power
-            if total / self.seconds(m) > most:
-                best, most = m, total / self.seconds(m)
+            if total / self.steps_of_pass(m) > most:
+                best, most = m, total / self.steps_of_pass(m)
 
         self.wanted = best
         has_room = self.balance >= self.MAX_BALANCE / 2
         if not best and num_available and has_room and sureness == ASSISTED:
             best = min(num_available, 4)  # times change: a try now and then
 
-        while best and self.seconds(best) - 1 > self.balance:
+        while best and self.steps_of_pass(best) - 1 > self.balance:
             best -= 1
 
         return best
@@ -130,11 +129,11 @@ class DraftLength:
         Args:
             num_drafts: The number of guesses.
             num_right: The number of those before the first wrong one.
-            sureness: That of the first guess.
+            sureness: The sureness of the first guess.
             would_be_right: For a pass without a guess, True if the first one would have been right,
                 None if there was none.
         """
-        gain = num_right + 1 - self.seconds(num_drafts) if num_drafts else 0.0
+        gain = num_right + 1 - self.steps_of_pass(num_drafts) if num_drafts else 0.0
         self.balance += self.ALLOWANCE * (num_right + 1) + gain
         self.balance = min(self.balance, self.MAX_BALANCE)
 
@@ -148,8 +147,8 @@ class DraftLength:
 
     def regret(self, num_drafts: int, num_right: int) -> None:
         """Makes room for as many guesses again, if they would have been worth their pass."""
-        if num_right + 1 > self.seconds(num_drafts):
-            self.balance = max(self.balance, self.seconds(num_drafts) - 1)
+        if num_right + 1 > self.steps_of_pass(num_drafts):
+            self.balance = max(self.balance, self.steps_of_pass(num_drafts) - 1)
 
     def _counts(self, sureness: int, place: int) -> list[float]:
         """The right guesses and all guesses, of those at some place behind the first."""
@@ -191,11 +190,15 @@ class Drafts:
     Args:
         source: The source of the guesses.
         writer: The tokens so far. It takes each position as it becomes final.
-        length: How many guesses a pass takes along; by default as many as there are.
+        length: Chooses how many guesses a pass takes along.
+        patch_size: The number of tokens of a position.
     """
 
-    def __init__(self, source: DraftSource, writer: TokenWriter, length: DraftLength | None = None):
+    def __init__(
+        self, source: DraftSource, writer: TokenWriter, length: DraftLength, patch_size: int
+    ):
         self.source, self.writer, self.length = source, writer, length
+        self.patch_size = patch_size
         self.is_new = take(writer.is_new, writer.order)  # (B, n), as the flow passes the tokens
         self.sureness = 0  # of the last guess
         self.proposal: _Proposal | None = None  # in the last pass
@@ -208,22 +211,26 @@ class Drafts:
         codebook: Gaussians,
         observed: Observed | None,
         known: Known | None,
-        options: InverseOptions,
+        options: FlowInverse,
     ) -> tuple[Tensor, InverseReport]:
         """The `invert` of `inversion_tarflowlm.py`, without gradients.
 
         The report's residual is the largest difference between the decoder's input of a guess that
         counted and that of the state found in its place, relative to the slot's largest number.
         """
+        if known is None:
+            known = Known(torch.zeros_like(u), u.new_zeros(u.shape[:2], dtype=torch.bool))
+
         num_positions, num_known = u.shape[1], num_known_to_all(known)
-        self._patch_size = flow.channels.patch_size
-        h = torch.zeros_like(u) if known is None else known.states.clone()
+        h = known.states.clone()
         cache = _croppable_cache(flow, num_positions)
         reader = _Reader(flow, codebook)
         self.source.begin(reader.latents(u).flatten(1, 2), codebook)
         carried = reader.guess(torch.zeros(len(u), 0, reader.patch_size, dtype=torch.long))
-        num_final, residual = [num_known] if num_known else [], 0.0
-        first, num_cached = num_known, 0  # the first position that is not final; slots
+        num_final = [num_known] if num_known else []
+        residual = 0.0
+        first = num_known  # the first position that is not final
+        num_cached = 0  # slots
 
         while first < num_positions:
             is_waited_for = self._is_waited_for()
@@ -231,20 +238,19 @@ class Drafts:
             self.writer.drafted = guess.tokens.flatten(1)
             self.writer.put_draft(self.writer.drafted)
             last = first + guess.size + 1
-            h[:, first : last - 1] = _hold(guess.states, known, first)
+            h[:, first : last - 1] = known.hold(guess.states, first)
 
             inputs = flow.inputs(h, codebook, observed, num_cached, last)
             context = flow.context(inputs, observed, num_cached, cache)[:, first - last :]
             new = flow.invert_position(u[:, first:last], context, codebook, options)
-            h[:, first:last] = _hold(new, known, first)
+            h[:, first:last] = known.hold(new, first)
 
             num_right = 0
             if guess.size:
                 renewed = flow.inputs(h, codebook, observed, first + 1, last)
-                differences = _differences(inputs[:, -guess.size :], renewed, is_waited_for)
-                is_right = differences <= MAX_ROUNDINGS * torch.finfo(inputs.dtype).eps
-                num_right = int(is_right.long().cumprod(0).sum())  # waits for the device
-                residual = max([residual, *differences[:num_right].tolist()])
+                read = inputs[:, -guess.size :]
+                num_right, difference = _num_right(read, renewed, is_waited_for)
+                residual = max(residual, difference)
 
             end, is_stopped = self._write(h, first, guess, num_right, is_waited_for, options)
             num_final.append(end - first)
@@ -273,8 +279,8 @@ class Drafts:
     def _extend(
         self, carried: _Guess, reader: "_Reader", is_waited_for: Tensor, num_left: int
     ) -> _Guess:
-        """The guess with drafts behind it, as many as all texts have, together `num_left` at most."""
-        patch_size = reader.patch_size
+        """The guess with drafts behind it: together `num_left` at most, as many in every text."""
+        patch_size = self.patch_size
         self.proposal = None
         carried = carried.at(slice(num_left))
         num_free = min(num_left - carried.size, self.source.max_tokens // patch_size)
@@ -282,7 +288,7 @@ class Drafts:
         if num_free < 1 or not rows:
             return carried
 
-        if self.length is not None and self.source.sureness is not None:
+        if self.source.sureness is not None:
             num_free = self.length.choose(num_free, self.source.sureness)
             if not num_free:
                 return carried
@@ -293,7 +299,7 @@ class Drafts:
         num_drafts = min(num_free, min(map(len, drafts.values())) // patch_size)
         first = self.writer.num_passed + carried.size * patch_size
         self.proposal = _Proposal(drafts, first, num_drafts)
-        if self.length is not None and self.source.sureness is None:
+        if self.source.sureness is None:
             num_drafts = self.length.choose(num_drafts, self.sureness)
             if self.missed is None and self.length.wanted > num_drafts:
                 self.missed = _Proposal(drafts, first, self.length.wanted)
@@ -325,9 +331,6 @@ class Drafts:
 
     def _learn(self, num_guesses: int, num_right: int) -> None:
         """Learns from a pass, also from what it did not take along, now that it has been written."""
-        if self.length is None:
-            return
-
         would_be_right = None
         if not num_guesses and self.proposal is not None and self.proposal.size:
             num_same, is_decided = self._compare(self.proposal)
@@ -342,7 +345,7 @@ class Drafts:
 
     def _compare(self, proposal: _Proposal) -> tuple[int, bool]:
         """The number of its positions that were written so, and True if no more can follow."""
-        writer, patch_size = self.writer, self._patch_size
+        writer, patch_size = self.writer, self.patch_size
         num_written = max(0, writer.num_passed - proposal.first) // patch_size
         num_same = size = min(num_written, proposal.size)
         places = slice(proposal.first, proposal.first + size * patch_size)
@@ -360,7 +363,7 @@ class Drafts:
         guess: _Guess,
         num_right: int,
         is_waited_for: Tensor,
-        options: InverseOptions,
+        options: FlowInverse,
     ) -> tuple[int, bool]:
         """Hands on the states (B, N, D) found from `first` on, up to the first wrong guess's.
 
@@ -433,7 +436,7 @@ def make_drafts(
         source = make_assistant(options.assistant_model, model, num_tokens, warpers)
 
     length = DraftLength(len(writer.tokens), writer.tokens.device.type, source.cost)
-    return Drafts(source, writer, length)
+    return Drafts(source, writer, length, model.config.patch_size)
 
 
 class _Reader:
@@ -475,22 +478,23 @@ class _Reader:
         return _Guess(tokens, states[:, num_right:]).at(slice(1, num_same + 1))
 
 
-def _hold(states: Tensor, known: Known | None, first: int) -> Tensor:
-    """States (B, n, D) at the positions from `first` on, the known ones in place of others."""
-    if known is None:
-        return states
+def _num_right(read: Tensor, renewed: Tensor, is_waited_for: Tensor) -> tuple[int, float]:
+    """The number of guesses that the decoder has read as it reads the states found, up to rounding.
 
-    positions = slice(first, first + states.shape[1])
-    return torch.where(known.mask[:, positions, None], known.states[:, positions], states)
+    Args:
+        read: The decoder's inputs of the guesses, (B, m, w).
+        renewed: Those of the states found.
+        is_waited_for: The texts (B,) that count.
 
-
-def _differences(inputs: Tensor, others: Tensor, is_waited_for: Tensor) -> Tensor:
-    """The largest difference between two decoder inputs (B, m, w) of some texts, (m,).
-
-    It is relative to the slot's largest number.
+    Returns:
+        The number, and the largest difference among these inputs, relative to the largest number of
+        its slot.
     """
-    difference = (inputs - others).abs().amax(-1).float() / inputs.abs().amax(-1).float()
-    return difference.masked_fill(~is_waited_for.unsqueeze(-1), 0).amax(0)
+    differences = (read - renewed).abs().amax(-1).float() / read.abs().amax(-1).float()
+    differences = differences.masked_fill(~is_waited_for.unsqueeze(-1), 0).amax(0)  # (m,)
+    is_right = differences <= MAX_ROUNDINGS * torch.finfo(read.dtype).eps
+    num_right = int(is_right.long().cumprod(0).sum())  # waits for the device
+    return num_right, max([0.0, *differences[:num_right].tolist()])
 
 
 def _croppable_cache(flow: nn.Module, num_slots: int) -> Cache | InputCache:

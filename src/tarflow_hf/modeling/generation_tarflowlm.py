@@ -34,7 +34,8 @@ from .generation_writing import (
     TokenWriter,
     guess_shower,
 )
-from .inversion_tarflowlm import InverseReport, evaluating
+from .inverse_options import InverseReport
+from .inversion_tarflowlm import evaluating
 from .noise_tarflowlm import (
     NoiseMixin,
     Replay,

@@ -41,7 +41,8 @@ from .coupling_heads import COUPLING_HEADS
 from .decoder_tarflowlm import FlowDecoder
 from .evaluation_noise import fixed_noise
 from .generation_tarflowlm import TarFlowLMGenerationMixin
-from .inversion_tarflowlm import InverseOptions, InverseReport, evaluating, invert
+from .inverse_options import FlowInverse, InverseOptions, InverseReport
+from .inversion_tarflowlm import evaluating, invert
 from .normal import normal_log_prob
 from .outputs_tarflowlm import FlowOutput, TarFlowLMOutput, mean_loss, observed_by, scored_tokens
 from .pretrained_tarflowlm import TarFlowLMPreTrainedModel
@@ -135,7 +136,7 @@ class FlowLayer(FlowDecoder):
         codebook: Gaussians,
         layout: Layout = Layout(),  # noqa: B008
         known: Known | None = None,
-        options: InverseOptions = InverseOptions("sequential"),  # noqa: B008
+        options: FlowInverse = FlowInverse(),  # noqa: B008
     ) -> tuple[Tensor, InverseReport]:
         """Maps noise u (B, N, D) back to positions, slot by slot: the inverse of `transform`.
 
@@ -144,7 +145,7 @@ class FlowLayer(FlowDecoder):
             codebook, layout: As in `transform`.
             known: States that are given at some positions, and come back as they are. The noise
                 there is not read.
-            options: Those of this flow; `on_position` gets latents (B, P, d).
+            options: The options of this flow; `on_position` gets latents (B, P, d).
 
         Returns:
             The input h (B, N, D), 0 at what is no variable, and a report.
@@ -162,7 +163,7 @@ class FlowLayer(FlowDecoder):
         return layout.keep_variables(order.rearrange(h)), report
 
     def invert_position(
-        self, u: Tensor, context: Tensor, codebook: Gaussians, options: InverseOptions
+        self, u: Tensor, context: Tensor, codebook: Gaussians, options: FlowInverse
     ) -> Tensor:
         """The states (B, n, D) that the coupling maps to u (B, n, D), from contexts (B, n, w)."""
         processor = {}
@@ -302,8 +303,7 @@ class FlowStack(nn.Module):
 
         states, reports = [], []
         for index in reversed(range(len(layers))):
-            (temperature,) = options[index].flow_temperatures
-            h = h if temperature == 1 else temperature * h
+            h = h if options[index].temperature == 1 else options[index].temperature * h
             states.append(h)
             inverse.show(h, self.patch_size)
             with evaluating(layers[index]):

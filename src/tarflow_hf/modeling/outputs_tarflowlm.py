@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput, logging
 
-from .inversion_tarflowlm import InverseReport
+from .inverse_options import InverseReport
 
 logger = logging.get_logger(__name__)
 

@@ -42,6 +42,11 @@ class Known(NamedTuple):
     states: Tensor  # (B, N, D), read where the mask is True only
     mask: Tensor  # (B, N)
 
+    def hold(self, states: Tensor, first: int) -> Tensor:
+        """States (B, n, D) at the positions from `first` on, the known ones in place of others."""
+        positions = slice(first, first + states.shape[1])
+        return torch.where(self.mask[:, positions, None], self.states[:, positions], states)
+
 
 def make_layout(h: Tensor, patch_size: int, attention_mask: Tensor | None = None) -> Layout:
     """The layout of positions h (B, N, D) with a padding mask (B, T).

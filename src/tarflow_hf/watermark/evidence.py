@@ -11,7 +11,8 @@ from torch import Tensor
 from ..modeling.evaluation_noise import fixed_noise
 from ..modeling.generation_checks import check_options
 from ..modeling.generation_options import LIBRARY_WARPERS, GenerationOptions
-from ..modeling.inversion_tarflowlm import InverseOptions, evaluating
+from ..modeling.inverse_options import InverseOptions
+from ..modeling.inversion_tarflowlm import evaluating
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 
 # Options of `generate` that say how noise becomes text.
@@ -130,8 +131,8 @@ def steered(model: TarFlowLMModel, sampling_options: dict[str, Any]) -> Iterator
         if each.logits_processor is not None:
             process = _GiveProcessor(each.logits_processor)
             hooks.append(flow.head.register_forward_pre_hook(process, with_kwargs=True))
-        for flow_temperature in each.flow_temperatures or ():  # one
-            hooks.append(flow.register_forward_hook(_DivideOutput(flow_temperature)))
+        if each.temperature != 1:
+            hooks.append(flow.register_forward_hook(_DivideOutput(each.temperature)))
 
     try:
         yield options.temperature

@@ -1,0 +1,1 @@
+../../src/tarflow_hf/modeling/inverse_options.py
