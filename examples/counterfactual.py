@@ -76,7 +76,9 @@ def nearest_noise(
     Raises:
         ValueError: If the text is shorter than the word, or no draw says it.
     """
-    length, width, patch_size = noise.shape[1], len(word), model.config.patch_size
+    length = noise.shape[1]
+    width = len(word)
+    patch_size = model.config.patch_size
     if length < width:
         raise ValueError(f"A text of {length} tokens has no room for a word of {width}.")
 
@@ -175,7 +177,8 @@ def main():
         word = torch.tensor(checked_ids(tokenizer, arguments.contains, "the word"))
         near = nearest_noise(model, noise, word, arguments.num_draws, generator)
         counterfactual = model.generate(noise=near)
-        change, number = (near - noise).square().sum().sqrt(), int((near != noise).sum())
+        change = (near - noise).square().sum().sqrt()
+        number = int((near != noise).sum())
         print(f"The noise moves by {change:.2f}, in {number} of {noise.numel()} numbers.")
 
     texts = [tokens, counterfactual]

@@ -46,7 +46,8 @@ def forward_flops(model: PreTrainedModel, num_tokens: int) -> list[int]:
     if not flows:
         return [2 * num_tokens * _weights(model) + _attention(model.config, num_tokens)]
 
-    patch_size, positions = model.config.patch_size, num_tokens // model.config.patch_size
+    patch_size = model.config.patch_size
+    positions = num_tokens // model.config.patch_size
     flops = []
 
     for layer in flows:
@@ -96,7 +97,8 @@ def _weights(module: nn.Module) -> int:
     A matrix counts where it is used, though two modules share it: an output head tied to a token
     table is a product.
     """
-    total, tables = 0, ("embedding", "codebook", "bias")
+    total = 0
+    tables = ("embedding", "codebook", "bias")
     for path, part in module.named_modules():
         if not isinstance(part, nn.Embedding):
             names = ((f"{path}.{name}", p) for name, p in part.named_parameters(recurse=False))

@@ -279,7 +279,8 @@ class TarFlowLMEvaluator(LM):
         if num_spaces:
             context, continuation = context[:-num_spaces], context[-num_spaces:] + continuation
 
-        whole, num_context = self.encode(context + continuation), len(self.encode(context))
+        whole = self.encode(context + continuation)
+        num_context = len(self.encode(context))
         before, after = whole[:num_context], whole[num_context:]
 
         length = len(after) + -len(after) % self.patch_size

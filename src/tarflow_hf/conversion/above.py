@@ -36,7 +36,8 @@ def append_flow(model: TarFlowLMModel, flow: dict[str, Any]) -> TarFlowLMModel:
         >>> len(append_flow(model, flow).flow.layers)
         2
     """
-    config, layers = model.config, model.flow.layers
+    config = model.config
+    layers = model.flow.layers
     config.flows = [*config.flows, flow]
     layer = FlowLayer(config, len(layers))
     for part in model.modules():

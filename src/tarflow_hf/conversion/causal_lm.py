@@ -282,11 +282,13 @@ def to_causal_lm(model: TarFlowLMModel) -> PreTrainedModel:
         True
     """
     _check_one_causal_flow(model)
-    config, flow = model.config, model.flow.layers[0]
+    config = model.config
+    flow = model.flow.layers[0]
     dtype = flow.embedding.dtype
     lm = AutoModelForCausalLM.from_config(_causal_config(config), dtype=dtype).eval()
     parts = SourceParts.of(lm)
-    base, state = parts.base, flow.decoder.state_dict()
+    base = parts.base
+    state = flow.decoder.state_dict()
     names = set(base.load_state_dict(state, strict=False).missing_keys)
     missing = {name for name in names if base.get_parameter(name) is not parts.table}
     if missing:

@@ -89,7 +89,8 @@ def next_token_log_probs(
             f"left_to_right, and takes one token at a time: {first}, patch_size {model.config.patch_size}."
         )
 
-    flow, codebook = model.flow.layers[0], model.codebook()
+    flow = model.flow.layers[0]
+    codebook = model.codebook()
     h = to_positions(codebook.sample(input_ids, noise=torch.zeros((), device=input_ids.device)), 1)
     order = flow.order(h, make_layout(h, 1, attention_mask))
     context = flow.context(flow.inputs(order.arrange(h), codebook))

@@ -219,13 +219,16 @@ class StreamingPackedTokens(IterableDataset):
                 f"StreamingPackedTokens needs num_workers <= 1 in its DataLoader: {worker.num_workers}"
             )
 
-        self._handed_out, self._skip = self._skip, 0
+        self._handed_out = self._skip
+        self._skip = 0
         for block in islice(self._shuffled(self._blocks()), self._handed_out, None):
             self._handed_out += 1
             yield {"input_ids": torch.from_numpy(block.astype(np.int64))}  # (T,)
 
     def _blocks(self) -> Iterator[np.ndarray]:
-        length, total, rest = self.sequence_length, 0, np.empty(0, np.uint8)
+        length = self.sequence_length
+        total = 0
+        rest = np.empty(0, np.uint8)
         characters = CharacterCount(self.tokenizer)
         for tokens, *_ in _encode(self.documents, self.tokenizer, characters):
             total += len(tokens)
@@ -313,13 +316,15 @@ def _encode(
 
 
 def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    batch, size = [], 0
+    batch = []
+    size = 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece[0])
         if size >= BATCH:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
 
     if batch:
         yield batch

@@ -243,7 +243,9 @@ class _Rows:
     """
 
     def __init__(self, rows: Any, source: str, split: str, column: str, first: int):
-        self.rows, self.source, self.split = rows.select_columns([column]), source, split
+        self.rows = rows.select_columns([column])
+        self.source = source
+        self.split = split
         self.column, self.first = column, first
 
     def __iter__(self) -> Iterator[str]:

@@ -90,7 +90,8 @@ def count_flops(config: TarFlowLMConfig, num_tokens: int | None = None) -> FlopC
         )
 
     with torch.device("meta"):  # weights with shapes, and nothing in them
-        flow, discrete = TarFlowLMModel(config), discrete_baseline(config)
+        flow = TarFlowLMModel(config)
+        discrete = discrete_baseline(config)
 
     width, num_layers = config.hidden_size, config.num_hidden_layers
     return FlopCount(
@@ -117,7 +118,8 @@ def count_by_patch_size(
         >>> list(counts), counts[2] == count_flops(config)
         ([1, 2, 4], True)
     """
-    counts, length = {}, config.max_position_embeddings
+    counts = {}
+    length = config.max_position_embeddings
     for patch_size in sorted({*patch_sizes, config.patch_size}):
         if patch_size < 1 or length % patch_size:
             continue
@@ -142,7 +144,8 @@ def paper_body_flops(num_positions: int, width: int, num_layers: int) -> int:
 
 def paper_flow_flops(config: TarFlowLMConfig, num_tokens: int) -> list[int]:
     """The paper's count of each flow: its body over S / P positions, and its coupling's head."""
-    width, positions = config.hidden_size, num_tokens // config.patch_size
+    width = config.hidden_size
+    positions = num_tokens // config.patch_size
     flops = []
 
     for flow in config.flows:

@@ -126,7 +126,10 @@ def measure_evolution(batches: Iterable[Sequence[Tensor]]) -> Evolution:
         ValueError: There is no batch, or batches differ in their number of states; or see
             `measure_state`.
     """
-    values, num_sequences, num_tokens, latent_size = {}, 0, 0, 0
+    values = {}
+    num_sequences = 0
+    num_tokens = 0
+    latent_size = 0
     for states in batches:
         centroid = None
         for level, state in enumerate(states):
@@ -144,7 +147,8 @@ def measure_evolution(batches: Iterable[Sequence[Tensor]]) -> Evolution:
                 values.setdefault(name, {}).setdefault(level, []).append(value)
 
         num_sequences += len(states[0])
-        num_tokens, latent_size = max(num_tokens, states[0].shape[1]), states[0].shape[2]
+        num_tokens = max(num_tokens, states[0].shape[1])
+        latent_size = states[0].shape[2]
 
     if not num_sequences:
         raise ValueError("There is no sequence to measure.")

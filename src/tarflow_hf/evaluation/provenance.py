@@ -63,7 +63,8 @@ class Provenance:
         Raises:
             ValueError: Fields are missing, or there are others.
         """
-        values, names = json.loads(text), [field.name for field in fields(cls)]
+        values = json.loads(text)
+        names = [field.name for field in fields(cls)]
         if set(values) != set(names):
             differing = sorted(set(values) ^ set(names))
             raise ValueError(
@@ -89,7 +90,9 @@ def provenance_of(
         command: Its words; those that this process was started with by default.
     """
     words = ["python", *sys.argv] if command is None else command
-    device, name, checksum = model.device, data, None
+    device = model.device
+    name = data
+    checksum = None
 
     if data is not None and Path(data).is_file():
         name, checksum = Path(data).name, hashlib.sha256(Path(data).read_bytes()).hexdigest()

@@ -128,6 +128,7 @@ def bits_of_pieces(
         text = tokenizer.decode(token_ids[:end], clean_up_tokenization_spaces=False)
         if end == len(token_ids) or not text.endswith("\N{REPLACEMENT CHARACTER}"):
             pieces.append((text[num_characters:], piece_bits))
-            num_characters, piece_bits = len(text), 0.0
+            num_characters = len(text)
+            piece_bits = 0.0
 
     return pieces

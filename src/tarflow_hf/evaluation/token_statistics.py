@@ -44,7 +44,8 @@ def distinct_n(sequences: Iterable[Sequence[int]], n: int) -> float:
         >>> distinct_n([[1, 2, 1], [1, 2, 3]], 2)  # 12, 21, 12, 23
         0.75
     """
-    found, total = set(), 0
+    found = set()
+    total = 0
     for tokens in sequences:
         grams = ngrams(tokens, n)
         found.update(grams)

@@ -53,7 +53,8 @@ def kept(make: Callable[[Tensor, Tensor], Any], mean: Tensor, log_scale: Tensor)
     """
     mean, log_scale = mean.detach(), log_scale.detach()
     place = (mean.data_ptr(), log_scale.data_ptr(), mean.shape, mean.stride(), mean.dtype)
-    checked, versions = _checked.get(), _versions(mean, log_scale)
+    checked = _checked.get()
+    versions = _versions(mean, log_scale)
 
     entry = _entries.get(place)
     is_known = checked is not None and checked.get(place) == versions and -1 not in versions

@@ -69,7 +69,8 @@ class PromptLookup:
 
     def propose(self, texts: Texts, num_tokens: int) -> tuple[dict[int, list[int]], int]:
         """The tokens, and how many of the last ones were found before them, at most 8."""
-        found, sizes = {}, []
+        found = {}
+        sizes = []
         for row, text in texts.items():
             if len(text) < 2:
                 return {key: [] for key in texts}, 0
@@ -83,10 +84,12 @@ class PromptLookup:
 
 def _num_matching(text: list[int], draft: list[int], most: int = MAX_MATCHING) -> int:
     """The number of last tokens of a text behind which the draft stands elsewhere in it."""
-    best, size = 0, len(draft)
+    best = 0
+    size = len(draft)
     for start in range(1, len(text) - size + 1):
         if size and text[start] == draft[0] and text[start : start + size] == draft:
-            limit, num = min(most, start), 0
+            limit = min(most, start)
+            num = 0
             while num < limit and text[start - 1 - num] == text[-1 - num]:
                 num += 1
 
@@ -194,7 +197,8 @@ class FlowAssistant(Assistant):
         return make_cache(self.assistant.flow.layers[0].decoder)
 
     def _run(self, text: list[int], num_cached: int, cache: Cache | InputCache) -> Tensor:
-        flow, codebook = self.assistant.flow.layers[0], self.assistant.codebook()
+        flow = self.assistant.flow.layers[0]
+        codebook = self.assistant.codebook()
         means = codebook.mean[text[1:]].unsqueeze(0)
         inputs = flow.inputs(means, codebook, None, num_cached, len(text))
         context = flow.context(inputs, None, num_cached, cache)[:, -1]

@@ -109,7 +109,8 @@ class DraftLength:
             power *= right / tried
             total += power
             if total / self.steps_of_pass(m) > most:
-                best, most = m, total / self.steps_of_pass(m)
+                best = m
+                most = total / self.steps_of_pass(m)
 
         self.wanted = best
         has_room = self.balance >= self.MAX_BALANCE / 2
@@ -221,7 +222,8 @@ class Drafts:
         if known is None:
             known = Known(torch.zeros_like(u), u.new_zeros(u.shape[:2], dtype=torch.bool))
 
-        num_positions, num_known = u.shape[1], num_known_to_all(known)
+        num_positions = u.shape[1]
+        num_known = num_known_to_all(known)
         h = known.states.clone()
         cache = _croppable_cache(flow, num_positions)
         reader = _Reader(flow, codebook)
@@ -318,7 +320,9 @@ class Drafts:
         self, carried: _Guess, rows: list[int]
     ) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
         """Some texts as they are guessed to be, and the known tokens at their end that follow that."""
-        writer, texts, known = self.writer, {}, {}
+        writer = self.writer
+        texts = {}
+        known = {}
         place = writer.num_passed + carried.tokens[0].numel()
         for row in rows:
             text = take(writer.tokens[row, None], writer.order[row, None])[0].tolist()
@@ -391,7 +395,8 @@ class Drafts:
 
 def check_drafts(options: GenerationOptions, config: PreTrainedConfig) -> None:
     """Raises a ValueError where drafts contradict the model or other options of `generate`."""
-    names, direction = ", ".join(options.draft_options), config.flows[0]["direction"]
+    names = ", ".join(options.draft_options)
+    direction = config.flows[0]["direction"]
     if len(options.draft_options) > 1:
         raise ValueError(f"{names} both guess the next tokens: give one of them.")
 
@@ -432,7 +437,8 @@ def make_drafts(
     if options.assistant_model is None:
         source = PromptLookup(options.prompt_lookup_num_tokens, options.max_matching_ngram_size)
     else:
-        num_tokens, warpers = options.num_assistant_tokens, options.warpers()
+        num_tokens = options.num_assistant_tokens
+        warpers = options.warpers()
         source = make_assistant(options.assistant_model, model, num_tokens, warpers)
 
     length = DraftLength(len(writer.tokens), writer.tokens.device.type, source.cost)
@@ -443,7 +449,8 @@ class _Reader:
     """Reads tokens as states of a flow, and states as tokens."""
 
     def __init__(self, flow: nn.Module, codebook: Gaussians):
-        self.channels, self.codebook = flow.channels, codebook
+        self.channels = flow.channels
+        self.codebook = codebook
         self.patch_size = flow.channels.patch_size
 
     def guess(self, tokens: Tensor) -> _Guess:

@@ -177,7 +177,8 @@ def text_length(
     is_prompt: Tensor, noise: Tensor | None, options: GenerationOptions, config: TarFlowLMConfig
 ) -> int:
     """The number of tokens of a sequence, with its prompt (B, n), and the prompt's padding."""
-    prompt_length, longest = is_prompt.shape[1], config.max_position_embeddings
+    prompt_length = is_prompt.shape[1]
+    longest = config.max_position_embeddings
     if prompt_length > longest or (prompt_length == longest and noise is None):
         raise ValueError(
             f"A prompt of {prompt_length} tokens leaves no room: max_position_embeddings is {longest}."

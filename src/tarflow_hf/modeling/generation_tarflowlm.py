@@ -54,19 +54,15 @@ class TarFlowLMGenerateOutput(ModelOutput):
 
     sequences: Tensor | None = None  # (B, T)
     latents: Tensor | None = None  # (B, T, d)
-    noise: Tensor | None = (
-        None  # (B, T, d); at known tokens, that of their latents' sample of q(z | x)
-    )
+    # (B, T, d); at known tokens, the noise of their latents' sample of q(z | x)
+    noise: Tensor | None = None
     states: tuple[Tensor, ...] | None = None  # h0 (latents), ..., hL (noise), each (B, T, d)
-    inverse_reports: list[InverseReport] | None = (
-        None  # how each flow was inverted, from the data side
-    )
-    elbo: Tensor | None = (
-        None  # (B,) nats: with `num_candidates` above 1, the bound by which each was chosen
-    )
-    tokens_per_forward: Tensor | None = (
-        None  # (B,) new tokens of each text over the first flow's passes until it ended
-    )
+    # The inversion of each flow, from the data side
+    inverse_reports: list[InverseReport] | None = None
+    # (B,) nats: with `num_candidates` above 1, the bound by which each was chosen
+    elbo: Tensor | None = None
+    # (B,): the new tokens of each text over the first flow's passes until it ended
+    tokens_per_forward: Tensor | None = None
 
 
 class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
@@ -253,7 +249,8 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         per_forward = self._tokens_per_forward(text, is_kept, ends, flow.inverse_reports[0])
 
         # 7. The best of several candidates.
-        elbo, is_new = None, text.is_new
+        elbo = None
+        is_new = text.is_new
         if options.num_candidates > 1:
             elbo, best = self._choose_best(text, tokens, known, options, generator)
             tokens, is_new, is_kept, *states = _take_rows(best, tokens, is_new, is_kept, *states)
@@ -262,8 +259,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         # 8. Padding behind the end of a sequence.
         sequences = _pad(tokens, is_new, is_kept, text.first_new, options)
         if streamer is not None:
-            is_written = writer is not None and writer.streamer is not None
-            _end_stream(streamer, sequences[:, text.first_new :], is_written)
+            _end_stream(streamer, sequences[:, text.first_new :], writer)
 
         if not options.returns_dict:
             return sequences
@@ -476,7 +472,8 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
 
     def _row_groups(self, text: Text, order: Tensor, options: GenerationOptions) -> list[RowGroup]:
         """The sequences with the library's logits processors, which count from the prompt's end."""
-        orders, num_leading = order.tolist(), text.num_leading
+        orders = order.tolist()
+        num_leading = text.num_leading
         members: dict[tuple, list[int]] = {}
         for row, key in enumerate(zip(num_leading, map(tuple, orders), strict=True)):
             members.setdefault(key, []).append(row)
@@ -629,9 +626,9 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         return elbo[best.to(elbo.device)], best
 
 
-def _end_stream(streamer, tokens: Tensor, is_written: bool) -> None:
-    """Ends a stream, after the new tokens (1, n) where nobody has written them."""
-    if not is_written:
+def _end_stream(streamer, tokens: Tensor, writer: TokenWriter | None) -> None:
+    """Ends a stream, after the new tokens (1, n) if no writer has handed them on."""
+    if writer is None or writer.streamer is None:
         streamer.put(tokens.cpu())
 
     streamer.end()

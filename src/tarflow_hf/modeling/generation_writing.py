@@ -103,11 +103,13 @@ class TokenWriter:
                 next m, (B m, V).
         """
         by_token = logits.unflatten(0, (len(self.tokens), -1))
-        processed, tokens = by_token.clone(), self.tokens
+        processed = by_token.clone()
+        tokens = self.tokens
         for step in range(by_token.shape[1]):
             last = self.num_passed + step
             if step:
-                places, guess = self.order[:, last - 1, None], self.drafted[:, step - 1, None]
+                places = self.order[:, last - 1, None]
+                guess = self.drafted[:, step - 1, None]
                 guess = torch.where(take(self.is_new, places), guess, take(tokens, places))
                 tokens = tokens.scatter(1, places, guess)
 

@@ -214,7 +214,8 @@ def invert_by_captured_step(
             break
 
     num_steps = n + 1 - first
-    num_final = [first] * (first > 0) + [1] * num_steps
+    num_final = [first] if first else []
+    num_final += [1] * num_steps
     return h, InverseReport("sequential", num_steps, 0.0, num_final)
 
 
@@ -256,7 +257,9 @@ def invert_in_parallel(
         h = known.hold(h, 0)
 
     cache = make_cache(flow.decoder)
-    first, num_final, residuals = 0, [], [u.new_zeros(())]
+    first = 0
+    num_final = []
+    residuals = [u.new_zeros(())]
 
     while first < num_positions:
         last = min(max(first, num_known) + window, num_positions)

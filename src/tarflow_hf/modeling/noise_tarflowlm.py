@@ -169,7 +169,8 @@ def keyed_noise(watermark: Watermark, text: Text, latent_size: int) -> Tensor:
     """
     num_seen: dict[tuple[int, ...], int] = {}
     rows = []
-    lengths, num_leading = text.is_real.sum(-1).tolist(), text.num_leading
+    lengths = text.is_real.sum(-1).tolist()
+    num_leading = text.num_leading
     for ids, length, first in zip(text.ids.tolist(), lengths, num_leading, strict=True):
         stream = num_seen.get(tuple(ids[:first]), 0)
         num_seen[tuple(ids[:first])] = stream + 1

@@ -60,7 +60,8 @@ def make_layout(h: Tensor, patch_size: int, attention_mask: Tensor | None = None
 
     check_mask(attention_mask, (h.shape[0], h.shape[1] * patch_size))
     mask = attention_mask != 0
-    lengths, first = mask.sum(-1), mask.int().argmax(-1)
+    lengths = mask.sum(-1)
+    first = mask.int().argmax(-1)
     place = torch.arange(mask.shape[1], device=mask.device) - first.unsqueeze(-1)
     is_whole = mask == ((place >= 0) & (place < lengths.unsqueeze(-1)))
     require(
@@ -234,7 +235,8 @@ def make_order(channels: Channels, is_reversed: bool, layout: Layout, h: Tensor)
 def known_slots(known: Known | None, layout: Layout, order: Order, u: Tensor) -> Known | None:
     """Known states in the flow's own order. Padding and observed positions count as known."""
     if layout.is_variable is not None:
-        states, mask = torch.zeros_like(u), ~layout.is_variable
+        states = torch.zeros_like(u)
+        mask = ~layout.is_variable
         if known is not None:
             states, mask = layout.keep_variables(known.states), known.mask | mask
 
@@ -318,7 +320,8 @@ class Pieces:
         self.order = None  # (B, T): where the tokens of the pieces are; None if nothing is padded
         if not bool(is_real.all()):
             self.order = (~is_real).int().argsort(dim=-1, stable=True)
-            self.width, self.length = int(is_real.sum(-1).max()), is_real.shape[1]
+            self.width = int(is_real.sum(-1).max())
+            self.length = is_real.shape[1]
 
     def gather(self, x: Tensor) -> Tensor:
         """Sequences (B, T, ...) to pieces (B, longest, ...)."""

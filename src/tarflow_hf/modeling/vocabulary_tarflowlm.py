@@ -70,7 +70,9 @@ def _nearest(means: Tensor, within: float | None = None) -> Tensor:
 @torch.no_grad()
 def add_tokens(model: nn.Module, num_new: int) -> None:
     """Adds tokens to a model's vocabulary, in place: see `resize_token_embeddings`."""
-    config, flow, codebook = model.config, model.flow.layers[0], model.codebook
+    config = model.config
+    flow = model.flow.layers[0]
+    codebook = model.codebook
     head = flow.head
     vocab_size = config.vocab_size
     is_tied = config.tie_word_embeddings

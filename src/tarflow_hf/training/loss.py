@@ -87,7 +87,8 @@ def draw_observed_mask(
                 [1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0],
                 [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]], dtype=torch.int32)
     """
-    num_sequences, num_positions = shape[0], shape[1] // patch_size
+    num_sequences = shape[0]
+    num_positions = shape[1] // patch_size
 
     def uniform(num_columns: int) -> Tensor:
         if isinstance(generator, Sequence):
@@ -133,7 +134,8 @@ def compute_loss(
     bare = extract_model_from_parallel(model, keep_torch_compile=False)
     if is_discrete(bare):
         inputs = prepend_start(bare, input_ids)
-        labels, options = inputs, {}
+        labels = inputs
+        options = {}
         if attention_mask is not None:  # no real token sees the padding on its right
             labels = prepend_start(bare, input_ids.masked_fill(attention_mask == 0, -100))
         if num_tokens is not None:

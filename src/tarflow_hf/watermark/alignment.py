@@ -59,7 +59,8 @@ class Alignment:
 
     def __init__(self, evidence: Evidence, max_offset: int):
         self.patch_size, num_tokens, self.latent_size = evidence.mean.shape
-        self.num_tokens, self.first = num_tokens, evidence.first
+        self.num_tokens = num_tokens
+        self.first = evidence.first
         self.num_places = max_offset + num_tokens + num_tokens // 2 + 1
 
         forms = [_quadratic_form(evidence, correlation) for correlation in CORRELATIONS]

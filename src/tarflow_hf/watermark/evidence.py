@@ -172,7 +172,8 @@ def draw_noise(
     ids = tokens.expand(num_samples, -1)
     latents = model.encode(ids, noise=epsilon)
 
-    patch_size, num_tokens = model.config.patch_size, tokens.shape[1]
+    patch_size = model.config.patch_size
+    num_tokens = tokens.shape[1]
     num_observed = min(num_prompt_tokens // patch_size * patch_size, num_tokens - patch_size)
     observed = {}
     if model.config.conditional and num_observed > 0:
@@ -222,7 +223,8 @@ def predict(draws: Tensor, worths: tuple[float, ...] = WORTHS) -> tuple[Tensor, 
 
     is_possible = (draws.abs() < FARTHEST).all(0)  # not NaN either
     draws = draws.where(is_possible, 0)
-    num_draws, center = len(draws), draws.mean(0)
+    num_draws = len(draws)
+    center = draws.mean(0)
     spread = (draws - center).square().sum(0)
 
     def weigh(worth: float) -> Tensor:
@@ -236,7 +238,8 @@ def predict(draws: Tensor, worths: tuple[float, ...] = WORTHS) -> tuple[Tensor, 
         )
 
     worth = max(worths, key=lambda each: weigh(each).logsumexp(0)[is_possible].sum().item())
-    weight, of_mean = weigh(worth).softmax(0), grid / (num_draws * worth)
+    weight = weigh(worth).softmax(0)
+    of_mean = grid / (num_draws * worth)
     of_center = 1 - grid + of_mean
     shrinkage = (1 - grid) / of_center
     means, variances = shrinkage * center, grid + shrinkage * of_mean
