@@ -171,7 +171,7 @@ def test_inside_unchanged_a_codebook_is_summed_once(monkeypatch):
     first = codebook_kept.kept(make, *codebook())
     codebook.mean.data.add_(1.0)  # seen by no version
     sums.clear()
-    with codebook_kept.unchanged():
+    with codebook_kept.assume_codebook_unchanged():
         second = codebook_kept.kept(make, *codebook())
         assert not torch.equal(first, second) and len(sums) == 2
         assert codebook_kept.kept(make, *codebook()) is second and len(sums) == 2
@@ -181,7 +181,7 @@ def test_inside_unchanged_a_codebook_is_summed_once(monkeypatch):
 
     codebook.mean.data.add_(1.0)
     assert torch.equal(codebook_kept.kept(make, *codebook()), second + 2) and len(sums) == 6
-    with torch.inference_mode(), codebook_kept.unchanged():
+    with torch.inference_mode(), codebook_kept.assume_codebook_unchanged():
         mean, log_scale = (x.clone() for x in codebook())
         table = codebook_kept.kept(make, mean, log_scale)
         mean.add_(1.0)  # tensors of this mode have no version

@@ -3,7 +3,8 @@
 They serve the forms of Mix-d for large codebooks on a CPU, `coupling_active.py` and
 `coupling_product.py`. A codebook is known by its place in memory and its version, which every
 optimiser and every `copy_` changes, and by checksums of all its numbers, which show what is written
-to a tensor's `.data` (an average of the weights, say). Inside `unchanged` that is checked once.
+to a tensor's `.data` (an average of the weights, say). Inside `assume_codebook_unchanged` that
+is checked once.
 
 Shapes: V components of size d.
 """
@@ -29,15 +30,17 @@ class _Entry(NamedTuple):
 
 
 _entries: OrderedDict[tuple, _Entry] = OrderedDict()
-# The versions of the codebooks, by their places, whose checksums were right inside `unchanged`.
+# The versions of the codebooks, by their places, whose checksums were right inside
+# `assume_codebook_unchanged`.
 _checked: ContextVar[dict[tuple, tuple] | None] = ContextVar("_checked", default=None)
 
 
 @contextmanager
-def unchanged() -> Iterator[None]:
-    """Inside, nothing writes to a tensor's `.data`: a version says all after the first look.
+def assume_codebook_unchanged() -> Iterator[None]:
+    """Checks a codebook's numbers once inside, and then its tensors' versions only.
 
-    One step of generation looks at a codebook and at its latents some five times.
+    Inside, nothing writes to a tensor's `.data`. A step of generation looks at a codebook some five
+    times.
     """
     token = _checked.set({})
     try:

@@ -66,7 +66,7 @@ END_OPTIONS = (
     "min_new_tokens",
 )
 
-# The counts, and the least of each. None is taken where it is the default.
+# The smallest value of each integer option; None means unset.
 LEAST = {
     "num_return_sequences": 1,
     "num_candidates": 1,
@@ -79,7 +79,7 @@ LEAST = {
     "pad_token_id": -1,
 }
 
-MOST = 2**63 - 1  # that a tensor of integers has room for
+MOST = 2**63 - 1  # the largest int64
 
 # Warpers of the library's that check their own range.
 LIBRARY_WARPERS = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")

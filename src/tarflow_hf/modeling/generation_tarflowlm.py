@@ -14,7 +14,7 @@ from transformers.generation import (
 from transformers.utils import ModelOutput
 
 from .checks_tarflowlm import check_generator
-from .codebook_kept import unchanged
+from .codebook_kept import assume_codebook_unchanged
 from .drafts_tarflowlm import make_drafts
 from .generation_checks import (
     check_directions,
@@ -67,7 +67,7 @@ class TarFlowLMGenerateOutput(ModelOutput):
 
 class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
     @torch.no_grad()
-    @unchanged()
+    @assume_codebook_unchanged()
     def generate(
         self,
         inputs: Tensor | None = None,
