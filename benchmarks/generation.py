@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from unittest import mock
 
@@ -101,11 +101,10 @@ def parse_arguments() -> argparse.Namespace:
 
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.num_tokens, arguments.batch_sizes = [128], [1, 4]
-        arguments.patch_steps, arguments.train_steps = (
-            min(arguments.patch_steps, 30),
-            min(arguments.train_steps, 60),
-        )
+        arguments.num_tokens = [128]
+        arguments.batch_sizes = [1, 4]
+        arguments.patch_steps = min(arguments.patch_steps, 30)
+        arguments.train_steps = min(arguments.train_steps, 60)
         arguments.recompute_up_to = min(arguments.recompute_up_to, 128)
 
     return arguments
@@ -243,14 +242,42 @@ def facts_of(model: TarFlowLMModel) -> dict[str, float]:
     return {name: getattr(model.config, name) for name in names}
 
 
+def modes_of(
+    model: TarFlowLMModel, noise: Tensor, methods: dict[str, dict], with_recomputing: bool
+) -> dict[str, Callable[[], Tensor]]:
+    """The ways from noise to its tokens: the methods of `generate`, and the plain loops."""
+    modes = {
+        name: partial(model.generate, noise=noise, **options) for name, options in methods.items()
+    }
+    modes["cached loop"] = partial(cached_loop, model, noise)
+    if with_recomputing:
+        modes["without a cache"] = partial(recomputing_loop, model, noise)
+
+    return modes
+
+
+def same_tokens(
+    modes: dict[str, Callable[[], Tensor]],
+) -> tuple[dict[str, Callable[[], Tensor]], list[str]]:
+    """The modes that find the tokens of the sequential inverse, and the names of the others."""
+    expected = modes["sequential"]()
+    runs, differ = {}, []
+    for name, run in modes.items():
+        if torch.equal(run(), expected):
+            runs[name] = run
+        else:
+            differ.append(name)
+
+    return runs, differ
+
+
 def whole_stacks(
     models: dict[int, TarFlowLMModel], arguments: argparse.Namespace, table: Results
 ) -> None:
     """Every mode of `generate` at every size, and the library's own model beside them."""
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
-    config = next(iter(models.values())).config
-    model_facts = facts_of(next(iter(models.values())))
-    library = discrete_baseline(config).to(device, dtype).eval()
+    first = next(iter(models.values()))
+    library = discrete_baseline(first.config).to(device, dtype).eval()
     methods = {
         name: options
         for name, options in METHODS.items()
@@ -261,46 +288,30 @@ def whole_stacks(
     for batch in arguments.batch_sizes:
         for length in arguments.num_tokens:
             start = torch.full((batch, 1), library.config.bos_token_id, device=device)
-            length_options = {"max_new_tokens": length, "min_new_tokens": length, "pad_token_id": 0}
+            options = {"max_new_tokens": length, "min_new_tokens": length, "pad_token_id": 0}
+            sample = partial(library.generate, start, do_sample=True, top_k=0, **options)
+            is_short = length <= arguments.recompute_up_to
+            with_recomputing = is_short and batch == min(arguments.batch_sizes)
 
-            def sample_library(start=start, options=length_options):
-                library.generate(start, do_sample=True, top_k=0, **options)
-
-            runs, differ = {(LIBRARY, 1): sample_library}, []
+            runs = {(LIBRARY, 1): sample}
+            differ = []
             for patch_size, model in models.items():
                 noise = torch.randn(batch, length, model.config.latent_size, device=device)
-                candidates = {
-                    name: lambda model=model, noise=noise, options=options: model.generate(
-                        noise=noise, **options
-                    )
-                    for name, options in methods.items()
-                }
-                candidates["cached loop"] = lambda model=model, noise=noise: cached_loop(
-                    model, noise
-                )
-
-                if length <= arguments.recompute_up_to and batch == min(arguments.batch_sizes):
-                    candidates["without a cache"] = lambda model=model, noise=noise: (
-                        recomputing_loop(model, noise)
-                    )
-
-                expected = candidates["sequential"]()
-                for name, run in candidates.items():
-                    if torch.equal(run(), expected):
-                        runs[name, patch_size] = run
-                    else:
-                        differ.append((name, patch_size))
+                same, others = same_tokens(modes_of(model, noise, methods, with_recomputing))
+                runs |= {(name, patch_size): run for name, run in same.items()}
+                differ += [(name, patch_size) for name in others]
 
             times = median_times(runs, arguments.repeats, device)
             for (name, patch_size), seconds in times.items():
                 ratio = times[LIBRARY, 1] / seconds
                 speed = batch * length / seconds
                 values = {"seconds": seconds, "tokens_per_second": speed, "ratio": ratio}
-                values |= model_facts
+                values |= facts_of(first if name == LIBRARY else models[patch_size])
                 table.row(mode=name, patch=patch_size, batch=batch, tokens=length, **values)
 
             for name, patch_size in differ:
                 values = dict.fromkeys(("seconds", "tokens_per_second", "ratio"), "differs")
+                values |= facts_of(models[patch_size])
                 table.row(mode=name, patch=patch_size, batch=batch, tokens=length, **values)
 
 
@@ -358,13 +369,14 @@ def patches(arguments: argparse.Namespace, table: Results) -> None:
     """
     length = min(arguments.num_tokens)
     data = documentation("validation", length)
+    sizes = [
+        (patch_size, head_layers)
+        for patch_size in arguments.patch_sizes
+        for head_layers in ((0, 1) if patch_size > 1 else (0,))
+    ]
     models, bits = {}, {}
 
-    for key in (
-        (size, layers)
-        for size in arguments.patch_sizes
-        for layers in ((0, 1) if size > 1 else (0,))
-    ):
+    for key in sizes:
         patch_size, head_layers = key
         set_seed(0)
         options = {"patch_head_layers": head_layers} if head_layers else {}
@@ -387,10 +399,7 @@ def patches(arguments: argparse.Namespace, table: Results) -> None:
         noise = torch.randn(
             batch, length, next(iter(models.values())).config.latent_size, device=arguments.device
         )
-        runs = {
-            key: lambda model=model, noise=noise: model.generate(noise=noise)
-            for key, model in models.items()
-        }
+        runs = {key: partial(model.generate, noise=noise) for key, model in models.items()}
 
         times = median_times(runs, arguments.repeats, arguments.device)
         for (patch_size, head_layers), seconds in times.items():
@@ -410,10 +419,8 @@ def patches(arguments: argparse.Namespace, table: Results) -> None:
 
 def trained_flows(model: TarFlowLMModel, arguments: argparse.Namespace, table: Results) -> None:
     """The parallel and the sequential inverse of each flow of a trained stack, from the noise side."""
-    device, length = (
-        arguments.device,
-        min(max(arguments.num_tokens), model.config.max_position_embeddings),
-    )
+    device = arguments.device
+    length = min(max(arguments.num_tokens), model.config.max_position_embeddings)
     table.title(
         flow=4,
         coupling=18,
@@ -428,16 +435,18 @@ def trained_flows(model: TarFlowLMModel, arguments: argparse.Namespace, table: R
 
     for batch in arguments.batch_sizes:
         noise = torch.randn(batch, length, model.config.latent_size, device=device)
-        u, codebook = to_positions(noise, model.config.patch_size), model.codebook()
+        u = to_positions(noise, model.config.patch_size)
+        codebook = model.codebook()
 
         for index in reversed(range(len(model.flow.layers))):
             layer, facts = model.flow.layers[index], model.config.flows[index]
+            runs = {
+                method: partial(layer, u, codebook, options=FlowInverse(method), reverse=True)
+                for method in ("sequential", "parallel")
+            }
 
-            def invert(method, layer=layer, u=u, codebook=codebook):
-                return layer(u, codebook, options=FlowInverse(method), reverse=True)
-
-            h, _ = invert("sequential")
-            found, report = invert("parallel")
+            h, _ = runs["sequential"]()
+            found, report = runs["parallel"]()
             row = {
                 "flow": index,
                 "coupling": facts["coupling"],
@@ -450,10 +459,6 @@ def trained_flows(model: TarFlowLMModel, arguments: argparse.Namespace, table: R
             }
 
             if torch.allclose(found, h, rtol=1e-2, atol=1e-2):
-                runs = {
-                    method: lambda method=method: invert(method)
-                    for method in ("sequential", "parallel")
-                }
                 times = median_times(runs, arguments.repeats, device)
                 table.row(**row, **times, ratio=times["sequential"] / times["parallel"])
             else:
