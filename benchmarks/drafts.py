@@ -28,12 +28,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import Results
+from measure import Results, load_and_convert
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from tarflow_hf import TarFlowLMModel
-from tarflow_hf.conversion import from_causal_lm, load_source
 from tarflow_hf.modeling.coupling import mixture_rosenblatt_inverse
 
 LIGHTHOUSE = (
@@ -274,9 +273,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, is_chat: bool) -> torc
 def main():
     arguments = parse_arguments()
     table = Results("cpu", arguments.output)
-    source, tokenizer = load_source(arguments.source, gguf_file=arguments.gguf_file)
-    source.eval()
-    model = from_causal_lm(source, tokenizer)
+    source, model, tokenizer = load_and_convert(arguments.source, arguments.gguf_file)
     assistant = None
     if "assistant" in arguments.drafts:
         assistant = (in_8_bits if arguments.assistant == "int8" else in_bfloat16)(source)

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tarflow_hf import TarFlowLMModel
+from tarflow_hf.conversion import from_causal_lm, load_source
 from tarflow_hf.modeling.coupling_newton import AUTO_TAKES_NUMBA
 from tarflow_hf.modeling.coupling_numba import numba
 from tarflow_hf.report import Table
@@ -73,6 +76,15 @@ def peak_resident_memory() -> int:
     """
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def load_and_convert(
+    source: str, gguf_file: str | None = None
+) -> tuple[PreTrainedModel, TarFlowLMModel, PreTrainedTokenizerBase]:
+    """A causal language model, the TarFlowLM it is converted to, and their tokenizer."""
+    language_model, tokenizer = load_source(source, gguf_file=gguf_file)
+    language_model.eval()
+    return language_model, from_causal_lm(language_model, tokenizer), tokenizer
 
 
 def device_name(device: str) -> str:

@@ -22,11 +22,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from measure import Results
+from measure import Results, load_and_convert
 from torch import Tensor
 
 from tarflow_hf import TarFlowLMModel
-from tarflow_hf.conversion import from_causal_lm, load_source
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, held_out_documents
 from tarflow_hf.evaluation import compare, round_to_int8
 from tarflow_hf.hub import load_checkpoint
@@ -51,14 +50,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="file to append the rows to, as JSON lines")
 
     return parser.parse_args()
-
-
-def load(arguments: argparse.Namespace):
-    if arguments.gguf_file is None:
-        return load_checkpoint(arguments.model)
-
-    source, tokenizer = load_source(arguments.model, gguf_file=arguments.gguf_file)
-    return from_causal_lm(source, tokenizer).eval(), tokenizer
 
 
 def in_batches(function, size: int, *tensors: Tensor) -> Tensor:
@@ -139,7 +130,11 @@ def changed_models(
 @torch.no_grad()
 def main():
     arguments = parse_arguments()
-    model, tokenizer = load(arguments)
+    if arguments.gguf_file is None:
+        model, tokenizer = load_checkpoint(arguments.model)
+    else:
+        _, model, tokenizer = load_and_convert(arguments.model, arguments.gguf_file)
+
     name = arguments.data or PYTHON_DOCS
     documents = held_out_documents(name)
     pieces = PackedTokens(documents, tokenizer, arguments.num_tokens)

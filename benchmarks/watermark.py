@@ -22,10 +22,12 @@ of a key has q = p over keys (tests/test_watermark.py), and no row for it.
 import argparse
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from measure import Results
+from measure import Results, load_and_convert
 from scipy.stats import binom
 from torch import Tensor
 from transformers import (
@@ -38,8 +40,7 @@ from transformers import (
 )
 
 from tarflow_hf import TarFlowLMModel
-from tarflow_hf.conversion import from_causal_lm, load_source
-from tarflow_hf.watermark import NoiseWatermark, read_evidence
+from tarflow_hf.watermark import Evidence, NoiseWatermark, read_evidence
 
 TOPICS = (
     "a fisherman and his daughter", "the history of bread", "how rain forms", "a lost letter", "why cats purr",
@@ -58,6 +59,13 @@ MARKS = (NOISE, GREEN, SYNTHID)
 SYNTHID_KEYS = [
     654, 400, 836, 123, 340, 443, 597, 160, 57, 29, 590, 639, 13, 715, 468, 990, 966, 226, 324, 585,
 ]  # fmt: skip
+CONFIGS = {
+    GREEN: WatermarkingConfig(),
+    SYNTHID: SynthIDTextWatermarkingConfig(ngram_len=5, keys=SYNTHID_KEYS),
+}
+
+# log10 p of the first tokens of a text, given the text, its row and the number of tokens.
+Detector = Callable[[Tensor, int, int], float]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -215,73 +223,56 @@ def edited(
     return both[torch.stack([is_edited, torch.ones_like(is_edited)], -1).flatten()]
 
 
-def by_noise(
-    model: TarFlowLMModel, keys: Keys, temperature: float = 1.0
-) -> Callable[[Tensor, int, list[int]], list[float]]:
-    """log10 p of the first tokens of a text, for each of some lengths, given the row's key."""
-    flows = model.config.flows
+def by_noise(model: TarFlowLMModel, keys: Keys, temperature: float = 1.0) -> Detector:
+    """The detector of a row's key."""
     told = {} if temperature == 1 else {"mixture_temperature": temperature}
-    is_causal = len(flows) == 1 and model.config.patch_size == 1
+    is_causal = len(model.config.flows) == 1 and model.config.patch_size == 1
 
-    def detect(text: Tensor, row: int, lengths: list[int]) -> list[float]:
-        values = []
-        whole = read_evidence(model, text[None], **told) if is_causal else None
-        for length in lengths:
-            evidence = whole or read_evidence(model, text[None, :length], **told)
-            evidence = evidence._replace(
-                mean=evidence.mean[:, :length], variance=evidence.variance[:, :length]
-            )
-            values.append(keys.marks[row].test(evidence).log_p_value / math.log(10))
+    @lru_cache(maxsize=1)
+    def evidence_of(text: Tensor) -> Evidence:
+        return read_evidence(model, text[None], **told)
 
-        return values
+    def log10_p(text: Tensor, row: int, length: int) -> float:
+        if is_causal:
+            # A beginning has the evidence of the whole text there: that is read once.
+            whole = evidence_of(text)
+            mean, variance = whole.mean[:, :length], whole.variance[:, :length]
+            evidence = whole._replace(mean=mean, variance=variance)
+        else:
+            evidence = evidence_of(text[:length])
 
-    return detect
+        return keys.marks[row].test(evidence).log_p_value / math.log(10)
+
+    return log10_p
 
 
-def by_green_lists(
-    source: PreTrainedModel, config: WatermarkingConfig
-) -> Callable[[Tensor, int, list[int]], list[float]]:
-    """log10 p by the library's detector, of the number of green tokens."""
+def by_green_lists(source: PreTrainedModel, config: WatermarkingConfig) -> Detector:
+    """The library's detector, by the number of green tokens."""
     detector = WatermarkDetector(source.config, "cpu", config, ignore_repeated_ngrams=True)
 
-    def detect(text: Tensor, row: int, lengths: list[int]) -> list[float]:
-        values = []
-        for length in lengths:
-            out = detector(text[None, :length], return_dict=True)
-            number, total = int(out.num_green_tokens[0]), int(out.num_tokens_scored[0])
-            tail = binom.logsf(number - 1, total, config.greenlist_ratio)
-            values.append(float(tail) / math.log(10))
+    def log10_p(text: Tensor, row: int, length: int) -> float:
+        out = detector(text[None, :length], return_dict=True)
+        number, total = int(out.num_green_tokens[0]), int(out.num_tokens_scored[0])
+        tail = binom.logsf(number - 1, total, config.greenlist_ratio)
+        return float(tail) / math.log(10)
 
-        return values
-
-    return detect
+    return log10_p
 
 
-def by_synthid(
-    source: PreTrainedModel, config: SynthIDTextWatermarkingConfig
-) -> Callable[[Tensor, int, list[int]], list[float]]:
-    """log10 p by the library's g values, of the number of ones behind contexts that are new."""
+def by_synthid(source: PreTrainedModel, config: SynthIDTextWatermarkingConfig) -> Detector:
+    """The number of ones among the library's g values, behind contexts that are new."""
     processor = config.construct_processor(source.config.vocab_size, "cpu")
 
-    def detect(text: Tensor, row: int, lengths: list[int]) -> list[float]:
-        values = []
-        for length in lengths:
-            is_new = processor.compute_context_repetition_mask(text[None, :length])[0].bool()
-            bits = processor.compute_g_values(text[None, :length])[0][is_new]
-            tail = binom.logsf(int(bits.sum()) - 1, bits.numel(), 0.5)
-            values.append(float(tail) / math.log(10))
+    def log10_p(text: Tensor, row: int, length: int) -> float:
+        is_new = processor.compute_context_repetition_mask(text[None, :length])[0].bool()
+        bits = processor.compute_g_values(text[None, :length])[0][is_new]
+        tail = binom.logsf(int(bits.sum()) - 1, bits.numel(), 0.5)
+        return float(tail) / math.log(10)
 
-        return values
-
-    return detect
+    return log10_p
 
 
-def power(
-    tokens: Tensor,
-    detect: Callable[[Tensor, int, list[int]], list[float]],
-    lengths: list[int],
-    edited_length: int,
-) -> list[dict]:
+def power(tokens: Tensor, log10_p: Detector, lengths: list[int], edited_length: int) -> list[dict]:
     """The rows of texts (B, n) under each edit."""
     rows = []
     for edit, rate in EDITS:
@@ -294,7 +285,7 @@ def power(
                 text = edited(text[:edited_length], edit, rate, others, generator)
                 cuts = [len(text)]
 
-            values.append(detect(text, row, cuts))
+            values.append([log10_p(text, row, length) for length in cuts])
 
         for length, column in zip(
             lengths if rate == 0 else [edited_length], zip(*values, strict=True), strict=True
@@ -308,44 +299,45 @@ def power(
 
 
 # --------------------------------------------------------------------------------------------------
+# The two tables
+# --------------------------------------------------------------------------------------------------
 
 
-def main():
-    arguments = parse_arguments()
-    table = Results("cpu", arguments.output)
+class Writers(NamedTuple):
+    """The models that write, and prompts (B, T) with their mask; a TarFlowLM of its own has none."""
+
+    model: TarFlowLMModel
+    source: PreTrainedModel | None = None
+    prompts: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def write_and_cost(
+    writers: Writers, keys: Keys, arguments: argparse.Namespace, table: Results
+) -> dict[tuple[float, str], Tensor]:
+    """The texts (B, n) by temperature and mark; the rows are what the source thinks of them."""
+    model, source, prompts, mask_of_prompts = writers
     length = max(arguments.lengths)
-    source = prompts = mask = None
-    if arguments.checkpoint is None:
-        source, tokenizer = load_source(arguments.source, gguf_file=arguments.gguf_file)
-        source.eval()
-        model = from_causal_lm(source, tokenizer)
-        start = model.config.start_token_id
-        prompts, mask = prompts_of(tokenizer, start, arguments.num_texts)
-    else:
-        model = TarFlowLMModel.from_pretrained(arguments.checkpoint).eval()
-
-    configs = {
-        GREEN: WatermarkingConfig(),
-        SYNTHID: SynthIDTextWatermarkingConfig(ngram_len=5, keys=SYNTHID_KEYS),
-    }
-    name = arguments.name or arguments.source or Path(arguments.checkpoint).name
-    keys = Keys(arguments.num_texts, arguments.max_offset)
     texts = {}
     table.title(temperature=11, mark=18, nats=6, error=6, cost=7)
+
     for temperature in arguments.temperatures:
         keys.row = 0
-        ours = (None, None) if prompts is None else (prompts[:, 1:], mask[:, 1:])
+        ours = (None, None) if prompts is None else (prompts[:, 1:], mask_of_prompts[:, 1:])
         texts[temperature, NOISE] = write_from_keys(model, *ours, length, temperature, keys)
-        for mark in ("none", *arguments.marks) if source is not None else ():
+        if source is None:
+            continue
+
+        for mark in ("none", *arguments.marks):
             cost = None
             if mark != NOISE:
                 texts[temperature, mark], cost = write_with_library(
-                    source, prompts, mask, length, temperature, configs.get(mark)
+                    source, prompts, mask_of_prompts, length, temperature, CONFIGS.get(mark)
                 )
 
-            each = nats(source, prompts, mask, texts[temperature, mark], temperature)
+            each = nats(source, prompts, mask_of_prompts, texts[temperature, mark], temperature)
             table.row(
-                **{"kind": "likelihood", "model": name, "temperature": temperature, "mark": mark},
+                **{"kind": "likelihood", "temperature": temperature, "mark": mark},
                 texts=len(each),
                 tokens=length,
                 nats=each.mean().item(),
@@ -353,24 +345,56 @@ def main():
                 cost=None if cost is None else cost.mean().item(),
             )
 
+    return texts
+
+
+def power_table(
+    texts: dict[tuple[float, str], Tensor],
+    writers: Writers,
+    keys: Keys,
+    arguments: argparse.Namespace,
+    table: Results,
+) -> None:
+    """The power of each mark's detector on its own texts, as they were written and edited."""
+    model, source = writers.model, writers.source
     widths = {"temperature": 11, "mark": 22, "edit": 8, "rate": 4, "tokens": 6}
     table.title(**widths, **{"share 1e-3": 10, "share 1e-6": 10, "median": 7})
+
     for temperature in arguments.temperatures:
         detectors = {NOISE: by_noise(model, keys, temperature)}
         if temperature != 1:
             detectors[UNTOLD] = by_noise(model, keys)
         if source is not None:
-            detectors[GREEN] = by_green_lists(source, configs[GREEN])
-            detectors[SYNTHID] = by_synthid(source, configs[SYNTHID])
+            detectors[GREEN] = by_green_lists(source, CONFIGS[GREEN])
+            detectors[SYNTHID] = by_synthid(source, CONFIGS[SYNTHID])
 
-        for mark, detect in detectors.items():
+        for mark, log10_p in detectors.items():
             written_by = NOISE if mark == UNTOLD else mark
             if written_by not in arguments.marks:
                 continue
 
             tokens = texts[temperature, written_by]
-            for row in power(tokens, detect, arguments.lengths, arguments.edited_length):
-                table.row(kind="power", model=name, temperature=temperature, mark=mark, **row)
+            for row in power(tokens, log10_p, arguments.lengths, arguments.edited_length):
+                table.row(kind="power", temperature=temperature, mark=mark, **row)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def main():
+    arguments = parse_arguments()
+    table = Results("cpu", arguments.output)
+    if arguments.checkpoint is None:
+        source, model, tokenizer = load_and_convert(arguments.source, arguments.gguf_file)
+        prompts = prompts_of(tokenizer, model.config.start_token_id, arguments.num_texts)
+        writers = Writers(model, source, *prompts)
+    else:
+        writers = Writers(TarFlowLMModel.from_pretrained(arguments.checkpoint).eval())
+
+    table.facts["model"] = arguments.name or arguments.source or Path(arguments.checkpoint).name
+    keys = Keys(arguments.num_texts, arguments.max_offset)
+    texts = write_and_cost(writers, keys, arguments, table)
+    power_table(texts, writers, keys, arguments, table)
 
 
 if __name__ == "__main__":
