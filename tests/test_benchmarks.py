@@ -291,7 +291,7 @@ def study(monkeypatch):
     """Lets the folder's modules import each other, as scripts do."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "study")
     yield
-    for name in ("cases", "report"):
+    for name in ("cases", "page", "report"):
         sys.modules.pop(name, None)
 
 
@@ -315,13 +315,13 @@ def test_the_study_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch, study
     cases = ["discrete", "affine", "Mix-d, deep, progressive", "patch 2, equal FLOPs"]
     printed = run("--cases", *cases, "--output", "rows.jsonl")
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
-    assert [row["case"] for row in rows] == cases and "discrete, seed" not in printed
+    assert [row["model"] for row in rows] == cases and "discrete, seed" not in printed
     assert first.splitlines()[-1].split("|")[5] in printed
 
     for row, equal in zip(rows, ["parameters"] * 3 + ["training_flops_per_token"], strict=True):
         assert row[equal] == pytest.approx(rows[0][equal], rel=0.03)
         assert (
-            f"| {row['case']} | {row['parameters']:,} |" in printed
+            f"| {row['model']} | {row['parameters']:,} |" in printed
             and f"{row['elbo_bits_per_character']:.3f}" in printed
         )
 

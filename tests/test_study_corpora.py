@@ -37,7 +37,7 @@ def study(monkeypatch, tmp_path, capsys):
         )
 
     yield run
-    for name in ("cases", "report", "results", "tasks"):
+    for name in ("cases", "page", "report", "results", "tasks"):
         sys.modules.pop(name, None)
 
 

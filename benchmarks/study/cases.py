@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.cost import forward_flops
+from tarflow_hf.evaluation.flops import papers_depths
 from tarflow_hf.training import discrete_baseline
 
 DIRECTIONS = ("left_to_right", "right_to_left")
@@ -46,11 +47,6 @@ def mix_1(num_components: int) -> dict[str, Any]:
 
 def mix_d(**options: Any) -> dict[str, Any]:
     return {"coupling": "mixture_rosenblatt", **options}
-
-
-def papers_depths(layers: int) -> list[int]:
-    """2 + 2 + 8 of the paper's 12 layers, from the data side."""
-    return [layers // 6, layers // 6, layers - 2 * (layers // 6)]
 
 
 def papers_affine(layers: int) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import statistics
 from pathlib import Path
 
 from cases import GROUPS
+from page import after_flows, gap, pyplot, spread, write_below
 
 from tarflow_hf.report import Table
 
@@ -31,7 +32,7 @@ def tables(rows: list[dict]) -> str:
     """The tables as Markdown: one for each group with rows, in which a line is a case."""
     by_case = {}
     for row in rows:
-        by_case.setdefault(row["case"], []).append(row)
+        by_case.setdefault(row["model"], []).append(row)
 
     discrete = by_case.get("discrete")
     parts = []
@@ -60,40 +61,20 @@ def cells_of(case: str, rows: list[dict], discrete: list[dict] | None) -> tuple:
     It is left out where one of the two lacks them.
     """
     elbo, bound = (
-        spread([row[f"{name}_bits_per_character"] for row in rows]) for name in ("elbo", "bound")
+        spread([row[f"{name}_bits_per_character"] for row in rows]) for name in ("elbo", "test")
     )
-    flops, gap, cuts = "", "", ""
+    to_discrete = gap(rows, discrete, "test_bits_per_character", digits=1)
+    flops = ""
 
     if discrete is not None:
-        flops = (
-            f"{rows[0]['training_flops_per_token'] / discrete[0]['training_flops_per_token']:.2f}"
-        )
-        exact = {row["seed"]: row["bound_bits_per_character"] for row in discrete}
-        gaps = [
-            row["bound_bits_per_character"] / exact[row["seed"]] - 1
-            for row in rows
-            if row["seed"] in exact
-        ]
-        gap = f"{100 * statistics.mean(gaps):+.1f}%" if gaps else ""
+        ratio = rows[0]["training_flops_per_token"] / discrete[0]["training_flops_per_token"]
+        flops = f"{ratio:.2f}"
 
     if case == "discrete":
-        elbo, bound, gap = f"{elbo}, exact", "", ""
-    elif len(rows[0]["bits_after_flows"]) > 1:
-        after = zip(*(row["bits_after_flows"] for row in rows), strict=True)
-        cuts = ", ".join(f"{statistics.mean(values):.3f}" for values in after)
+        elbo, bound, to_discrete = f"{elbo}, exact", "", ""
 
-    return case, f"{rows[0]['parameters']:,}", flops, len(rows), elbo, bound, gap, cuts
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation.
-
-    Example:
-        >>> spread([4.0, 4.2]), spread([4.0])
-        ('4.100 ± 0.141', '4.000')
-    """
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
+    size = f"{rows[0]['parameters']:,}"
+    return case, size, flops, len(rows), elbo, bound, to_discrete, after_flows(rows)
 
 
 def picture(rows: list[dict], path: Path) -> None:
@@ -101,23 +82,16 @@ def picture(rows: list[dict], path: Path) -> None:
 
     The curves are those of the models at their first seed.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "study", "font.size": 9, "font.family": "DejaVu Sans"}
-    )
-    import matplotlib.pyplot as plt
-
+    plt = pyplot("study")
     names = list(dict.fromkeys(case for cases in GROUPS.values() for case in cases))
-    names = [name for name in names if any(row["case"] == name for row in rows)]
+    names = [name for name in names if any(row["model"] == name for row in rows)]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 1.2 + 0.28 * len(names)), layout="constrained"
     )
 
     for row in rows:
-        is_discrete = row["case"] == "discrete"
-        place = row["bound_bits_per_character"], names.index(row["case"])
+        is_discrete = row["model"] == "discrete"
+        place = row["test_bits_per_character"], names.index(row["model"])
         left.plot(
             *place,
             "D" if is_discrete else "o",
@@ -126,7 +100,7 @@ def picture(rows: list[dict], path: Path) -> None:
             markersize=5,
         )
 
-    exact = [row["bound_bits_per_character"] for row in rows if row["case"] == "discrete"]
+    exact = [row["test_bits_per_character"] for row in rows if row["model"] == "discrete"]
     if exact:
         left.axvline(statistics.mean(exact), color="black", linewidth=0.8, linestyle=":")
 
@@ -137,9 +111,9 @@ def picture(rows: list[dict], path: Path) -> None:
     first = min(row["seed"] for row in rows)
 
     for row in rows:
-        if row["case"] in GROUPS["models"] and row["seed"] == first:
-            style = {"color": "black", "linestyle": ":"} if row["case"] == "discrete" else {}
-            right.plot(*zip(*row["curve"], strict=True), label=row["case"], linewidth=1.4, **style)
+        if row["model"] in GROUPS["models"] and row["seed"] == first:
+            style = {"color": "black", "linestyle": ":"} if row["model"] == "discrete" else {}
+            right.plot(*zip(*row["curve"], strict=True), label=row["model"], linewidth=1.4, **style)
 
     right.set_ylim(top=4.5)
     right.set_xlabel("step")
@@ -158,11 +132,6 @@ def main():
     arguments = parser.parse_args()
     rows = [json.loads(text) for text in arguments.rows.read_text(encoding="utf-8").splitlines()]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    before = (
-        arguments.output.read_text(encoding="utf-8").partition(MARK)[0]
-        if arguments.output.is_file()
-        else "# The study\n\n"
-    )
     image = arguments.output.with_suffix(".svg")
     lengths = by_steps(rows)
     picture(next(iter(lengths.values())), image)
@@ -171,9 +140,7 @@ def main():
     ]
     steps = next(iter(lengths))
     shown = f"![Bits per character of every run of {steps:,} steps, and the training curves]({image.name})"
-    arguments.output.write_text(
-        "\n\n".join([f"{before}{MARK}", shown, *sections]) + "\n", encoding="utf-8"
-    )
+    write_below(arguments.output, "The study", MARK, [shown, *sections])
 
 
 if __name__ == "__main__":

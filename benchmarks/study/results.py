@@ -13,7 +13,7 @@ import statistics
 from itertools import groupby
 from pathlib import Path
 
-from report import spread
+from page import after_flows, gap, pyplot, spread, write_below
 
 from tarflow_hf.report import Table
 
@@ -67,25 +67,9 @@ def title_of(key: tuple) -> str:
     return f"**{dataset}**: {size}, {steps:,} steps of {batch} sequences{weights}{by}"
 
 
-def gap(rows: list[dict], discrete: list[dict] | None, name: str) -> str:
-    """The mean difference to the discrete model, at the seeds that both have."""
-    exact = {row["seed"]: row[name] for row in discrete or []}
-    gaps = [row[name] / exact[row["seed"]] - 1 for row in rows if row["seed"] in exact]
-    return f"{100 * statistics.mean(gaps):+.2f}%" if gaps else ""
-
-
 def samples_of(rows: list[dict]) -> str:
     """The samples of the bound, of each run that has another number of them."""
     return ", ".join(str(samples) for samples in dict.fromkeys(row["test_samples"] for row in rows))
-
-
-def after_flows(rows: list[dict]) -> str:
-    cuts = rows[0].get("bits_after_flows", [])
-    if len(cuts) < 2:
-        return ""
-
-    after = zip(*(row["bits_after_flows"] for row in rows), strict=True)
-    return ", ".join(f"{statistics.mean(values):.3f}" for values in after)
 
 
 def table_of_bits(models: dict[str, list[dict]]) -> str:
@@ -119,15 +103,16 @@ def table_of_words(models: dict[str, list[dict]]) -> str:
     cells = []
 
     for model, rows in models.items():
-        perplexity = statistics.mean(row["test_perplexity"] for row in rows)
+        is_discrete = model == "discrete"
+        perplexity = f"{statistics.mean(row['test_perplexity'] for row in rows):.1f}"
         cells.append((
             model,
             f"{rows[0]['parameters']:,}",
             len(rows),
-            f"{perplexity:.1f}" + ", exact" * (model == "discrete"),
-            "" if model == "discrete" else rows[0]["test_samples"],
+            f"{perplexity}, exact" if is_discrete else perplexity,
+            "" if is_discrete else rows[0]["test_samples"],
             rows[0]["test_sequences"],
-            "" if model == "discrete" else gap(rows, models.get("discrete"), "test_perplexity"),
+            "" if is_discrete else gap(rows, models.get("discrete"), "test_perplexity"),
         ))  # fmt: skip
 
     return Table(head, cells, right=range(1, len(head))).to_markdown()
@@ -162,14 +147,7 @@ def picture(rows: list[dict], path: Path) -> None:
 
     Validation reads its first sentences only, the test score all of the test text.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "results", "font.size": 9, "font.family": "DejaVu Sans"}
-    )
-    import matplotlib.pyplot as plt
-
+    plt = pyplot("results")
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     colors = {
         model: f"C{index}" for index, model in enumerate(dict.fromkeys(r["model"] for r in rows))
@@ -216,16 +194,14 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("docs/results.md"))
     arguments = parser.parse_args()
     rows = {name: read(arguments.rows / f"{name}.jsonl") for name in TITLES}
-    page = arguments.output
-    before = page.read_text("utf-8").partition(MARK)[0] if page.is_file() else "# Results\n\n"
-    parts = [f"{before}{MARK}"]
+    parts = []
 
     if rows["ptb"]:
-        image = page.with_suffix(".svg")
+        image = arguments.output.with_suffix(".svg")
         picture(rows["ptb"], image)
         parts.append(f"![Validation curves and test scores on Penn Treebank]({image.name})")
 
-    page.write_text("\n\n".join([*parts, *sections(rows)]) + "\n", "utf-8")
+    write_below(arguments.output, "Results", MARK, [*parts, *sections(rows)])
 
 
 if __name__ == "__main__":

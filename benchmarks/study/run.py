@@ -154,14 +154,14 @@ class Data:
         has_sentences = self.is_task or is_of_sentences(self.source)
         key = patch_size if has_sentences else None
         if key not in self._made:
-            self._made[key] = (
-                sentence_splits(self.splits, self.tokenizer, patch_size)
-                if has_sentences
-                else {
+            if has_sentences:
+                made = sentence_splits(self.splits, self.tokenizer, patch_size)
+            else:
+                made = {
                     name: PackedTokens(texts, self.tokenizer, self.num_tokens)
                     for name, texts in self.splits.items()
                 }
-            )
+            self._made[key] = made
 
         return self._made[key]
 
@@ -176,7 +176,6 @@ def run(case: str, seed: int, arguments: argparse.Namespace, corpus: Data) -> di
     model.requires_grad_(True)
 
     return {
-        "case": case,
         "model": case,
         "seed": seed,
         "parameters": model.num_parameters(),
@@ -188,7 +187,6 @@ def run(case: str, seed: int, arguments: argparse.Namespace, corpus: Data) -> di
         "command": command_of(arguments, case, seed),
         **settings_of(arguments),
         "training_tokens": len(data["train"].tokens),
-        "device": machine(),
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
@@ -314,7 +312,6 @@ def scores_of(
 
     scores = {
         "elbo_bits_per_character": bits(elbo),
-        "bound_bits_per_character": bits(best),
         "test_bits_per_character": bits(best),
         "test_perplexity": best.perplexity,
         "standard_error": best.standard_error * bits(best) / best.nats_per_token,
@@ -351,7 +348,7 @@ def finished(arguments: argparse.Namespace) -> dict[tuple[str, int], dict]:
         return {}
     rows = [json.loads(line) for line in arguments.output.read_text(encoding="utf-8").splitlines()]
     settings = settings_of(arguments)
-    return {(row["case"], row["seed"]): row for row in rows if settings.items() <= row.items()}
+    return {(row["model"], row["seed"]): row for row in rows if settings.items() <= row.items()}
 
 
 def main():

@@ -64,11 +64,12 @@ def load_task(source: str) -> dict[str, list[str]]:
     A line may stand in two splits by chance: of a million sums 6% are trained on.
     """
     make, _ = TASKS[task_of(source)]
-    return {
-        split: [make(draw) for _ in range(size)]
-        for split, size in SIZES.items()
-        for draw in [random.Random(f"{source} {split}")]
-    }
+    splits = {}
+    for split, size in SIZES.items():
+        draw = random.Random(f"{source} {split}")
+        splits[split] = [make(draw) for _ in range(size)]
+
+    return splits
 
 
 def task_tokenizer() -> PreTrainedTokenizerFast:

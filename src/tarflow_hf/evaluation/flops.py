@@ -169,6 +169,17 @@ def paper_head_flops(flow: dict, width: int, latent_size: int, patch_size: int =
     return head.paper_flops(flow, width, latent_size, patch_size)
 
 
+def papers_depths(num_layers: int) -> list[int]:
+    """The layers of the paper's three flows, from the data side: 1/6, 1/6 and 2/3 of them.
+
+    Example:
+        >>> papers_depths(12)
+        [2, 2, 8]
+    """
+    sixth = num_layers // 6
+    return [sixth, sixth, num_layers - 2 * sixth]
+
+
 def gpt2_sized_config(
     size: str,
     patch_size: int = 1,
@@ -195,9 +206,7 @@ def gpt2_sized_config(
     num_layers, width, num_heads = GPT2_SIZES[size]
     flows = []
 
-    for index, layers in enumerate(
-        (num_layers // 6, num_layers // 6, num_layers - 2 * (num_layers // 6))
-    ):
+    for index, layers in enumerate(papers_depths(num_layers)):
         kind = "mixture_cdf" if coupling == "mixture_rosenblatt" and index > 0 else coupling
         flow: dict[str, Any] = {
             "coupling": kind,
