@@ -50,6 +50,7 @@ from tarflow_hf.conversion import from_causal_lm
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, load_splits
 from tarflow_hf.evaluation import elbo_samples, latent_noise, ratio_of_sums
 from tarflow_hf.training import TrainingConfig, add_lora, discrete_baseline, merge_lora, train
+from tarflow_hf.training.folder import LOG
 
 RUNS = (
     "left_to_right",
@@ -185,7 +186,7 @@ def config_of(name: str, arguments: argparse.Namespace) -> TrainingConfig:
         save_every=every if is_curve else 0,
         save_minutes=2.0,
         keep_checkpoints=10**6 if is_curve else 1,
-        resume=(arguments.runs / name / "log.jsonl").exists(),
+        resume=(arguments.runs / name / LOG).exists(),
     )
 
 

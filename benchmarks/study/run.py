@@ -52,9 +52,10 @@ from tarflow_hf.data import (
     vocabulary_size,
 )
 from tarflow_hf.evaluation import likelihood, score
-from tarflow_hf.evaluation.likelihood import batches_of_equal_length
+from tarflow_hf.evaluation.likelihood import batches_of_equal_length, stack_ids
 from tarflow_hf.training import TrainingConfig, train
 from tarflow_hf.training.config import OPTIMIZERS
+from tarflow_hf.training.folder import LOG
 
 SETTINGS = ("dataset", "num_layers", "hidden_size", "num_tokens", "latent_size")
 SETTINGS += (
@@ -243,9 +244,8 @@ def training_of(
 
 def log_of(folder: Path) -> dict:
     """The speed, the memory and the curves of a run, from its log."""
-    entries = [
-        json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
     steps = [entry for entry in entries if "loss" in entry]
     return {
         "tokens_per_second": statistics.median(entry["tokens_per_second"] for entry in steps),
@@ -333,7 +333,7 @@ def reconstruction_bits(
     nats, num_tokens = 0.0, 0
     generator = torch.Generator(model.device).manual_seed(0)
     for batch in batches_of_equal_length(sequences, 16):
-        input_ids = torch.stack([sequence["input_ids"] for sequence in batch]).to(model.device)
+        input_ids = stack_ids(batch).to(model.device)
         latents = model.encode(input_ids, generator=generator)
         log_prob = model.decode(latents).gather(-1, input_ids.unsqueeze(-1))
         nats -= log_prob.double().sum().item()

@@ -58,12 +58,14 @@ def longest_sequence(model: PreTrainedModel) -> int:
 
     A discrete model spends one position on its beginning-of-sequence token.
     """
-    return model.config.max_position_embeddings - is_discrete(model)
+    longest = model.config.max_position_embeddings
+    return longest - 1 if is_discrete(model) else longest
 
 
 def text_vocab_size(model: PreTrainedModel) -> int:
     """The number of tokens that a text can have; a discrete model has its first one besides."""
-    return model.config.vocab_size - is_discrete(model)
+    vocab_size = model.config.vocab_size
+    return vocab_size - 1 if is_discrete(model) else vocab_size
 
 
 # --------------------------------------------------------------------------------------------------

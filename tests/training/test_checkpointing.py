@@ -159,7 +159,7 @@ def test_a_process_leaves_alone_what_others_still_write(tmp_path):
         def wait_for_everyone(self):
             pass
 
-    save_checkpoint(OtherProcess(), tmp_path, Progress(step=3), {}, keep=2)
+    save_checkpoint(OtherProcess(), tmp_path, Progress(step=3), {}, 2, None, None)
     assert os.listdir(part) == [".tmp1234"]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..modeling.codebook import Gaussians
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from ..noise import latent_noise
-from .likelihood import ratio_of_sums
+from .likelihood import num_tokens_of, ratio_of_sums
 
 MAX_SCORES = 2**24  # tokens by entries of the codebook that are scored at once
 
@@ -60,7 +60,7 @@ def reconstruction(
         noise = latent_noise(model, len(ids), [(seed, index)])[0, 0]
         latents = codebook.sample(ids, noise=noise)
 
-        count = int(sequence.get("num_tokens", len(ids)))
+        count = num_tokens_of(sequence)
         ids, latents = ids[:count], latents[:count]
         decoded = most_likely_tokens(codebook, latents)
 

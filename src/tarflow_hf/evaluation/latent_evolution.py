@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from ..noise import latent_noise
-from .likelihood import batches_of_equal_length, with_progress
+from .likelihood import batches_of_equal_length, stack_ids, with_progress
 
 MEASURES = {
     "norm": "mean norm of the states",
@@ -184,7 +184,7 @@ def evolution_of_text(
         index = 0
         batches = batches_of_equal_length(islice(sequences, max_sequences), batch_size)
         for batch in with_progress(batches, sequences, max_sequences, "encoding", progress):
-            ids = torch.stack([sequence["input_ids"] for sequence in batch]).to(model.device)
+            ids = stack_ids(batch).to(model.device)
             noise = latent_noise(
                 model, ids.shape[1], [(seed, index + row) for row in range(len(batch))]
             )[0]

@@ -6,15 +6,17 @@ score(model, sequences, num_samples=16)  ->  `Scores`  ->  `Likelihood`
 import math
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..baseline import flows_of, is_discrete, negative_log_likelihood
+from ..data import PackedTokens, SentenceTokens
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from ..noise import latent_noise
 
@@ -195,10 +197,10 @@ def score(model: PreTrainedModel, sequences: Iterable[dict[str, Tensor]], **opti
     for batch in with_progress(
         batches, sequences, scoring.max_sequences, "scoring", scoring.progress
     ):
-        ids = torch.stack([sequence["input_ids"] for sequence in batch]).to(model.device)
+        ids = stack_ids(batch).to(model.device)
         batch_nats = score_batch(model, ids, len(num_tokens), scoring).cpu().double()
         nats.append(batch_nats + nats_of_lengths(model, batch, scoring.num_flows))
-        num_tokens.extend(int(sequence.get("num_tokens", ids.shape[1])) for sequence in batch)
+        num_tokens.extend(num_tokens_of(sequence) for sequence in batch)
 
     if not nats:
         raise ValueError("There is no sequence to score.")
@@ -206,6 +208,41 @@ def score(model: PreTrainedModel, sequences: Iterable[dict[str, Tensor]], **opti
     scores = Scores(torch.cat(nats, 1), torch.tensor(num_tokens), is_discrete(model))
     _check_finite(scores.nats)
     return scores
+
+
+@torch.no_grad()
+def validate(
+    model: PreTrainedModel,
+    data: PackedTokens | SentenceTokens,
+    max_sequences: int,
+    accelerator: Accelerator,
+    num_flows: int | None = None,
+    batch_size: int = 16,
+) -> Likelihood:
+    """Returns the `likelihood` of the first sequences. The processes share the batches.
+
+    Every process runs equally many forward passes, which sharded weights need. Where batches are
+    left over, some processes score the last one in vain.
+    """
+    model.eval()
+    scoring = Scoring(num_flows=num_flows)
+    sequences = data.first(max_sequences)
+    num_tokens = torch.tensor([num_tokens_of(sequence) for sequence in sequences])
+    batches = list(batches_of_equal_length(sequences, batch_size))
+    starts = [0, *accumulate(len(batch) for batch in batches)]
+    nats = torch.zeros(len(sequences), dtype=torch.float64, device=accelerator.device)
+
+    first = accelerator.process_index
+    for index in range(first, first + len(batches), accelerator.num_processes):
+        number = min(index, len(batches) - 1)
+        ids = stack_ids(batches[number]).to(accelerator.device)
+        scores = score_batch(model, ids, starts[number], scoring)
+        if index < len(batches):
+            lengths = nats_of_lengths(model, batches[number], num_flows).to(nats.device)
+            nats[starts[number] : starts[number + 1]] = scores[0].double() + lengths
+
+    nats = accelerator.reduce(nats, "sum").cpu()
+    return Likelihood.of_sequences(nats, num_tokens)
 
 
 def nats_of_lengths(
@@ -306,6 +343,16 @@ def batches_of_equal_length(
 
     if batch:
         yield batch
+
+
+def stack_ids(batch: list[dict[str, Tensor]]) -> Tensor:
+    """The ids (B, T) of equally long sequences."""
+    return torch.stack([sequence["input_ids"] for sequence in batch])
+
+
+def num_tokens_of(sequence: dict[str, Tensor]) -> int:
+    """The tokens that count: `num_tokens` where some only fill the sequence up, else all."""
+    return int(sequence.get("num_tokens", len(sequence["input_ids"])))
 
 
 def cut_text(tokens: Tensor, length: int, patch_size: int = 1) -> list[dict[str, Tensor | int]]:

@@ -1,6 +1,7 @@
 """Training: stages, the loss, a loop on Accelerate that resumes exactly, its log, checkpoints."""
 
 from ..baseline import discrete_baseline
+from ..evaluation.likelihood import validate
 from .adapters import add_lora, merge_lora
 from .batches import check_batches, check_tokenizer
 from .checkpointing import newest_checkpoint, save_model
@@ -16,7 +17,7 @@ from .divergence import FirstFault
 from .folder import check_output_dir, trainer_checkpoint
 from .interruption import RunStopped
 from .log import Log
-from .loop import recompute_activations, train, validate
+from .loop import recompute_activations, train
 from .loss import RowNoise, StepDraws, compute_loss, draw_observed_mask, draw_step
 from .optimizers import MuonAdamW, make_optimizer, nearest_orthogonal
 from .stages import Stage, make_stages, slow_vocabulary

@@ -6,21 +6,26 @@ that was damaged later (copied in part, say) is not taken for whole.
 
 import json
 import os
+import platform
 import re
 import shutil
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .. import __version__
+from .batches import HeldOutData, TrainingData
 from .config import MAY_MATTER, TrainingConfig
 
 # Fields of a model's configuration that say how it was saved, not what it is.
@@ -121,20 +126,19 @@ def save_checkpoint(
     progress: Progress,
     description: dict[str, Any],
     keep: int,
-    model: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Saves everything that a resumed run needs, and removes all but the `keep` newest checkpoints.
 
-    Those of other runs stay. With `model` and `tokenizer` configuration, code and tokenizer lie
-    beside the weights, so that `from_pretrained` loads the checkpoint.
+    Those of other runs stay. Configuration, code and tokenizer lie beside the weights, so that
+    `from_pretrained` loads the checkpoint.
 
     Raises:
         OSError: It can't be written; older ones are intact.
     """
-    aside, path = (
-        output_dir / name.format(progress.step) for name in (".checkpoint-{}.part", "checkpoint-{}")
-    )
+    path = output_dir / f"checkpoint-{progress.step}"
+    aside = output_dir / f".checkpoint-{progress.step}.part"
 
     if accelerator.is_main_process:
         remove_leftovers(output_dir)
@@ -146,9 +150,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with _written_aside(aside, path):
-            if model is not None and tokenizer is not None:
-                _save_beside_weights(model, tokenizer, aside)
-
+            _save_beside_weights(model, tokenizer, aside)
             run = {**asdict(progress), **description, "files": _sizes(aside)}
             (aside / "run.json").write_text(json.dumps(run, indent=2, default=str), "utf-8")
             _flush(aside)  # not before, while other processes write there
@@ -182,7 +184,10 @@ def _rotate(output_dir: Path, progress: Progress, keep: int) -> None:
         if step_of(path) <= progress.step and _run_of(path) == progress.run_id
     ]
     for old in own[:-keep]:
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.gone")))
+        # Renamed first, so that none is ever half-removed under its own name.
+        gone = old.with_name(f".{old.name}.gone")
+        old.rename(gone)
+        shutil.rmtree(gone)
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -195,6 +200,35 @@ def remove_leftovers(output_dir: Path) -> None:
     for pattern in (".checkpoint-*.part", ".checkpoint-*.gone", ".checkpoint-*.old"):
         for left_over in output_dir.glob(pattern):
             shutil.rmtree(left_over)
+
+
+def describe(
+    model: PreTrainedModel,
+    train_data: TrainingData,
+    validation_data: HeldOutData,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+) -> dict[str, dict[str, Any]]:
+    """The description of a run in its checkpoints, with which a run that resumes must agree."""
+    data = train_data.fingerprint()
+    if config.patience:
+        held_out = validation_data.fingerprint()
+        data |= {f"{name}, validation": value for name, value in held_out.items()}
+
+    return {
+        "model": model.config.to_diff_dict(),
+        "training": asdict(config),
+        "data": data,
+        "precision": {"precision": accelerator.mixed_precision},
+        "environment": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "accelerate")},
+            "tarflow_hf": __version__,
+            "device": accelerator.device.type,
+            "processes": accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+        },
+    }
 
 
 def newest_checkpoint(

@@ -17,6 +17,7 @@ from ..evaluation.likelihood import Likelihood
 from .batches import HeldOutData
 from .checkpointing import Progress
 from .config import TrainingConfig
+from .folder import LOG
 from .stages import Stage
 
 
@@ -95,7 +96,7 @@ class Log:
             unit="step",
             disable=not is_main,
         )
-        path = Path(config.output_dir) / "log.jsonl"
+        path = Path(config.output_dir) / LOG
         self.lines = JsonLines(path, progress.step) if is_main else None
         if config.report_to:
             accelerator.init_trackers("tarflow_hf", _plain(config))

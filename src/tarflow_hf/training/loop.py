@@ -1,33 +1,23 @@
 """The training loop, on Accelerate. A resumed run goes on exactly as the uninterrupted one."""
 
 import math
-import platform
 import signal
 import time
 import uuid
-from dataclasses import asdict
-from importlib.metadata import version
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from .. import __version__
 from ..cost import training_flops
 from ..data import SentenceTokens
-from ..evaluation.likelihood import (
-    Likelihood,
-    Scoring,
-    batches_of_equal_length,
-    nats_of_lengths,
-    score_batch,
-)
+from ..evaluation.likelihood import validate
 from .adapters import add_lora, merge_lora
 from .batches import (
     HeldOutData,
@@ -42,6 +32,7 @@ from .checkpointing import (
     BestWeights,
     Progress,
     checkpoints_in,
+    describe,
     newest_checkpoint,
     remove_leftovers,
     save_checkpoint,
@@ -176,6 +167,14 @@ class Run:
         self.log = Log(accelerator, config, self.progress, self._num_steps(), validation_data)
         self.fault = FirstFault(model, accelerator)
         self.origins: dict[int, str] = {}
+
+        # What `begin` makes for each stage, and the rate of the newest step.
+        self.stage: Stage
+        self.wrapped: nn.Module
+        self.optimizer: AcceleratedOptimizer
+        self.scheduler: AcceleratedScheduler
+        self.total: Tensor
+        self.learning_rate: float
 
     def _where_it_stands(self) -> tuple[Path | None, Progress]:
         """The checkpoint to go on from, if any, and the point that the run has reached."""
@@ -401,7 +400,12 @@ class Run:
         several of them look only every few steps.
         """
         config, num_processes = self.config, self.accelerator.num_processes
-        asked = END if self.request.signal is not None else SAVE * self._is_time_to_save()
+        asked = 0
+        if self.request.signal is not None:
+            asked = END
+        elif self._is_time_to_save():
+            asked = SAVE
+
         if num_processes == 1:
             return asked
 
@@ -500,35 +504,6 @@ class Run:
         return self.evaluated.eval()
 
 
-def describe(
-    model: PreTrainedModel,
-    train_data: TrainingData,
-    validation_data: HeldOutData,
-    config: TrainingConfig,
-    accelerator: Accelerator,
-) -> dict[str, dict[str, Any]]:
-    """The description of a run in its checkpoints, with which a run that resumes must agree."""
-    data = train_data.fingerprint()
-    if config.patience:
-        held_out = validation_data.fingerprint()
-        data |= {f"{name}, validation": value for name, value in held_out.items()}
-
-    return {
-        "model": model.config.to_diff_dict(),
-        "training": asdict(config),
-        "data": data,
-        "precision": {"precision": accelerator.mixed_precision},
-        "environment": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "accelerate")},
-            "tarflow_hf": __version__,
-            "device": accelerator.device.type,
-            "processes": accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-        },
-    }
-
-
 def recompute_activations(model: PreTrainedModel) -> None:
     """Turns on checkpointing of activations, by the name that the installed library has for it."""
     new_name = "activation_checkpointing_enable"
@@ -539,40 +514,3 @@ def recompute_activations(model: PreTrainedModel) -> None:
 def is_due(step: int, every: int) -> bool:
     """True for a step that is a multiple of `every`; never if that is 0."""
     return every > 0 and step % every == 0
-
-
-@torch.no_grad()
-def validate(
-    model: PreTrainedModel,
-    data: HeldOutData,
-    max_sequences: int,
-    accelerator: Accelerator,
-    num_flows: int | None = None,
-    batch_size: int = 16,
-) -> Likelihood:
-    """Returns the `likelihood` of the first sequences. The processes share the batches.
-
-    Every process runs equally many forward passes, which sharded weights need. Where batches are
-    left over, some processes score the last one in vain.
-    """
-    model.eval()
-    scoring = Scoring(num_flows=num_flows)
-    sequences = data.first(max_sequences)
-    num_tokens = torch.tensor(
-        [sequence.get("num_tokens", len(sequence["input_ids"])) for sequence in sequences]
-    )
-    batches = list(batches_of_equal_length(sequences, batch_size))
-    starts = [0, *accumulate(len(batch) for batch in batches)]
-    nats = torch.zeros(len(sequences), dtype=torch.float64, device=accelerator.device)
-
-    first = accelerator.process_index
-    for index in range(first, first + len(batches), accelerator.num_processes):
-        number = min(index, len(batches) - 1)
-        ids = torch.stack([sequence["input_ids"] for sequence in batches[number]])
-        scores = score_batch(model, ids.to(accelerator.device), starts[number], scoring)
-        if index < len(batches):
-            lengths = nats_of_lengths(model, batches[number], num_flows).to(nats.device)
-            nats[starts[number] : starts[number + 1]] = scores[0].double() + lengths
-
-    nats = accelerator.reduce(nats, "sum").cpu()
-    return Likelihood.of_sequences(nats, num_tokens)

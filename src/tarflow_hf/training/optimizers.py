@@ -29,12 +29,16 @@ def make_optimizer(
     in_blocks = {id(matrix) for matrix in _block_matrices(model)}
     matrices, decayed, kept = [], [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_matrix = parameter.ndim >= 2 and not name.endswith("bias")
-            if config.optimizer == "muon" and id(parameter) in in_blocks:
-                matrices.append(parameter)
-            else:
-                (decayed if is_matrix and "codebook" not in name else kept).append(parameter)
+        if not parameter.requires_grad:
+            continue
+
+        is_matrix = parameter.ndim >= 2 and not name.endswith("bias")
+        if config.optimizer == "muon" and id(parameter) in in_blocks:
+            matrices.append(parameter)
+        elif is_matrix and "codebook" not in name:
+            decayed.append(parameter)
+        else:
+            kept.append(parameter)
 
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
