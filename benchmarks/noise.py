@@ -28,7 +28,7 @@ from torch import Tensor
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, held_out_documents
 from tarflow_hf.evaluation import compare, round_to_int8
-from tarflow_hf.hub import load_checkpoint
+from tarflow_hf.loading import load_checkpoint
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -15,7 +15,7 @@ from inspect import isgeneratorfunction
 import gradio as gr
 import torch
 
-from tarflow_hf.hub import load_checkpoint
+from tarflow_hf.loading import load_checkpoint
 from tarflow_hf.report import demo
 
 THEME = gr.themes.Default(

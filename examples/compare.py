@@ -21,7 +21,7 @@ import torch
 
 from tarflow_hf.data import PackedTokens, held_out_documents, say_what_is_lost
 from tarflow_hf.evaluation import Comparison, compare, round_to_int8
-from tarflow_hf.hub import load_checkpoint
+from tarflow_hf.loading import load_checkpoint
 from tarflow_hf.noise import check_same_space
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import checked_ids, say_what_is_lost
 from tarflow_hf.evaluation import token_bits, what_bits_mean
-from tarflow_hf.hub import load_checkpoint
+from tarflow_hf.loading import load_checkpoint
 from tarflow_hf.noise import check_same_space
 
 GREY, PLAIN = "\033[90m", "\033[0m"

@@ -28,7 +28,7 @@ from tarflow_hf.data import (
     sentence_splits,
 )
 from tarflow_hf.evaluation import WHAT_IS_SCORED, evaluate_text, provenance_of
-from tarflow_hf.hub import load_checkpoint
+from tarflow_hf.loading import load_checkpoint
 from tarflow_hf.report import evaluation_text
 
 

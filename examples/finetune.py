@@ -12,7 +12,7 @@ import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from tarflow_hf.data import PackedTokens, load_splits
-from tarflow_hf.hub import load_checkpoint
+from tarflow_hf.loading import load_checkpoint
 from tarflow_hf.training import trainer_checkpoint
 
 

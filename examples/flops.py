@@ -23,7 +23,7 @@ from tarflow_hf.evaluation import (
     count_flops,
     figure_7,
 )
-from tarflow_hf.hub import check_checkpoint
+from tarflow_hf.loading import check_checkpoint
 from tarflow_hf.report import flops_table, patch_size_table, plot_flops, plot_patch_sizes
 
 

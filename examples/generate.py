@@ -14,7 +14,7 @@ import torch
 from transformers import set_seed
 
 from tarflow_hf.data import checked_ids, say_what_is_lost
-from tarflow_hf.hub import load_checkpoint
+from tarflow_hf.loading import load_checkpoint
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -15,7 +15,7 @@ import torch
 from transformers import set_seed
 
 from tarflow_hf.data import say_what_is_lost, token_ids
-from tarflow_hf.hub import load_checkpoint
+from tarflow_hf.loading import load_checkpoint
 
 
 def parse_arguments() -> argparse.Namespace:

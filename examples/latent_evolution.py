@@ -23,7 +23,7 @@ from tarflow_hf.evaluation import (
     evolution_of_text,
     provenance_of,
 )
-from tarflow_hf.hub import load_checkpoint
+from tarflow_hf.loading import load_checkpoint
 from tarflow_hf.report import evolution_table, plot_evolution
 
 

@@ -12,7 +12,8 @@ import argparse
 from pathlib import Path
 
 from tarflow_hf.data import read_json
-from tarflow_hf.hub import load_checkpoint, model_card, publish
+from tarflow_hf.hub import model_card, publish
+from tarflow_hf.loading import load_checkpoint
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -33,7 +33,7 @@ from tarflow_hf.evaluation import (
     reference_sequences,
     sample_to_file,
 )
-from tarflow_hf.hub import load_checkpoint
+from tarflow_hf.loading import load_checkpoint
 from tarflow_hf.report import (
     SEED,
     codebook_section,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from tarflow_hf.hub import load_checkpoint
+from tarflow_hf.loading import load_checkpoint
 from tarflow_hf.report import SEED, draw_passes, few_changes, passes_page, passes_text
 
 

@@ -45,7 +45,8 @@ from tarflow_hf.data import (
     vocabulary_size,
 )
 from tarflow_hf.evaluation import WHAT_IS_SCORED, score
-from tarflow_hf.hub import check_access, check_checkpoint, model_card, publish
+from tarflow_hf.hub import check_access, model_card, publish
+from tarflow_hf.loading import check_checkpoint
 from tarflow_hf.report import likelihood_table
 from tarflow_hf.training import (
     RunStopped,

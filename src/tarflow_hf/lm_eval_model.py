@@ -47,7 +47,7 @@ except ImportError as error:
 
 from .data import CharacterCount, checked_ids, token_ids
 from .evaluation import cut_text, elbo_samples, latent_noise, log_mean_exp
-from .hub import check_checkpoint
+from .loading import check_checkpoint
 from .modeling.coupling_torch import chunks
 from .modeling.generation_options import _is_neutral
 from .modeling.modeling_tarflowlm import TarFlowLMModel

@@ -29,7 +29,7 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState
 
 from .data import token_ids
-from .hub import check_checkpoint
+from .loading import check_checkpoint
 from .modeling.generation_checks import check_options
 from .modeling.generation_options import GenerationOptions
 from .modeling.modeling_tarflowlm import TarFlowLMModel

@@ -104,7 +104,7 @@ def compare(
             texts, which have no standard error, texts are no token ids, or a number is too small.
 
     Example:
-        >>> from tarflow_hf.hub import load_checkpoint
+        >>> from tarflow_hf.loading import load_checkpoint
         >>> model, _ = load_checkpoint("checkpoints/python-docs")
         >>> found = compare(model, model, num_texts=4, num_tokens=8)
         >>> int(found.is_same.sum()), found.difference
