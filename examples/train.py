@@ -36,12 +36,13 @@ from tarflow_hf.data import (
     PackedTokens,
     SentenceTokens,
     StreamingPackedTokens,
+    check_vocabulary,
     is_of_sentences,
     load_splits,
     make_tokenizer,
     read_json,
     sentence_splits,
-    token_with_highest_id,
+    special_token_ids,
     vocabulary_size,
 )
 from tarflow_hf.evaluation import WHAT_IS_SCORED, score
@@ -236,21 +237,25 @@ def data(run: RunConfig, config: TarFlowLMConfig, tokenizer, seed: int):
     )
     if is_of_sentences(run.dataset):
         patch_size = 1 if run.model == "ar" else config.patch_size
-        return sentence_splits(splits, tokenizer, patch_size).values()
+        made = sentence_splits(splits, tokenizer, patch_size)
+    else:
+        made = pack(run, splits, tokenizer, tokens_of_sequence(run, config), seed)
 
-    sequence_length, packed = tokens_of_sequence(run, config), []
+    return made["train"], made["validation"], made["test"]
 
+
+def pack(run: RunConfig, splits, tokenizer, sequence_length: int, seed: int) -> dict:
+    """The splits, packed into blocks; a stream is packed while it is trained on."""
+    packed = {}
     for name, documents in splits.items():
         if run.streaming and name == "train":
-            packed.append(
-                StreamingPackedTokens(
-                    documents, tokenizer, sequence_length, shuffle_buffer=1024, seed=seed
-                )
+            packed[name] = StreamingPackedTokens(
+                documents, tokenizer, sequence_length, shuffle_buffer=1024, seed=seed
             )
             continue
 
         try:
-            packed.append(PackedTokens(documents, tokenizer, sequence_length))
+            packed[name] = PackedTokens(documents, tokenizer, sequence_length)
         except ValueError as error:
             raise ValueError(f"The {name} split of {run.dataset} is too short: {error}") from None
 
@@ -258,27 +263,19 @@ def data(run: RunConfig, config: TarFlowLMConfig, tokenizer, seed: int):
 
 
 def build(run: RunConfig, fields: dict, tokenizer):
-    """The model, from the fields of its configuration and the tokenizer's vocabulary."""
+    """The configuration and the model, from the fields of its configuration and the tokenizer's vocabulary."""
     needed = vocabulary_size(tokenizer)
     if run.config is None:  # a configuration that was saved leaves out what is by default
         # The paper's sizes, too: 5 for 27 characters, 16 for 50,257 tokens.
         fields = {"latent_size": max(1, math.ceil(math.log2(needed))), **fields}
 
     config = TarFlowLMConfig(**{"vocab_size": needed, **fields})
-    if config.vocab_size < needed:
-        raise ValueError(
-            f"The tokenizer has {min(len(tokenizer), needed)} tokens, the configuration only {config.vocab_size}: "
-            f"{token_with_highest_id(tokenizer)!r} has id {needed - 1}. Leave vocab_size out of the configuration."
-        )
+    advice = "Leave vocab_size out of the configuration."
+    check_vocabulary(tokenizer, config.vocab_size, advice)
 
-    for name in ("eos_token_id", "pad_token_id"):
-        token = getattr(tokenizer, name)
-        if token is not None and token < config.vocab_size:
-            setattr(config, name, token)
+    for name, token in special_token_ids(tokenizer, config.vocab_size).items():
+        setattr(config, name, token)
 
-    # What is truncated fits the model.
-    longest = min(tokenizer.model_max_length, config.max_position_embeddings)
-    tokenizer.model_max_length = longest
     return config, discrete_baseline(config) if run.model == "ar" else TarFlowLMModel(config)
 
 
@@ -328,7 +325,11 @@ def make_model(run: RunConfig, training: TrainingConfig, fields: dict):
         model, tokenizer = build_from(training, fields, tokenizer)
         return model.config, model, tokenizer
 
-    return *build(run, fields, tokenizer), tokenizer
+    config, model = build(run, fields, tokenizer)
+    # What is truncated fits the model.
+    longest = min(tokenizer.model_max_length, config.max_position_embeddings)
+    tokenizer.model_max_length = longest
+    return config, model, tokenizer
 
 
 def tokens_of_sequence(run: RunConfig, config: TarFlowLMConfig) -> int:

@@ -238,7 +238,7 @@ def test_what_is_no_model_of_ours_or_has_another_tokenizer(hub, model, tokenizer
         publish(torch.nn.DataParallel(model), tokenizer, "tester/new")
 
     tokenizer.add_tokens(["<more>"])
-    with pytest.raises(ValueError, match="28 tokens, the model only 27"):
+    with pytest.raises(ValueError, match="28 tokens, more than the model's vocab_size, 27"):
         publish(model, tokenizer, "tester/new")
 
     model.train()

@@ -49,6 +49,7 @@ from tarflow_hf.data import (
     load_splits,
     make_tokenizer,
     sentence_splits,
+    special_token_ids,
     vocabulary_size,
 )
 from tarflow_hf.evaluation import likelihood, score
@@ -207,12 +208,7 @@ def config_of(arguments: argparse.Namespace, corpus: Data) -> dict:
         "num_attention_heads": max(1, arguments.hidden_size // 32),
         "initializer_range": arguments.initializer_range,
     }
-    for name in ("eos_token_id", "pad_token_id"):
-        token = getattr(corpus.tokenizer, name)
-        if token is not None and token < config["vocab_size"]:
-            config[name] = token
-
-    return config
+    return config | special_token_ids(corpus.tokenizer, config["vocab_size"])
 
 
 def training_of(

@@ -30,7 +30,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedTokenizerBase
 
 from .cards import model_card
-from .data import token_with_highest_id, vocabulary_size
+from .data import check_vocabulary
 from .modeling.inversion_tarflowlm import evaluating
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
@@ -145,12 +145,8 @@ def _check_model(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase) -> N
             "or distributed; a model of the library's own is published by its push_to_hub."
         )
 
-    if vocabulary_size(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}: "
-            f"{token_with_highest_id(tokenizer)!r} has id {vocabulary_size(tokenizer) - 1}. Give "
-            "the tokenizer that the model was trained with."
-        )
+    advice = "Give the tokenizer that the model was trained with."
+    check_vocabulary(tokenizer, model.config.vocab_size, advice)
 
 
 def _nats_at_hand(model: TarFlowLMModel, tokenizer: PreTrainedTokenizerBase, text: str) -> float:

@@ -10,9 +10,11 @@ folder needs the `datasets` library.
 
 from .characters import (
     CharacterCount,
+    check_vocabulary,
     checked_ids,
     is_of_characters,
     say_what_is_lost,
+    special_token_ids,
     token_ids,
     token_with_highest_id,
     vocabulary_size,
@@ -39,6 +41,7 @@ __all__ = [
     "SentenceTokens",
     "StreamingPackedTokens",
     "character_tokenizer",
+    "check_vocabulary",
     "checked_ids",
     "corpus_of",
     "held_out_documents",
@@ -54,6 +57,7 @@ __all__ = [
     "read_text",
     "say_what_is_lost",
     "sentence_splits",
+    "special_token_ids",
     "split_documents",
     "split_text",
     "symbol_tokenizer",

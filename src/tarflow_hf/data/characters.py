@@ -96,6 +96,42 @@ def token_with_highest_id(tokenizer: PreTrainedTokenizerBase) -> str:
     return max(vocabulary, key=vocabulary.__getitem__)
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, advice: str) -> None:
+    """Checks that a model of `vocab_size` knows all tokens of a tokenizer's texts.
+
+    Args:
+        advice: The end of the error's message.
+
+    Raises:
+        ValueError: If it does not.
+
+    Example:
+        >>> from tarflow_hf.data import character_tokenizer
+        >>> check_vocabulary(character_tokenizer(), 26, "Give 27.")
+        Traceback (most recent call last):
+        ValueError: The tokenizer has 27 tokens, more than the model's vocab_size, 26: 'z' has id 26. Give 27.
+    """
+    needed = vocabulary_size(tokenizer)
+    if needed > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {min(len(tokenizer), needed)} tokens, more than the model's vocab_size, {vocab_size}: "
+            f"{token_with_highest_id(tokenizer)!r} has id {needed - 1}. {advice}"
+        )
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, int]:
+    """Returns the `eos_token_id` and `pad_token_id` of a configuration: those that the model knows.
+
+    Example:
+        >>> from tarflow_hf.data import character_tokenizer
+        >>> tokenizer = character_tokenizer(with_end=True)
+        >>> special_token_ids(tokenizer, 27), special_token_ids(tokenizer, 28)
+        ({}, {'eos_token_id': 27, 'pad_token_id': 27})
+    """
+    ids = {name: getattr(tokenizer, name) for name in ("eos_token_id", "pad_token_id")}
+    return {name: token for name, token in ids.items() if token is not None and token < vocab_size}
+
+
 def is_of_characters(tokenizer: PreTrainedTokenizerBase) -> bool:
     """True if each token of a text is a single character."""
     return is_text8_with_end(tokenizer) or all(len(token) == 1 for token in tokenizer.get_vocab())

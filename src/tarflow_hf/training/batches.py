@@ -14,7 +14,7 @@ from ..data import (
     PackedTokens,
     SentenceTokens,
     StreamingPackedTokens,
-    token_with_highest_id,
+    check_vocabulary,
     vocabulary_size,
 )
 from .config import TrainingConfig
@@ -76,12 +76,8 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         ValueError: If it does not.
     """
-    vocab_size, needed = text_vocab_size(model), vocabulary_size(tokenizer)
-    if needed > vocab_size:
-        raise ValueError(
-            f"The tokenizer has {min(len(tokenizer), needed)} tokens, more than the model's vocab_size, {vocab_size}: "
-            f"{token_with_highest_id(tokenizer)!r} has id {needed - 1}. Give the model a vocab_size of {needed}."
-        )
+    advice = f"Give the model a vocab_size of {vocabulary_size(tokenizer)}."
+    check_vocabulary(tokenizer, text_vocab_size(model), advice)
 
 
 def check_sentences(model: PreTrainedModel, train_data: TrainingData) -> None:
