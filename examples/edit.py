@@ -61,12 +61,6 @@ def interpolate(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     return torch.where(angle.sin() > 1e-3, circle, torch.lerp(a, b, t))
 
 
-def marked(tokenizer, ids: torch.Tensor, is_changed: torch.Tensor) -> str:
-    """The text, in which what changed is in reverse video."""
-    runs = Pass("", ids, is_changed, torch.zeros_like(is_changed)).segments(tokenizer)
-    return "".join(f"\x1b[7m{text}\x1b[27m" if changed else text for text, changed, _ in runs)
-
-
 @torch.no_grad()
 def main():
     arguments = parse_arguments()
@@ -98,7 +92,8 @@ def main():
     edited = model.generate(noise=edits, num_flows=arguments.num_flows)
     is_changed = edited.cpu() != torch.tensor(texts[0][:length])
     if sys.stdout.isatty() and arguments.towards is None:
-        print(marked(tokenizer, edited[0], is_changed[0]))
+        is_given = torch.zeros_like(is_changed[0])
+        print(Pass("", edited[0], is_changed[0], is_given).marked(tokenizer, color=True))
     else:
         print("\n".join(tokenizer.batch_decode(edited)))
 

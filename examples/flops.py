@@ -47,35 +47,35 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def one_model(arguments: argparse.Namespace) -> None:
+    """The counts of a checkpoint or a recipe, at its own and at other patch sizes."""
+    if arguments.recipe:
+        recipe = read_json(arguments.recipe)
+        if "config" not in recipe:
+            raise ValueError(f"{arguments.recipe} has no `config`: its model comes from --from.")
+
+        config = TarFlowLMConfig(**recipe["config"])
+    else:
+        check_checkpoint(arguments.checkpoint, needs_tokenizer=False)
+        config = AutoConfig.from_pretrained(arguments.checkpoint)
+
+    count = count_flops(config)
+    print(
+        f"FLOPs of a forward pass over {count.num_tokens:,} tokens, patch size {config.patch_size}"
+    )
+    print(f"TarFlowLM:            {count.flow:.4g}, {count.flow_per_token:.4g} a token")
+    print(f"discrete transformer: {count.discrete:.4g}, {count.discrete_per_token:.4g} a token")
+    print(f"ratio:                {count.ratio:.3f}; by the paper's count {count.paper_ratio:.3f}")
+    counts = count_by_patch_size(config, arguments.patch_sizes)
+    print(f"\n{patch_size_table(counts)}")
+    if arguments.figure is not None:
+        plot_patch_sizes(counts).savefig(arguments.figure)
+
+
 def main():
     arguments = parse_arguments()
     if arguments.checkpoint or arguments.recipe:
-        if arguments.recipe:
-            recipe = read_json(arguments.recipe)
-            if "config" not in recipe:
-                raise ValueError(
-                    f"{arguments.recipe} has no `config`: its model comes from --from."
-                )
-
-            config = TarFlowLMConfig(**recipe["config"])
-        else:
-            check_checkpoint(arguments.checkpoint, needs_tokenizer=False)
-            config = AutoConfig.from_pretrained(arguments.checkpoint)
-
-        count = count_flops(config)
-        print(
-            f"FLOPs of a forward pass over {count.num_tokens:,} tokens, patch size {config.patch_size}"
-        )
-        print(f"TarFlowLM:            {count.flow:.4g}, {count.flow_per_token:.4g} a token")
-        print(f"discrete transformer: {count.discrete:.4g}, {count.discrete_per_token:.4g} a token")
-        print(
-            f"ratio:                {count.ratio:.3f}; by the paper's count {count.paper_ratio:.3f}"
-        )
-        counts = count_by_patch_size(config, arguments.patch_sizes)
-        print(f"\n{patch_size_table(counts)}")
-        if arguments.figure is not None:
-            plot_patch_sizes(counts).savefig(arguments.figure)
-
+        one_model(arguments)
         return
 
     counts = figure_7(

@@ -405,8 +405,11 @@ def describe(train_data) -> str:
     if isinstance(train_data, StreamingPackedTokens):
         return "a stream"
 
-    sentences = f" in {len(train_data):,} sentences" * isinstance(train_data, SentenceTokens)
-    return f"{len(train_data.tokens):,} training tokens{sentences}"
+    size = f"{len(train_data.tokens):,} training tokens"
+    if isinstance(train_data, SentenceTokens):
+        return f"{size} in {len(train_data):,} sentences"
+
+    return size
 
 
 def report(model, tokenizer, test_data, run: RunConfig) -> None:

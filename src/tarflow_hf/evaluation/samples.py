@@ -197,19 +197,28 @@ def read_samples(path: str | os.PathLike, header: dict[str, Any] | None = None) 
         ) from None
 
     if header is not None:
-        header = json.loads(json.dumps(header))
-        differing = sorted(
-            key for key in set(header) | set(found) if header.get(key) != found.get(key)
-        )
-        if differing:
-            changes = "; ".join(
-                f"{key} was {found.get(key)!r} and is {header.get(key)!r}" for key in differing
-            )
-            raise ValueError(
-                f"{path} holds samples that were drawn otherwise: {changes}. Give another file."
-            )
+        _check_header(path, found, header)
 
     return samples
+
+
+def _check_header(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Checks that samples were drawn as expected.
+
+    Raises:
+        ValueError: If not. The message says what differs.
+    """
+    expected = json.loads(json.dumps(expected))
+    differing = sorted(
+        key for key in set(expected) | set(found) if expected.get(key) != found.get(key)
+    )
+    if differing:
+        changes = "; ".join(
+            f"{key} was {found.get(key)!r} and is {expected.get(key)!r}" for key in differing
+        )
+        raise ValueError(
+            f"{path} holds samples that were drawn otherwise: {changes}. Give another file."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

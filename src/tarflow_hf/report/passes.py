@@ -70,6 +70,14 @@ class Pass:
 
         return segments
 
+    def marked(self, tokenizer: PreTrainedTokenizerBase, color: bool = False) -> str:
+        """The text with its changes in reverse video if `color`, otherwise in brackets."""
+        before, after = ("\x1b[7m", "\x1b[27m") if color else ("[", "]")
+        return "".join(
+            before + text + after if is_changed else text
+            for text, is_changed, _ in self.segments(tokenizer)
+        )
+
     def summary(self) -> str:
         """The numbers of changed tokens, except in the first pass, and of given ones, if any."""
         parts = []
@@ -238,16 +246,10 @@ def passes_text(
     passes: Sequence[Pass], tokenizer: PreTrainedTokenizerBase, color: bool = False
 ) -> str:
     """The passes for a terminal: changes in reverse video if `color`, otherwise in brackets."""
-    before, after = ("\x1b[7m", "\x1b[27m") if color else ("[", "]")
     blocks = []
-
     for state in passes:
-        text = "".join(
-            before + text + after if is_changed else text
-            for text, is_changed, _ in state.segments(tokenizer)
-        )
         heading = ": ".join(filter(None, (state.name, state.summary())))
-        blocks.append(f"{heading}\n{text}")
+        blocks.append(f"{heading}\n{state.marked(tokenizer, color)}")
 
     return "\n\n".join(blocks)
 
