@@ -246,7 +246,7 @@ def agreement(case: Case, assistant: PreTrainedModel) -> dict:
     )
     codebook = case.model.codebook()
     latents = mixture_rosenblatt_inverse(noise, others, *codebook)
-    same = codebook.most_likely(latents, 1)[:, 0] == written
+    same = codebook.most_likely_token(latents) == written
     p, q = logits.softmax(-1), others.softmax(-1)
     return {
         "tokens": len(written),

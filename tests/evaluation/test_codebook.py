@@ -8,6 +8,7 @@ import torch
 from helpers.models import STACKS, make
 from tarflow_hf import evaluation
 from tarflow_hf.evaluation import codebook_state, cut_text, nearest_distances, reconstruction
+from tarflow_hf.modeling import codebook as codebook_module
 from tarflow_hf.modeling.codebook import Gaussians
 
 
@@ -28,7 +29,7 @@ def test_reconstruction_by_hand(monkeypatch):
     assert 0.001 < result.standard_error < 0.005
     assert (result.num_text_tokens, result.num_used_tokens) == (2, 2)
     whole = reconstruction(model, cut_text(ids[:100], 50))
-    monkeypatch.setattr(evaluation.codebook, "MAX_SCORES", 28)  # seven tokens at a time
+    monkeypatch.setattr(codebook_module, "MAX_SCORES", 28)  # seven tokens at a time
     assert reconstruction(model, cut_text(ids[:100], 50)) == whole
 
     # Entries that have fallen together: only one of them ever comes back.

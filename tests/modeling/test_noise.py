@@ -8,7 +8,7 @@ from helpers.causal_lms import tiny_causal_lm
 from helpers.models import CAUSAL, PATCH_STACKS, STACKS, flow, make, separated
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.conversion import from_causal_lm
-from tarflow_hf.modeling.noise_tarflowlm import most_likely, sample_decoded
+from tarflow_hf.modeling.noise_tarflowlm import sample_decoded
 
 CHECKPOINT = ROOT / "checkpoints" / "python-docs"
 EVERY_STACK = STACKS | CAUSAL | PATCH_STACKS
@@ -178,12 +178,12 @@ def test_latents_are_drawn_until_they_decode():
     codebook = model.codebook()
     ids = torch.arange(4).repeat(4000)
     latents = sample_decoded(codebook, ids)
-    assert torch.equal(most_likely(codebook, latents), ids)
+    assert torch.equal(codebook.most_likely_token(latents), ids)
 
     grid = torch.linspace(-8, 8, 40_001, dtype=torch.float64).unsqueeze(-1)
     for token in range(4):
         index = torch.tensor(token).expand(len(grid))
-        weight = codebook.log_prob(grid, index).exp() * (most_likely(codebook, grid) == token)
+        weight = codebook.log_prob(grid, index).exp() * (codebook.most_likely_token(grid) == token)
         expected = (weight @ grid) / weight.sum()
         deviation = (weight @ (grid - expected).square() / weight.sum()).sqrt()
         actual = latents[ids == token].mean()

@@ -6,7 +6,6 @@ from .codebook import (
     CodebookState,
     Reconstruction,
     codebook_state,
-    most_likely_tokens,
     nearest_distances,
     reconstruction,
 )
@@ -132,7 +131,6 @@ __all__ = [
     "mauve_score",
     "measure_evolution",
     "measure_state",
-    "most_likely_tokens",
     "nearest_distances",
     "negative_log_likelihood",
     "ngrams",

@@ -8,12 +8,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ..modeling.codebook import Gaussians
+from ..modeling.codebook import MAX_SCORES, Gaussians
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from ..noise import latent_noise
 from .likelihood import num_tokens_of, ratio_of_sums
-
-MAX_SCORES = 2**24  # tokens by entries of the codebook that are scored at once
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def reconstruction(
 
         count = num_tokens_of(sequence)
         ids, latents = ids[:count], latents[:count]
-        decoded = most_likely_tokens(codebook, latents)
+        decoded = codebook.most_likely_token(latents)
 
         in_text[ids] = True
         used[decoded] = True
@@ -76,12 +74,6 @@ def reconstruction(
     return Reconstruction(
         accuracy, standard_error, sum(num_tokens), int(in_text.sum()), int(used.sum())
     )
-
-
-def most_likely_tokens(codebook: Gaussians, latents: Tensor) -> Tensor:
-    """argmax_k p(x = k | z), latents (n, d) to ids (n,)."""
-    rows = max(1, MAX_SCORES // len(codebook.mean))
-    return torch.cat([codebook.log_prob_all(part).argmax(-1) for part in latents.split(rows)])
 
 
 @dataclass(frozen=True)

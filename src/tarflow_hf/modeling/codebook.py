@@ -13,6 +13,7 @@ from .coupling_product import log_total, nearest, product_of
 from .normal import LOG_SQRT_2PI
 
 MIN_WEIGHT = 2.0**-40
+MAX_SCORES = 2**24  # latents by entries of the codebook that are scored at once
 
 
 class Gaussians(NamedTuple):
@@ -90,13 +91,15 @@ class Gaussians(NamedTuple):
         product = product_of(flat, self.mean, self.log_scale)
         if product is not None:
             index = nearest(flat, product, count)
-        elif count == 1:
-            index = self.log_prob_all(flat).argmax(-1)
         else:
-            rows = max(1, 2**24 // len(self.mean))
-            index = torch.cat([self.log_prob_all(x).topk(count).indices for x in flat.split(rows)])
+            parts = flat.split(max(1, MAX_SCORES // len(self.mean)))
+            index = torch.cat([_largest(self.log_prob_all(part), count) for part in parts])
 
         return index.reshape(*latents.shape[:-1], count)
+
+    def most_likely_token(self, latents: Tensor) -> Tensor:
+        """argmax_k p(x = k | z) of latents z: (..., d) to (...)."""
+        return self.most_likely(latents, 1).squeeze(-1)
 
     def posterior_average(self, latents: Tensor, table: Tensor, top_k: int | None = None) -> Tensor:
         """sum_p sum_k p(k | z_p) table_(p, k), the expected row of each patch.
@@ -133,6 +136,14 @@ class Gaussians(NamedTuple):
         )
 
         return average.reshape(*latents.shape[:-2], table.shape[-1])
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    """The indices (n, count) of the largest of x (n, K), in this order."""
+    if count == 1:  # faster, and of equals it is the first
+        return x.argmax(-1, keepdim=True)
+
+    return x.topk(count).indices
 
 
 class Codebook(nn.Module):

@@ -158,7 +158,7 @@ class Assistant:
             logits = self.warpers(logits)
 
         z = mixture_rosenblatt_inverse(u.to(logits.dtype)[None], logits, *self.codebook)
-        return int(self.codebook.most_likely(z.to(u.dtype), 1))
+        return int(self.codebook.most_likely_token(z.to(u.dtype)))
 
     def _logits(self, row: int, text: list[int]) -> Tensor:
         """The assistant's logits (1, V) of what follows a text."""

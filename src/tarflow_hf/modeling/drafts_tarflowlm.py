@@ -461,7 +461,7 @@ class _Reader:
 
     def tokens(self, states: Tensor) -> Tensor:
         """The most likely tokens (B, m, P) of states (B, m, D)."""
-        return self.codebook.most_likely(self.latents(states), 1).squeeze(-1)
+        return self.codebook.most_likely_token(self.latents(states))
 
     def latents(self, states: Tensor) -> Tensor:
         """States (B, m, D) by tokens, (B, m, P, d)."""

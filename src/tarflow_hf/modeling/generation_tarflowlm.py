@@ -1,7 +1,6 @@
 """`generate`: noise -> inverse flows -> latents -> tokens."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +41,6 @@ from .noise_tarflowlm import (
     Watermark,
     check_watermark,
     keyed_noise,
-    most_likely,
 )
 from .outputs_tarflowlm import FlowOutput
 from .slots_tarflowlm import take
@@ -402,7 +400,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
 
         def choose_tokens(latents: Tensor, places: Tensor, is_forbidden: Tensor | None) -> Tensor:
             if uniform is None:
-                tokens = self.codebook().most_likely(latents, 1).squeeze(-1)
+                tokens = self.codebook().most_likely_token(latents)
                 if is_forbidden is None or not bool(is_forbidden.gather(1, tokens).any()):
                     return tokens
 
@@ -516,7 +514,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             options,
             on_position=None if writer is None else writer.put,
             token_processor=writer.process if options.logits_options else None,
-            on_guess=guess_shower(text, partial(most_likely, codebook), streamer, writer),
+            on_guess=guess_shower(text, codebook.most_likely_token, streamer, writer),
             drafts=make_drafts(options, writer, self),
         )
         return flow if replay is None else replay.override(flow)

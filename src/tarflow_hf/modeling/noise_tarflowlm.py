@@ -106,7 +106,7 @@ class NoiseMixin(GenerationMixin):
 
             check_finite(noise, "The noise of the text")
             replayed = self.flow(noise, mask, reverse=True).latents
-            is_open = (most_likely(codebook, replayed) != ids) & is_real
+            is_open = (codebook.most_likely_token(replayed) != ids) & is_real
             if not bool(is_open.any()):
                 return pieces.scatter(noise)
 
@@ -206,7 +206,7 @@ def sample_decoded(
     """
     latents = codebook.sample(ids, generator)
     rows = max(1, 2**24 // (DRAWS_A_ROUND * len(codebook.mean)))
-    open_ = (most_likely(codebook, latents) != ids).nonzero().squeeze(-1)
+    open_ = (codebook.most_likely_token(latents) != ids).nonzero().squeeze(-1)
 
     for spread in (*[1.0] * NUM_ROUNDS, *SPREADS):
         still_open = []
@@ -215,7 +215,7 @@ def sample_decoded(
             mean = codebook.mean[index]
             draws = mean + spread * (codebook.sample(index, generator) - mean)
 
-            fits = most_likely(codebook, draws) == index
+            fits = codebook.most_likely_token(draws) == index
             first = fits.int().argmax(-1)  # 0 if none fits
             found = draws[torch.arange(len(places), device=draws.device), first]
             latents[places] = torch.where(fits.any(-1, keepdim=True), found, latents[places])
@@ -231,8 +231,3 @@ def sample_decoded(
         )
 
     return latents
-
-
-def most_likely(codebook: Gaussians, latents: Tensor) -> Tensor:
-    """The most likely token (...) under p(x | z), of latents z (..., d)."""
-    return codebook.most_likely(latents, 1).squeeze(-1)
