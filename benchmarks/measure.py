@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.conversion import from_causal_lm, load_source
-from tarflow_hf.modeling.coupling_newton import AUTO_TAKES_NUMBA
+from tarflow_hf.modeling.coupling_cpu import AUTO_TAKES_NUMBA
 from tarflow_hf.modeling.coupling_numba import numba
 from tarflow_hf.report import Table
 

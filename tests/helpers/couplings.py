@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Every implementation is held to every test of a dtype that it computes in. name: where it runs
-# "auto" on a CPU: the inverses of `coupling_numba.py`, without numba those of `coupling_newton.py`.
+# "auto" on a CPU: what `coupling_cpu.py` chooses.
 IMPLEMENTATIONS = {
     "reference": "cpu",
     "triton": "cuda" if torch.cuda.is_available() else "cpu",

@@ -4,13 +4,13 @@ import pytest
 from torch import Tensor
 
 from helpers.couplings import IMPLEMENTATIONS
-from tarflow_hf.modeling import coupling, coupling_newton
+from tarflow_hf.modeling import coupling, coupling_cpu
 
 
 @pytest.fixture
 def without_numba(monkeypatch):
     """Has "auto" on a CPU take what it takes where numba is not installed."""
-    monkeypatch.setattr(coupling_newton, "AUTO_TAKES_NUMBA", False)
+    monkeypatch.setattr(coupling_cpu, "AUTO_TAKES_NUMBA", False)
 
 
 @pytest.fixture

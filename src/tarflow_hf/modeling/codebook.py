@@ -75,8 +75,9 @@ class Gaussians(NamedTuple):
         """log sum_k N_k(z): latents (..., d) to (...), streamed over k."""
         num_components = len(self.mean)
         flat = latents.reshape(-1, latents.shape[-1])
-        total = log_total(flat, self.mean, self.log_scale)
-        if total is not None:
+        product = product_of(flat, self.mean, self.log_scale)
+        if product is not None:
+            total = log_total(product, flat, self.mean, self.log_scale)
             return total.reshape(latents.shape[:-1])
 
         uniform = latents.new_zeros(()).expand(*latents.shape[:-1], num_components)

@@ -10,9 +10,8 @@ implicit function theorem. Nothing here runs in low precision under autocast.
 - "reference" is plain PyTorch, `coupling_torch.py`, and runs anywhere.
 - "triton" stands for kernels of the mixture couplings, in float32 on a GPU. The affine coupling has
   nothing to fuse: where kernels can run, PyTorch computes it element by element.
-- "auto" takes the kernels for tensors on a GPU if they can run. On a CPU it takes
-  `coupling_newton.py` for inverses of mixtures, and for large codebooks `coupling_active.py`,
-  `coupling_product.py` and `coupling_transform.py`. Otherwise it takes the reference.
+- "auto" takes the kernels for tensors on a GPU if they can run. For the mixture couplings on a CPU
+  `coupling_cpu.py` chooses. Otherwise it takes the reference.
 
 References:
     Zhang et al., *Flexible Language Modeling in Continuous Space with Transformer-based
@@ -29,10 +28,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .coupling_cpu import mixture_cdf_inverse as mixture_cdf_inverse_cpu
+from .coupling_cpu import mixture_rosenblatt as mixture_rosenblatt_cpu
+from .coupling_cpu import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_cpu
+from .coupling_cpu import mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_cpu
 from .coupling_linear import with_linear_logits
-from .coupling_newton import mixture_cdf_inverse as mixture_cdf_inverse_newton
-from .coupling_newton import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_newton
-from .coupling_product import mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_product
 from .coupling_torch import AutoregressiveNetwork
 from .coupling_torch import affine as affine_torch
 from .coupling_torch import affine_inverse as affine_inverse_torch
@@ -43,7 +43,6 @@ from .coupling_torch import mixture_cdf_log_prob as mixture_cdf_log_prob_torch
 from .coupling_torch import mixture_rosenblatt as mixture_rosenblatt_torch
 from .coupling_torch import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_torch
 from .coupling_torch import mixture_rosenblatt_log_prob as mixture_rosenblatt_log_prob_torch
-from .coupling_transform import mixture_rosenblatt as mixture_rosenblatt_transform
 from .mixture_cdf_triton import MAX_COMPONENTS
 from .mixture_cdf_triton import autoregressive_mixture_cdf_inverse as autoregressive_inverse_triton
 from .mixture_cdf_triton import mixture_cdf as mixture_cdf_triton
@@ -162,7 +161,7 @@ def mixture_cdf_inverse(
         tensor([0.5000])
     """
     by = _Implementations(
-        mixture_cdf_inverse_torch, mixture_cdf_inverse_triton, mixture_cdf_inverse_newton
+        mixture_cdf_inverse_torch, mixture_cdf_inverse_triton, mixture_cdf_inverse_cpu
     )
     tensors = dict(u=u, logits=logits, loc=loc, log_scale=log_scale)
     return _with_nan(_run_mixture_cdf(by, implementation, **tensors), logits + loc + log_scale)
@@ -239,7 +238,7 @@ def autoregressive_mixture_cdf_inverse(
     u, from_context, *weights = _cast(*tensors)
     network = AutoregressiveNetwork._make([*weights, network.max_log_scale])
     if _runs_on_cpu(implementation, u):
-        invert = mixture_cdf_inverse_newton
+        invert = mixture_cdf_inverse_cpu
     else:
         invert = mixture_cdf_inverse_torch
 
@@ -280,7 +279,7 @@ def mixture_rosenblatt(
         (tensor([[1., 1.]]), tensor([0.]))
     """
     by = _Implementations(
-        mixture_rosenblatt_torch, mixture_rosenblatt_triton, mixture_rosenblatt_transform
+        mixture_rosenblatt_torch, mixture_rosenblatt_triton, mixture_rosenblatt_cpu
     )
     tensors = dict(z=z, logits=logits, mean=mean, log_scale=log_scale)
     return _run_rosenblatt(by, implementation, **tensors)
@@ -302,7 +301,7 @@ def mixture_rosenblatt_inverse(
     by = _Implementations(
         mixture_rosenblatt_inverse_torch,
         rosenblatt_inverse_triton,
-        mixture_rosenblatt_inverse_newton,
+        mixture_rosenblatt_inverse_cpu,
     )
     tensors = dict(u=u, logits=logits, mean=mean, log_scale=log_scale)
     z = _run_rosenblatt(by, implementation, **tensors)
@@ -323,7 +322,7 @@ def mixture_rosenblatt_log_prob(
     by = _Implementations(
         mixture_rosenblatt_log_prob_torch,
         rosenblatt_log_prob_triton,
-        mixture_rosenblatt_log_prob_product,
+        mixture_rosenblatt_log_prob_cpu,
     )
     tensors = dict(z=z, logits=logits, mean=mean, log_scale=log_scale)
     return _run_rosenblatt(by, implementation, **tensors)

@@ -677,7 +677,6 @@ class _MixtureRosenblattActive(MixtureRosenblattInverse):
         return z
 
 
-@torch.compiler.disable  # what is active depends on the values
 def mixture_rosenblatt_inverse(
     u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor
 ) -> Tensor:

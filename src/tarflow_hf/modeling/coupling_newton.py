@@ -29,16 +29,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .coupling_active import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_active
-from .coupling_numba import IS_INSTALLED
-from .coupling_numba import mixture_cdf_inverse as mixture_cdf_inverse_numba
-from .coupling_numba import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_numba
 from .coupling_torch import MixtureCDFInverse, MixtureRosenblattInverse, chunks
 from .coupling_torch import mixture_cdf_inverse as mixture_cdf_inverse_reference
 from .coupling_torch import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
-
-# "auto" does without numba's compiled loops if this is False.
-AUTO_TAKES_NUMBA = IS_INSTALLED
 
 MAX_ROUNDS = 40
 FREE_ROUNDS = 6  # before there are brackets
@@ -47,9 +40,6 @@ MAX_NOISE = 30.0
 MIN_SCALE = 2**10
 # A scalar's last step, in units of that scale. Its own error is some 40 times its square: 1e-8.
 SMALL_STEP = 2**-16
-# Numbers d K of a Rosenblatt transform. With more, arithmetic counts for more than calls, and active
-# sets have less of it.
-MAX_CODEBOOK = 2**11
 CHUNK_ELEMENTS = 2**20  # n d K at once: 8 MiB a tensor, of which there are some ten
 
 
@@ -233,23 +223,11 @@ class _MixtureRosenblattNewton(MixtureRosenblattInverse):
         return z
 
 
-@torch.compiler.disable  # the number of rounds depends on the values
 def mixture_cdf_inverse(u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
-    if AUTO_TAKES_NUMBA:
-        return mixture_cdf_inverse_numba(u, logits, loc, log_scale)
-    if u.dtype != torch.float32:
-        return mixture_cdf_inverse_reference(u, logits, loc, log_scale)
     return _MixtureCDFNewton.apply(u, logits, loc, log_scale)
 
 
-@torch.compiler.disable
 def mixture_rosenblatt_inverse(
     u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor
 ) -> Tensor:
-    if AUTO_TAKES_NUMBA:
-        return mixture_rosenblatt_inverse_numba(u, logits, mean, log_scale)
-    if mean.numel() > MAX_CODEBOOK:
-        return mixture_rosenblatt_inverse_active(u, logits, mean, log_scale)
-    if u.dtype != torch.float32:
-        return mixture_rosenblatt_inverse_reference(u, logits, mean, log_scale)
     return _MixtureRosenblattNewton.apply(u, logits, mean, log_scale)

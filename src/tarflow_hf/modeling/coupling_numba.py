@@ -436,12 +436,10 @@ class _MixtureRosenblattNumba(MixtureRosenblattInverse):
         return z
 
 
-@torch.compiler.disable  # the number of rounds depends on the values
 def mixture_cdf_inverse(u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
     return _MixtureCDFNumba.apply(u, logits, loc, log_scale)
 
 
-@torch.compiler.disable
 def mixture_rosenblatt_inverse(
     u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor
 ) -> Tensor:

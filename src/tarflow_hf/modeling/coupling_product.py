@@ -29,7 +29,6 @@ from torch.autograd.function import once_differentiable
 
 from .codebook_kept import kept, state_of
 from .coupling_torch import chunks
-from .coupling_torch import mixture_rosenblatt_log_prob as log_prob_reference
 from .normal import LOG_SQRT_2PI
 
 MAX_ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-9}
@@ -399,15 +398,12 @@ def _add_candidates(
 
 
 def mixture_rosenblatt_log_prob(
-    z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor
+    product: Product, z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor
 ) -> Tensor:
-    product = product_of(z, mean, log_scale)
-    if product is None:
-        return log_prob_reference(z, logits, mean, log_scale)
+    """log p(z) in nats, (n,) of z (n, d), by the codebook's `product_of` z."""
     return _LogTotal.apply(product, z, logits, mean, log_scale)
 
 
-def log_total(z: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor | None:
-    """log sum_k N_k(z) in nats, (n,) of z (n, d); None if this form is not meant for it."""
-    product = product_of(z, mean, log_scale)
-    return None if product is None else _LogTotal.apply(product, z, None, mean, log_scale)
+def log_total(product: Product, z: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log sum_k N_k(z) in nats, (n,) of z (n, d), by the codebook's `product_of` z."""
+    return _LogTotal.apply(product, z, None, mean, log_scale)

@@ -200,7 +200,7 @@ class _MixtureCDF(torch.autograd.Function):
 
 
 class MixtureCDFInverse(torch.autograd.Function):
-    """The inverse by `find_root`. `coupling_newton.py` solves differently, with these gradients."""
+    """The inverse by `find_root`. Other forms solve differently, with these gradients."""
 
     @staticmethod
     def forward(ctx, u, logits, loc, log_scale):

@@ -48,8 +48,6 @@ MAX_FALL = 16.0
 CHUNK_ELEMENTS = 2**18  # numbers n V at once
 # But at least so many rows: where most components are dropped, the number of calls takes time.
 MIN_ROWS = 32
-# Numbers n V d from which on this form is taken: with fewer, the number of calls is what takes time.
-MIN_NUMBERS = 2**14
 # Up to this V d the dimensions are kept for the backward pass instead of computed again. That is 12
 # KiB a position in float32, as much as a decoder layer of width 128 keeps.
 MAX_KEPT = 2**10
@@ -328,6 +326,4 @@ def _others(is_exact: Tensor) -> Tensor | None:
 def mixture_rosenblatt(
     z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if len(z) * mean.numel() < MIN_NUMBERS or torch.compiler.is_compiling():
-        return mixture_rosenblatt_reference(z, logits, mean, log_scale)
     return _MixtureRosenblatt.apply(z, logits, mean, log_scale)

@@ -1,0 +1,1 @@
+../../src/tarflow_hf/modeling/coupling_cpu.py
