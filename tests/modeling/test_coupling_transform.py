@@ -22,7 +22,7 @@ def sizes(at: coupling_transform._Sweep) -> list[int]:
 @pytest.mark.parametrize("name", CODEBOOKS)
 def test_transform_and_gradients_are_the_references(name, kept, monkeypatch):
     """In float64, with the dimensions kept for the backward pass and made again."""
-    monkeypatch.setattr(coupling_transform, "MAX_KEPT", 2**20 if kept else 0)
+    monkeypatch.setattr(coupling_transform, "KEPT_ELEMENTS", 2**20 if kept else 0)
     monkeypatch.setattr(coupling_transform, "CHUNK_ELEMENTS", 2**14)  # several chunks
     monkeypatch.setattr(coupling_transform, "MIN_ROWS", 8)
     tensors = draw_mixture(name, 40)

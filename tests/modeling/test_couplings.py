@@ -517,8 +517,8 @@ def test_chunks_and_what_is_kept_change_nothing(monkeypatch, suffix, chunk_eleme
 
     tensors = draw(Case("mixture_rosenblatt", 7, 3), (4, 4), seed=15)
     whole = with_gradients(run, "mixture_rosenblatt" + suffix, tensors)
-    monkeypatch.setattr(coupling_torch, "_CHUNK_ELEMENTS", chunk_elements)
-    monkeypatch.setattr(coupling_torch, "_KEPT_ELEMENTS", kept_elements)
+    monkeypatch.setattr(coupling_torch, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(coupling_torch, "KEPT_ELEMENTS", kept_elements)
     in_chunks = with_gradients(run, "mixture_rosenblatt" + suffix, tensors)
     torch.testing.assert_close(in_chunks, whole, rtol=1e-12, atol=1e-12)
 

@@ -25,6 +25,7 @@ Shapes: n rows, d dimensions, V components in all, K active ones; B intervals.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .codebook_kept import kept
-from .coupling_torch import MixtureRosenblattInverse, chunks
+from .coupling_torch import MixtureRosenblattInverse, chunks, fill_missing
 from .coupling_torch import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
+from .normal import FARTHEST, MAX_NOISE, SQRT_2PI, SQRT_HALF
 
 MAX_DROPPED = {torch.float32: 2.0**-40, torch.float64: 2.0**-64}
 REACH = {torch.float32: 9.5, torch.float64: 12.0}
@@ -43,13 +45,10 @@ SMALL_STEP = {torch.float32: 2.0**-16, torch.float64: 2.0**-29}
 # 1e-6: a round in float64 follows.
 COARSE_STEP = 2.0**-9
 
-# There weights are in this unit, and distances over sqrt(2) end here: processors take ten times as
-# long for what is too small for a normal number.
+# There weights are in this unit: small ones are normal numbers, too.
 COARSE_UNIT = 2.0**64
-FARTHEST = {torch.float32: 9.0, torch.float64: 18.0}
 
 MAX_ROUNDS = 60
-MAX_NOISE = 30.0
 MIN_DENSITY = 1e-200  # with less at the root the weights would underflow
 NUM_BINS = 512
 GUESS_REACH = 3.0  # scales between the first guess and the root, at first
@@ -58,9 +57,6 @@ MANY = 2**9
 # Numbers n K up to which Python's own floats are faster than tensors.
 FEW = 2**7
 CHUNK_ELEMENTS = 2**19  # n V of the rows that are solved together
-
-_SQRT_HALF = math.sqrt(0.5)
-_SQRT_2PI = math.sqrt(2 * math.pi)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,7 +141,7 @@ class _Mixture(NamedTuple):
 
     @classmethod
     def make(cls, active: _Active, loc: Tensor, below: list[float]) -> "_Mixture":
-        slope_weight, inverse = active.weight / active.scale, _SQRT_HALF / active.scale
+        slope_weight, inverse = active.weight / active.scale, SQRT_HALF / active.scale
         if len(loc) > 1:
             return cls(active.weight, slope_weight, loc, inverse, below)
 
@@ -208,7 +204,7 @@ class _Search:
         tail = _cdf(u)
         self.log_tail = math.log(tail)
         self.y = math.sqrt(-2 * self.log_tail)
-        self.factor = self.y * tail * _SQRT_2PI * math.exp(0.5 * u * u)
+        self.factor = self.y * tail * SQRT_2PI * math.exp(0.5 * u * u)
         self.low, self.high = low, high
         self.z = min(max(start, low), high)
         self.small = small
@@ -236,7 +232,7 @@ class _Search:
         else:
             self.high, self.is_high_seen = self.z, True
 
-        step = difference * y * cdf * _SQRT_2PI / slope if slope > 0 else math.inf
+        step = difference * y * cdf * SQRT_2PI / slope if slope > 0 else math.inf
         is_slow = self.num_rounds > 6 and abs(step) > 0.5 * self.last_step
         self.last_step = abs(step)
         new = self.z - step
@@ -273,7 +269,7 @@ def _solve_dimension(
     mixture: _Mixture, u: list[float], brackets: list[Bracket], dtype: torch.dtype
 ) -> list[float]:
     """The mirrored roots, NaN where there is none in the bracket."""
-    scale = (_SQRT_HALF / mixture.inverse).amin(-1).view(-1).tolist()
+    scale = (SQRT_HALF / mixture.inverse).amin(-1).view(-1).tolist()
     rounds = [(SMALL_STEP[dtype], mixture.evaluate)]
     if mixture.loc.numel() > MANY:
         rounds = [(COARSE_STEP, mixture.coarse().evaluate), *rounds]
@@ -314,7 +310,7 @@ def _crossing(histogram: Tensor, u: list[float]) -> tuple[Tensor, list[int]]:
 
 
 def _cdf(u: float) -> float:
-    return 0.5 * math.erfc(-u * _SQRT_HALF)
+    return 0.5 * math.erfc(-u * SQRT_HALF)
 
 
 class _FirstDimension:
@@ -473,11 +469,11 @@ class _FewMixture(NamedTuple):
 
         # Tukey's lambda distribution is a rough normal one.
         share = min(max(rest / weight, 0.0), 1.0)
-        return loc + 4.91 * (share**0.14 - (1 - share) ** 0.14) * _SQRT_HALF / inverse
+        return loc + 4.91 * (share**0.14 - (1 - share) ** 0.14) * SQRT_HALF / inverse
 
     def bracket(self, u: float) -> tuple[float, float]:
         """The least and the greatest of the components' own roots."""
-        roots = [loc + u * _SQRT_HALF / inverse for loc, inverse, *_ in self.components]
+        roots = [loc + u * SQRT_HALF / inverse for loc, inverse, *_ in self.components]
         return min(roots), max(roots)
 
     def evaluate(self, z: list[float]) -> tuple[list[float], list[float]]:
@@ -530,7 +526,7 @@ def _solve_few(
 
         sign = -1.0 if is_mirrored[i] else 1.0
         rows = [
-            (sign * mean[i], _SQRT_HALF / scale, weight, weight / scale)
+            (sign * mean[i], SQRT_HALF / scale, weight, weight / scale)
             for (_, weight, scale), mean in zip(components, means, strict=True)
         ]
         mixture = _FewMixture(sorted(rows))
@@ -669,10 +665,8 @@ class _MixtureRosenblattActive(MixtureRosenblattInverse):
         for rows in chunks(len(u), CHUNK_ELEMENTS // len(mean)):
             z[rows], is_found[rows] = solve(u[rows], logits[rows], mean, log_scale)
 
-        if not bool(is_found.all()):
-            rest = ~is_found
-            z[rest] = mixture_rosenblatt_inverse_reference(u[rest], logits[rest], mean, log_scale)
-
+        reference = partial(mixture_rosenblatt_inverse_reference, mean=mean, log_scale=log_scale)
+        fill_missing(z, is_found, reference, u, logits)
         ctx.save_for_backward(z, logits, mean, log_scale)
         return z
 

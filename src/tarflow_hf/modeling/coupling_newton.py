@@ -24,18 +24,19 @@ Shapes: n rows, d dimensions (1 for a mixture of scalars), K components.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .coupling_torch import MixtureCDFInverse, MixtureRosenblattInverse, chunks
+from .coupling_torch import MixtureCDFInverse, MixtureRosenblattInverse, chunks, fill_missing
 from .coupling_torch import mixture_cdf_inverse as mixture_cdf_inverse_reference
 from .coupling_torch import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
+from .normal import MAX_NOISE, SQRT_HALF
 
 MAX_ROUNDS = 40
 FREE_ROUNDS = 6  # before there are brackets
-MAX_NOISE = 30.0
 # The least scale of the thinnest component, in units of the spacing of float32 at z.
 MIN_SCALE = 2**10
 # A scalar's last step, in units of that scale. Its own error is some 40 times its square: 1e-8.
@@ -94,7 +95,7 @@ def _newton_map(problem: _Problem) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     latent_size = u.shape[1]
     scale = log_scale.exp()
     log_density = -log_scale  # of each component at its mean, over phi(0)
-    minus_inverse = -math.sqrt(0.5) / scale
+    minus_inverse = -SQRT_HALF / scale
 
     if latent_size == 1:
         fixed_weight = log_weight.exp()
@@ -175,23 +176,19 @@ def _iterate(z: Tensor, problem: _Problem, first_round: int = 0) -> Tensor:
 
 
 def _solve_in_parts(
-    u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor, otherwise: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """z (n, d) by `solve`, in parts that bound the memory, and by `otherwise` in rows left over."""
+    u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`solve` in parts that bound the memory."""
     size = CHUNK_ELEMENTS // loc[0].numel()
     if len(u) <= size:
-        z, is_found = solve(u, logits, loc, log_scale)
-    else:
-        inputs = (u, logits, loc, log_scale)
-        found = [
-            solve(*(x if len(x) == 1 else x[rows] for x in inputs)) for rows in chunks(len(u), size)
-        ]
-        z, is_found = (torch.cat(x) for x in zip(*found, strict=True))
+        return solve(u, logits, loc, log_scale)
 
-    if not bool(is_found.all()):
-        z[~is_found] = otherwise(~is_found)
-
-    return z
+    inputs = (u, logits, loc, log_scale)
+    found = [
+        solve(*(x if len(x) == 1 else x[rows] for x in inputs)) for rows in chunks(len(u), size)
+    ]
+    z, is_found = zip(*found, strict=True)
+    return torch.cat(z), torch.cat(is_found)
 
 
 class _MixtureCDFNewton(MixtureCDFInverse):
@@ -199,26 +196,22 @@ class _MixtureCDFNewton(MixtureCDFInverse):
     def forward(ctx, u, logits, loc, log_scale):
         flat = [u.reshape(-1), *(x.reshape(-1, x.shape[-1]) for x in (logits, loc, log_scale))]
         flat_u, flat_logits, flat_loc, flat_log_scale = flat
+        vectors = flat_u.unsqueeze(-1), flat_logits, flat_loc.unsqueeze(1), flat_log_scale
+        z, is_found = _solve_in_parts(*vectors)
+        z = z.squeeze(-1)
+        fill_missing(z, is_found, mixture_cdf_inverse_reference, *flat)
 
-        def otherwise(rows: Tensor) -> Tensor:
-            return mixture_cdf_inverse_reference(*(x[rows] for x in flat)).unsqueeze(-1)
-
-        z = _solve_in_parts(
-            flat_u.unsqueeze(-1), flat_logits, flat_loc.unsqueeze(1), flat_log_scale, otherwise
-        )
         z = z.reshape(u.shape)
         ctx.save_for_backward(z, logits, loc, log_scale)
-
         return z
 
 
 class _MixtureRosenblattNewton(MixtureRosenblattInverse):
     @staticmethod
     def forward(ctx, u, logits, mean, log_scale):
-        def otherwise(rows: Tensor) -> Tensor:
-            return mixture_rosenblatt_inverse_reference(u[rows], logits[rows], mean, log_scale)
-
-        z = _solve_in_parts(u, logits, mean.T.unsqueeze(0), log_scale.unsqueeze(0), otherwise)
+        z, is_found = _solve_in_parts(u, logits, mean.T.unsqueeze(0), log_scale.unsqueeze(0))
+        reference = partial(mixture_rosenblatt_inverse_reference, mean=mean, log_scale=log_scale)
+        fill_missing(z, is_found, reference, u, logits)
         ctx.save_for_backward(z, logits, mean, log_scale)
         return z
 

@@ -17,6 +17,7 @@ in an array (4, K): their weights, locations in this dimension, scales and indic
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,16 +26,16 @@ from .codebook_kept import kept
 from .coupling_active import (
     GUESS_REACH,
     MAX_DROPPED,
-    MAX_NOISE,
     MAX_ROUNDS,
     MIN_DENSITY,
     NUM_BINS,
     REACH,
     SMALL_STEP,
 )
-from .coupling_torch import MixtureCDFInverse, MixtureRosenblattInverse
+from .coupling_torch import MixtureCDFInverse, MixtureRosenblattInverse, fill_missing
 from .coupling_torch import mixture_cdf_inverse as mixture_cdf_inverse_reference
 from .coupling_torch import mixture_rosenblatt_inverse as mixture_rosenblatt_inverse_reference
+from .normal import MAX_NOISE, SQRT_2PI, SQRT_HALF
 
 try:
     import numba
@@ -50,9 +51,6 @@ FEW = 2**6
 COARSE_STEP = 2.0**-12
 # Weight, location, scale and index of a component.
 W, LOC, SCALE, INDEX = range(4)
-
-_SQRT_HALF = math.sqrt(0.5)
-_SQRT_2PI = math.sqrt(2 * math.pi)
 
 
 def _compiled(function: Callable) -> Callable:
@@ -74,7 +72,7 @@ def _compiled(function: Callable) -> Callable:
 
 @_compiled
 def _cdf(u):
-    return 0.5 * math.erfc(-u * _SQRT_HALF)
+    return 0.5 * math.erfc(-u * SQRT_HALF)
 
 
 @_compiled
@@ -93,12 +91,12 @@ def _evaluate(z, below, active, far, is_coarse):
             density = math.exp(-0.5 * t * t)
             slope += active[W, k] / active[SCALE, k] * density
             if is_coarse:
-                x = 1 / (1 + 0.3275911 * _SQRT_HALF * abs(t))
+                x = 1 / (1 + 0.3275911 * SQRT_HALF * abs(t))
                 poly = x * (1.421413741 + x * (-1.453152027 + x * 1.061405429))
                 tail = x * (0.254829592 + x * (-0.284496736 + poly)) * density
                 cdf += active[W, k] * (tail if t > 0 else 2 - tail)
             else:
-                cdf += active[W, k] * math.erfc(t * _SQRT_HALF)
+                cdf += active[W, k] * math.erfc(t * SQRT_HALF)
 
     return below + 0.5 * cdf, slope
 
@@ -119,7 +117,7 @@ def _search(u, low, high, start, small, below, active, far, is_coarse):
     tail = _cdf(u)
     log_tail = math.log(tail)
     y_root = math.sqrt(-2 * log_tail)
-    factor = y_root * tail * _SQRT_2PI * math.exp(0.5 * u * u)
+    factor = y_root * tail * SQRT_2PI * math.exp(0.5 * u * u)
     z = min(max(start, low), high)
     is_low_seen, is_high_seen, last_step = False, False, math.inf
 
@@ -137,7 +135,7 @@ def _search(u, low, high, start, small, below, active, far, is_coarse):
         else:
             high, is_high_seen = z, True
 
-        step = difference * y * cdf * _SQRT_2PI / slope if slope > 0 else math.inf
+        step = difference * y * cdf * SQRT_2PI / slope if slope > 0 else math.inf
         is_slow = number > 5 and abs(step) > 0.5 * last_step
         last_step = abs(step)
         z -= step
@@ -414,10 +412,7 @@ class _MixtureCDFNumba(MixtureCDFInverse):
         parameters = [x.reshape(-1, x.shape[-1]) for x in (logits, loc, log_scale)]
         flat = u.reshape(-1)
         z = solve_scalars(flat, *parameters)
-        rest = z.isnan()
-        if bool(rest.any()):
-            rows = [x[rest] for x in (flat, *parameters)]
-            z[rest] = mixture_cdf_inverse_reference(*rows)
+        fill_missing(z, ~z.isnan(), mixture_cdf_inverse_reference, flat, *parameters)
 
         z = z.reshape(u.shape)
         ctx.save_for_backward(z, logits, loc, log_scale)
@@ -428,10 +423,8 @@ class _MixtureRosenblattNumba(MixtureRosenblattInverse):
     @staticmethod
     def forward(ctx, u, logits, mean, log_scale):
         z, is_found = solve(u, logits, mean, log_scale)
-        if not bool(is_found.all()):
-            rest = ~is_found
-            z[rest] = mixture_rosenblatt_inverse_reference(u[rest], logits[rest], mean, log_scale)
-
+        reference = partial(mixture_rosenblatt_inverse_reference, mean=mean, log_scale=log_scale)
+        fill_missing(z, is_found, reference, u, logits)
         ctx.save_for_backward(z, logits, mean, log_scale)
         return z
 

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from .codebook_kept import kept, state_of
 from .coupling_torch import chunks
-from .normal import LOG_SQRT_2PI
+from .normal import LOG_SQRT_2PI, MIN_LOG_WEIGHT
 
 MAX_ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-9}
 MARGIN = {torch.float32: 40.0, torch.float64: 73.0}
@@ -126,13 +126,9 @@ def _members(blocks: Tensor) -> Tensor:
 
 
 def _shifted_exp(joint: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """exp(joint) over its largest, in the dtype, and the logarithm of that (n, 1).
-
-    Nothing is below e^-80: processors take ten times as long for what is too small for a normal
-    number.
-    """
+    """exp(joint) over its largest, in the dtype and held above e^-80, and the largest joint (n, 1)."""
     peak = joint.amax(-1, keepdim=True)
-    return (joint - peak).to(dtype).clamp_(min=-80.0).exp_(), peak
+    return (joint - peak).to(dtype).clamp_(min=MIN_LOG_WEIGHT).exp_(), peak
 
 
 class _Near(NamedTuple):

@@ -330,10 +330,10 @@ def autoregressive_mixture_cdf_inverse(
 
 # Numbers d K of the positions handled at once: 512 KiB a tensor in float32. A CPU's cache holds the
 # few of those that an operation works on.
-_CHUNK_ELEMENTS = 2**17
+CHUNK_ELEMENTS = 2**17
 # Up to this d K the derivatives are kept for the backward pass instead of computed again. That is 8
 # KiB a position in float32, as much as a decoder layer of width 128 keeps.
-_KEPT_ELEMENTS = 2**10
+KEPT_ELEMENTS = 2**10
 
 
 def chunks(num_rows: int, size: int) -> Iterator[slice]:
@@ -350,6 +350,29 @@ def chunks(num_rows: int, size: int) -> Iterator[slice]:
 
     size = max(1, size)
     return (slice(start, start + size) for start in range(0, num_rows, size))
+
+
+def fill_missing(
+    out: Tensor | tuple[Tensor, ...], is_found: Tensor, solve: Callable, *by_row: Tensor
+) -> None:
+    """Fills in the rows of results (n, ...) that were not found, in place.
+
+    Args:
+        out: The result, or several.
+        is_found: Which rows to leave as they are, (n,).
+        solve: Makes the same results from `by_row`.
+        by_row: Its arguments (n, ...).
+    """
+    if bool(is_found.all()):
+        return
+
+    missing = ~is_found
+    found = solve(*(x[missing] for x in by_row))
+    if isinstance(out, Tensor):
+        out, found = (out,), (found,)
+
+    for x, value in zip(out, found, strict=True):
+        x[missing] = value
 
 
 def _log_normal(z: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
@@ -425,7 +448,7 @@ def rosenblatt_backward(
     loc = mean.T.contiguous()
     inverse_scale = torch.exp(-log_scale)
 
-    for index, rows in enumerate(chunks(z.shape[0], _CHUNK_ELEMENTS // mean.numel())):
+    for index, rows in enumerate(chunks(z.shape[0], CHUNK_ELEMENTS // mean.numel())):
         if kept:
             at = kept[index]
         else:
@@ -466,7 +489,7 @@ def rosenblatt_inverse_backward(
     loc = mean.T.contiguous()
     inverse_scale = torch.exp(-log_scale)
 
-    for rows in chunks(z.shape[0], _CHUNK_ELEMENTS // mean.numel()):
+    for rows in chunks(z.shape[0], CHUNK_ELEMENTS // mean.numel()):
         log_weights = _log_weights(z[rows], logits[rows], loc, log_scale)
         transformed = _transform(z[rows], log_weights[:, :-1], loc, log_scale)
         at = _differentiate(transformed, log_weights[:, :-1])
@@ -495,10 +518,10 @@ class _MixtureRosenblatt(torch.autograd.Function):
         u = torch.empty_like(z)
         log_det = z.new_empty(z.shape[0])
         loc = mean.T.contiguous()
-        keeps = any(ctx.needs_input_grad) and mean.numel() <= _KEPT_ELEMENTS
+        keeps = any(ctx.needs_input_grad) and mean.numel() <= KEPT_ELEMENTS
         kept = []
 
-        for rows in chunks(z.shape[0], _CHUNK_ELEMENTS // mean.numel()):
+        for rows in chunks(z.shape[0], CHUNK_ELEMENTS // mean.numel()):
             log_weights = _log_weights(z[rows], logits[rows], loc, log_scale)
             at = _transform(z[rows], log_weights[:, :-1], loc, log_scale)
             u[rows] = at.u
@@ -527,7 +550,7 @@ class MixtureRosenblattInverse(torch.autograd.Function):
     def forward(ctx, u, logits, mean, log_scale):
         """Inverts; keeps z for the backward pass."""
         z = torch.empty_like(u)
-        for rows in chunks(u.shape[0], _CHUNK_ELEMENTS // len(mean)):
+        for rows in chunks(u.shape[0], CHUNK_ELEMENTS // len(mean)):
             log_joint = logits[rows].double()
             for i in range(mean.shape[1]):
                 log_weight = _normalized(log_joint, u.dtype)
@@ -561,7 +584,7 @@ class _MixtureRosenblattLogProb(torch.autograd.Function):
         ctx.save_for_backward(z, logits, mean, log_scale)
         log_prob = z.new_empty(z.shape[0])
 
-        for rows in chunks(z.shape[0], _CHUNK_ELEMENTS // len(mean)):
+        for rows in chunks(z.shape[0], CHUNK_ELEMENTS // len(mean)):
             joint = _log_joint(z[rows], logits[rows], mean, log_scale)
             log_prob[rows] = torch.logsumexp(joint, -1) - torch.logsumexp(logits[rows], -1)
 
@@ -580,7 +603,7 @@ class _MixtureRosenblattLogProb(torch.autograd.Function):
         )
         inverse_scale = torch.exp(-log_scale)
 
-        for rows in chunks(z.shape[0], _CHUNK_ELEMENTS // len(mean)):
+        for rows in chunks(z.shape[0], CHUNK_ELEMENTS // len(mean)):
             joint = _log_joint(z[rows], logits[rows], mean, log_scale)
             grad_log_prob = grad[rows].unsqueeze(-1)
             weight = grad_log_prob * torch.softmax(joint, -1)

@@ -21,23 +21,26 @@ Shapes: n rows, d dimensions, V components in all, K of them in a dimension.
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .coupling_torch import chunks, rosenblatt_backward
+from .coupling_torch import chunks, fill_missing, rosenblatt_backward
 from .coupling_torch import mixture_rosenblatt as mixture_rosenblatt_reference
-from .normal import LOG_SQRT_2PI, ndtri_exp, normal_log_prob
+from .normal import (
+    FARTHEST,
+    LOG_SQRT_2PI,
+    MIN_LOG_WEIGHT,
+    SQRT_HALF,
+    ndtri_exp,
+    normal_log_prob,
+)
 
 MARGIN = {torch.float32: 54.0, torch.float64: 72.0}
 MAX_SHARE = {torch.float32: 2.0**-24, torch.float64: 2.0**-48}
-# Weights are held above this: processors take ten times as long for what is too small for a normal
-# number.
-MIN_LOG_WEIGHT = -80.0
-# Distances over sqrt(2) end here, for the same reason: less than the weights' e^-80 is lost.
-FARTHEST = {torch.float32: 9.0, torch.float64: 18.0}
 # From this F on 1 - F is summed instead.
 UPPER = 0.8
 # Components are dropped where at most this part of them is left.
@@ -50,9 +53,7 @@ CHUNK_ELEMENTS = 2**18  # numbers n V at once
 MIN_ROWS = 32
 # Up to this V d the dimensions are kept for the backward pass instead of computed again. That is 12
 # KiB a position in float32, as much as a decoder layer of width 128 keeps.
-MAX_KEPT = 2**10
-
-_SQRT_HALF = math.sqrt(0.5)
+KEPT_ELEMENTS = 2**10
 
 
 class _Mixture(NamedTuple):
@@ -262,7 +263,7 @@ class _MixtureRosenblatt(torch.autograd.Function):
         tail, sign = torch.empty_like(z), torch.empty_like(z)
         log_prob = torch.empty(len(z), dtype=torch.float64)
         is_exact = torch.empty(len(z), dtype=torch.bool)
-        keeps = any(ctx.needs_input_grad) and mean.numel() <= MAX_KEPT
+        keeps = any(ctx.needs_input_grad) and mean.numel() <= KEPT_ELEMENTS
         ctx.kept = []
 
         for rows in chunks(len(z), max(MIN_ROWS, CHUNK_ELEMENTS // len(mean))):
@@ -273,12 +274,8 @@ class _MixtureRosenblatt(torch.autograd.Function):
 
         u = sign * ndtri_exp(tail.log())
         log_det = (log_prob - normal_log_prob(u.double()).sum(-1)).to(u.dtype)
-        rest = _others(is_exact)
-        if rest is not None:
-            u[rest], log_det[rest] = mixture_rosenblatt_reference(
-                z[rest], logits[rest], mean, log_scale
-            )
-
+        reference = partial(mixture_rosenblatt_reference, mean=mean, log_scale=log_scale)
+        fill_missing((u, log_det), is_exact, reference, z, logits)
         ctx.save_for_backward(z, logits, mean, log_scale, u, is_exact)
         return u, log_det
 
@@ -303,8 +300,8 @@ class _MixtureRosenblatt(torch.autograd.Function):
             grad_z[rows][inside], grad_logits[rows][inside] = found
 
         gradients = [grad_z, grad_logits, sums.mean.T, sums.log_scale]
-        rest = _others(is_exact)
-        if rest is not None:
+        if not bool(is_exact.all()):
+            rest = ~is_exact
             cotangents = grad_u[rest], grad_log_det[rest]
             others = rosenblatt_backward(z[rest], logits[rest], mean, log_scale, *cotangents)
             grad_z[rest], grad_logits[rest] = others.z, others.logits
@@ -314,13 +311,7 @@ class _MixtureRosenblatt(torch.autograd.Function):
 
 
 def _prepare(mean: Tensor, log_scale: Tensor) -> _Mixture:
-    return _Mixture(mean.T.contiguous(), log_scale, -_SQRT_HALF * torch.exp(-log_scale))
-
-
-def _others(is_exact: Tensor) -> Tensor | None:
-    """The rows that are left to the reference; None if there are none."""
-    rows = (~is_exact).nonzero().squeeze(-1)
-    return rows if len(rows) else None
+    return _Mixture(mean.T.contiguous(), log_scale, -SQRT_HALF * torch.exp(-log_scale))
 
 
 def mixture_rosenblatt(

@@ -13,7 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SQRT_HALF = math.sqrt(0.5)
+SQRT_2PI = math.sqrt(2 * math.pi)
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+
+# Up to this |u| the tail Phi(-|u|) is far from the end of float64's range.
+MAX_NOISE = 30.0
+
+# Processors take ten times as long for what is too small for a normal number. So weights are held
+# above e to the first of these, and distances over sqrt(2) below the second: a tail is less there
+# than the least weight.
+MIN_LOG_WEIGHT = -80.0
+FARTHEST = {torch.float32: 9.0, torch.float64: 18.0}
 
 
 def normal_log_prob(x: Tensor) -> Tensor:
@@ -52,7 +63,7 @@ def normal_tails(x: Tensor) -> NormalTails:
         tensor([ -0.6931, -53.2313])
     """
     # erfc is the more exact near 0 but underflows; erfcx(a) = exp(a^2) erfc(a) decays only as 1/a.
-    a = x.abs() * math.sqrt(0.5)
+    a = x.abs() * SQRT_HALF
     is_near = a < 0.75
     half_square = 0.5 * x.square()
     log_factor = torch.log(0.5 * torch.where(is_near, torch.erfc(a), torch.special.erfcx(a)))
