@@ -60,9 +60,9 @@ AUTO_TAKES_KERNELS = True
 class _Implementations(NamedTuple):
     """The functions that compute one op, on tensors that are checked and broadcast."""
 
-    torch: Callable
-    triton: Callable
-    cpu: Callable | None = None  # on a CPU
+    reference: Callable
+    kernel: Callable
+    cpu: Callable | None = None  # what "auto" takes on a CPU
 
 
 # ------------------------------------------------------------------------------------------- affine
@@ -113,6 +113,17 @@ def affine_inverse(
 # -------------------------------------------------------------------------------------- mixture CDF
 
 
+MIXTURE_CDF = _Implementations(reference=mixture_cdf_torch, kernel=mixture_cdf_triton)
+MIXTURE_CDF_INVERSE = _Implementations(
+    reference=mixture_cdf_inverse_torch,
+    kernel=mixture_cdf_inverse_triton,
+    cpu=mixture_cdf_inverse_cpu,
+)
+MIXTURE_CDF_LOG_PROB = _Implementations(
+    reference=mixture_cdf_log_prob_torch, kernel=mixture_cdf_log_prob_triton
+)
+
+
 def mixture_cdf(
     z: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor, *, implementation: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -139,9 +150,7 @@ def mixture_cdf(
         >>> mixture_cdf(z, torch.zeros(1, 2), loc, torch.zeros(1, 2))
         (tensor([0.3078]), tensor([-0.4575]))
     """
-    by = _Implementations(mixture_cdf_torch, mixture_cdf_triton)
-    tensors = dict(z=z, logits=logits, loc=loc, log_scale=log_scale)
-    return _run_mixture_cdf(by, implementation, **tensors)
+    return _run_mixture_cdf(MIXTURE_CDF, implementation, "z", z, logits, loc, log_scale)
 
 
 def mixture_cdf_inverse(
@@ -160,11 +169,8 @@ def mixture_cdf_inverse(
         >>> mixture_cdf_inverse(u, torch.zeros(1, 2), loc, torch.zeros(1, 2)).round(decimals=3)
         tensor([0.5000])
     """
-    by = _Implementations(
-        mixture_cdf_inverse_torch, mixture_cdf_inverse_triton, mixture_cdf_inverse_cpu
-    )
-    tensors = dict(u=u, logits=logits, loc=loc, log_scale=log_scale)
-    return _with_nan(_run_mixture_cdf(by, implementation, **tensors), logits + loc + log_scale)
+    z = _run_mixture_cdf(MIXTURE_CDF_INVERSE, implementation, "u", u, logits, loc, log_scale)
+    return _with_nan(z, logits + loc + log_scale)
 
 
 def mixture_cdf_log_prob(
@@ -179,9 +185,7 @@ def mixture_cdf_log_prob(
         >>> mixture_cdf_log_prob(torch.zeros(1), torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2))
         tensor([-0.9189])
     """
-    by = _Implementations(mixture_cdf_log_prob_torch, mixture_cdf_log_prob_triton)
-    tensors = dict(z=z, logits=logits, loc=loc, log_scale=log_scale)
-    return _run_mixture_cdf(by, implementation, **tensors)
+    return _run_mixture_cdf(MIXTURE_CDF_LOG_PROB, implementation, "z", z, logits, loc, log_scale)
 
 
 def autoregressive_mixture_cdf_inverse(
@@ -249,6 +253,23 @@ def autoregressive_mixture_cdf_inverse(
 # ------------------------------------------------------------------------------- mixture Rosenblatt
 
 
+ROSENBLATT = _Implementations(
+    reference=mixture_rosenblatt_torch,
+    kernel=mixture_rosenblatt_triton,
+    cpu=mixture_rosenblatt_cpu,
+)
+ROSENBLATT_INVERSE = _Implementations(
+    reference=mixture_rosenblatt_inverse_torch,
+    kernel=rosenblatt_inverse_triton,
+    cpu=mixture_rosenblatt_inverse_cpu,
+)
+ROSENBLATT_LOG_PROB = _Implementations(
+    reference=mixture_rosenblatt_log_prob_torch,
+    kernel=rosenblatt_log_prob_triton,
+    cpu=mixture_rosenblatt_log_prob_cpu,
+)
+
+
 def mixture_rosenblatt(
     z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor, *, implementation: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -278,11 +299,7 @@ def mixture_rosenblatt(
         >>> u.round(decimals=4), log_det.abs().round(decimals=4)
         (tensor([[1., 1.]]), tensor([0.]))
     """
-    by = _Implementations(
-        mixture_rosenblatt_torch, mixture_rosenblatt_triton, mixture_rosenblatt_cpu
-    )
-    tensors = dict(z=z, logits=logits, mean=mean, log_scale=log_scale)
-    return _run_rosenblatt(by, implementation, **tensors)
+    return _run_rosenblatt(ROSENBLATT, implementation, "z", z, logits, mean, log_scale)
 
 
 def mixture_rosenblatt_inverse(
@@ -298,13 +315,7 @@ def mixture_rosenblatt_inverse(
         >>> z.round(decimals=4)
         tensor([[1., 1.]])
     """
-    by = _Implementations(
-        mixture_rosenblatt_inverse_torch,
-        rosenblatt_inverse_triton,
-        mixture_rosenblatt_inverse_cpu,
-    )
-    tensors = dict(u=u, logits=logits, mean=mean, log_scale=log_scale)
-    z = _run_rosenblatt(by, implementation, **tensors)
+    z = _run_rosenblatt(ROSENBLATT_INVERSE, implementation, "u", u, logits, mean, log_scale)
     return _with_nan(z, logits.unsqueeze(-2))
 
 
@@ -319,13 +330,7 @@ def mixture_rosenblatt_log_prob(
         >>> mixture_rosenblatt_log_prob(torch.zeros(1, 2), torch.zeros(1, 3), torch.zeros(3, 2), torch.zeros(3))
         tensor([-1.8379])
     """
-    by = _Implementations(
-        mixture_rosenblatt_log_prob_torch,
-        rosenblatt_log_prob_triton,
-        mixture_rosenblatt_log_prob_cpu,
-    )
-    tensors = dict(z=z, logits=logits, mean=mean, log_scale=log_scale)
-    return _run_rosenblatt(by, implementation, **tensors)
+    return _run_rosenblatt(ROSENBLATT_LOG_PROB, implementation, "z", z, logits, mean, log_scale)
 
 
 # ----------------------------------------------- mixture Rosenblatt, logits linear in hidden states
@@ -372,8 +377,8 @@ def linear_mixture_rosenblatt(
         >>> torch.allclose(u, mixture_rosenblatt(z, hidden @ weight.T, mean, log_scale)[0], atol=1e-5)
         True
     """
-    tensors = dict(z=z, hidden=hidden, weight=weight, bias=bias, mean=mean, log_scale=log_scale)
-    return _run_linear(mixture_rosenblatt, implementation, max_logits, **tensors)
+    op = partial(mixture_rosenblatt, implementation=implementation)
+    return _run_linear(op, max_logits, "z", z, hidden, weight, bias, mean, log_scale)
 
 
 def linear_mixture_rosenblatt_inverse(
@@ -398,8 +403,8 @@ def linear_mixture_rosenblatt_inverse(
         >>> linear_mixture_rosenblatt_inverse(u, hidden, weight, bias, mean, log_scale).round(decimals=4)
         tensor([[1., 1.]])
     """
-    tensors = dict(u=u, hidden=hidden, weight=weight, bias=bias, mean=mean, log_scale=log_scale)
-    return _run_linear(mixture_rosenblatt_inverse, implementation, max_logits, **tensors)
+    op = partial(mixture_rosenblatt_inverse, implementation=implementation)
+    return _run_linear(op, max_logits, "u", u, hidden, weight, bias, mean, log_scale)
 
 
 def linear_mixture_rosenblatt_log_prob(
@@ -423,8 +428,8 @@ def linear_mixture_rosenblatt_log_prob(
         >>> linear_mixture_rosenblatt_log_prob(z, hidden, weight, bias, mean, log_scale)
         tensor([-1.8379])
     """
-    tensors = dict(z=z, hidden=hidden, weight=weight, bias=bias, mean=mean, log_scale=log_scale)
-    return _run_linear(mixture_rosenblatt_log_prob, implementation, max_logits, **tensors)
+    op = partial(mixture_rosenblatt_log_prob, implementation=implementation)
+    return _run_linear(op, max_logits, "z", z, hidden, weight, bias, mean, log_scale)
 
 
 # ---------------------------------------------------------------------------------- checked and run
@@ -443,10 +448,20 @@ def _prepare_affine(implementation: str, **tensors: Tensor) -> list[Tensor]:
         ) from None
 
 
-def _run_mixture_cdf(by: _Implementations, implementation: str, **tensors: Tensor):
+def _run_mixture_cdf(
+    by: _Implementations,
+    implementation: str,
+    name: str,
+    first: Tensor,
+    logits: Tensor,
+    loc: Tensor,
+    log_scale: Tensor,
+):
+    """The op of the first tensor, which is z or u; `name` says which."""
+    tensors = {name: first, "logits": logits, "loc": loc, "log_scale": log_scale}
     _check(**tensors)
-    first, *parameters = tensors.values()
 
+    parameters = [logits, loc, log_scale]
     num_components = {parameter.shape[-1] if parameter.ndim else 0 for parameter in parameters}
     if len(num_components) > 1 or 0 in num_components:
         raise ValueError(
@@ -464,10 +479,18 @@ def _run_mixture_cdf(by: _Implementations, implementation: str, **tensors: Tenso
     return _run(by, implementation, first, *parameters, num_components=shape[-1])
 
 
-def _run_rosenblatt(by: _Implementations, implementation: str, **tensors: Tensor):
-    name = next(iter(tensors))  # z or u
+def _run_rosenblatt(
+    by: _Implementations,
+    implementation: str,
+    name: str,
+    first: Tensor,
+    logits: Tensor,
+    mean: Tensor,
+    log_scale: Tensor,
+):
+    """The op of the first tensor, which is z or u; `name` says which."""
+    tensors = {name: first, "logits": logits, "mean": mean, "log_scale": log_scale}
     _check(**tensors)
-    first, logits, mean, log_scale = tensors.values()
 
     if first.ndim == 0 or mean.ndim != 2 or 0 in mean.shape or mean.shape[1] != first.shape[-1]:
         raise ValueError(
@@ -492,9 +515,22 @@ def _run_rosenblatt(by: _Implementations, implementation: str, **tensors: Tensor
     return _unflatten(_run(by, implementation, first, logits, mean, log_scale), leading)
 
 
-def _run_linear(op: Callable, implementation: str, max_logits: int, **tensors: Tensor):
+def _run_linear(
+    op: Callable,
+    max_logits: int,
+    name: str,
+    first: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    log_scale: Tensor,
+):
+    """The op of the first tensor, which is z or u, and of logits; `name` says which."""
+    projection = {"hidden": hidden, "weight": weight, "bias": bias}
+    tensors = {name: first, **projection, "mean": mean, "log_scale": log_scale}
     _check(**tensors)
-    first, hidden, weight, bias, mean, log_scale = tensors.values()
+
     if max_logits < 1:
         raise ValueError(f"max_logits must be at least 1, not {max_logits}.")
 
@@ -508,21 +544,21 @@ def _run_linear(op: Callable, implementation: str, max_logits: int, **tensors: T
             f"hidden must be (..., w), with the leading shape of the first: {_shapes(**tensors)}."
         )
 
-    coupling = partial(op, implementation=implementation)
     first, hidden = first.reshape(-1, first.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-    out = with_linear_logits(coupling, max_logits, first, hidden, weight, bias, mean, log_scale)
+    out = with_linear_logits(op, max_logits, first, hidden, weight, bias, mean, log_scale)
 
     return _unflatten(out, leading)
 
 
 def _run(by: _Implementations, implementation: str, *tensors: Tensor, num_components: int = 0):
     if _runs_on_triton(implementation, *tensors, num_components=num_components):
-        return by.triton(*tensors)
+        return by.kernel(*tensors)
 
     tensors = _cast(*tensors)
     if by.cpu is not None and _runs_on_cpu(implementation, tensors[0]):
         return by.cpu(*tensors)
-    return by.torch(*tensors)
+
+    return by.reference(*tensors)
 
 
 def _runs_on_triton(implementation: str, *tensors: Tensor, num_components: int = 0) -> bool:
