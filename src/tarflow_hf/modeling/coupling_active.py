@@ -106,7 +106,7 @@ Evaluate = Callable[[list[float]], tuple[list[float], list[float]]]
 
 
 class _Active(NamedTuple):
-    """The active components of n rows. What a row has fewer than another is there with weight 0."""
+    """The active components of n rows. Rows with fewer components are padded with weight 0."""
 
     index: Tensor  # (n, K)
     weight: Tensor  # (n, K)  float64; with what is below the window they sum to 1
@@ -208,9 +208,12 @@ class _Search:
         self.low, self.high = low, high
         self.z = min(max(start, low), high)
         self.small = small
-        self.is_low_seen, self.is_high_seen = False, False
-        self.last_step, self.num_rounds = math.inf, 0
-        self.is_done, self.is_found = False, True
+        self.last_step = math.inf
+        self.num_rounds = 0
+        self.is_low_seen = False
+        self.is_high_seen = False
+        self.is_done = False
+        self.is_found = True
 
     def advance(self, cdf: float, slope: float) -> None:
         """Takes a step from z, where F is `cdf` and its derivative `slope` / sqrt(2 pi)."""
@@ -224,13 +227,16 @@ class _Search:
 
         self.num_rounds += 1
         if is_outside or math.isnan(cdf) or self.num_rounds > MAX_ROUNDS:
-            self.is_done, self.is_found = True, False
+            self.is_done = True
+            self.is_found = False
             return
 
         if residual <= 0:
-            self.low, self.is_low_seen = self.z, True
+            self.low = self.z
+            self.is_low_seen = True
         else:
-            self.high, self.is_high_seen = self.z, True
+            self.high = self.z
+            self.is_high_seen = True
 
         step = difference * y * cdf * SQRT_2PI / slope if slope > 0 else math.inf
         is_slow = self.num_rounds > 6 and abs(step) > 0.5 * self.last_step
@@ -454,9 +460,8 @@ def _largest(active: _Active, rarest: list[float]) -> _Active:
 class _FewMixture(NamedTuple):
     """`_Mixture` of one row in plain numbers, the components by their location."""
 
-    components: list[
-        tuple[float, float, float, float]
-    ]  # loc, 1 / (scale sqrt(2)), weight, weight / scale
+    # loc, 1 / (scale sqrt(2)), weight, weight / scale
+    components: list[tuple[float, float, float, float]]
 
     def guess(self, u: float) -> float:
         """The root if the components were far apart."""
@@ -575,10 +580,8 @@ def solve(u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> tuple[T
     weight = torch.exp(logits - logits.amax(-1, keepdim=True))
     active = _positive(weight, bins)
 
-    for i in range(u.shape[1]):
-        if active is not None and active.index.numel() <= max(FEW, len(u)):
-            break
-
+    i = 0
+    while i < u.shape[1] and not _are_few(active):
         if active is None:
             dimension = _FirstDimension(weight, mean, bins, noise[0], sign[:, 0])
         else:
@@ -588,13 +591,17 @@ def solve(u: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor) -> tuple[T
         active, roots = _solve_windows(dimension, noise[i], rarest[i], bins.min_scale, u.dtype)
         z[:, i] = torch.tensor(roots, dtype=torch.float64) * sign[:, i]
         active = _largest(active, rarest[i])
-    else:
-        i = u.shape[1]
+        i += 1
 
     if i < u.shape[1]:
         z[:, i:] = _finish(active, mean, bins.scale, u, noise, rarest, i)
 
     return z, z.isfinite().all(-1) & is_valid
+
+
+def _are_few(active: _Active | None) -> bool:
+    """True of components that Python's own floats are meant for; None are all of the codebook."""
+    return active is not None and active.index.numel() <= max(FEW, len(active.index))
 
 
 def _positive(weight: Tensor, bins: _Bins) -> _Active | None:

@@ -116,8 +116,13 @@ class CouplingHead(nn.Module):
 
 def bounded(log_scale: Tensor) -> Tensor:
     """Keeps predicted log scales where the couplings promise finite results; the identity near 0."""
-    log_scale = log_scale.to(torch.promote_types(log_scale.dtype, torch.float32))
+    log_scale = at_least_float32(log_scale)
     return MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def at_least_one(name: str, value: Any) -> int:

@@ -210,8 +210,8 @@ def nearest(z: Tensor, product: Product, count: int) -> Tensor:
     if found is not None:
         return found.index.gather(1, found.log_prob.topk(count).indices)
 
-    chunks = _row_chunks(len(z), product.factor.shape[1])
-    return torch.cat([product.log_prob(z[rows]).topk(count).indices for rows in chunks])
+    parts = _row_chunks(len(z), product.factor.shape[1])
+    return torch.cat([product.log_prob(z[rows]).topk(count).indices for rows in parts])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -243,8 +243,13 @@ class _LogTotal(torch.autograd.Function):
         num_components = found.index.shape[1] if is_light else len(mean)
 
         for rows in _row_chunks(len(z), num_components):
-            own = found and _near_joint(found.rows(rows.start, len(z[rows])), logits, rows)
-            joint, candidates = own or _blocked_joint(product, z[rows], logits, rows)
+            counted = None
+            if found is not None:
+                counted = _near_joint(found.rows(rows.start, len(z[rows])), logits, rows)
+            if counted is None:
+                counted = _blocked_joint(product, z[rows], logits, rows)
+
+            joint, candidates = counted
             terms, peak = _shifted_exp(joint, z.dtype)
             if keeps:
                 ctx.rows.append(rows)
@@ -298,21 +303,21 @@ class _LogTotal(torch.autograd.Function):
         return None, grad_z, grad_logits, sums.mean.to(mean.dtype), sums.log_scale.to(mean.dtype)
 
 
-def _near_joint(near: _Near, logits: Tensor | None, rows: slice) -> tuple[Tensor, Tensor] | None:
+def _near_joint(found: _Near, logits: Tensor | None, rows: slice) -> tuple[Tensor, Tensor] | None:
     """The joint (n, C) of the near components that count, and these; None if others could, too."""
-    joint, least = near.log_prob, near.least
+    joint, least = found.log_prob, found.least
     if logits is not None:
-        places = near.index.clamp(max=logits.shape[1] - 1)
+        places = found.index.clamp(max=logits.shape[1] - 1)
         joint = joint + logits[rows].gather(1, places)
         least = least + logits[rows].amax(-1, keepdim=True)
 
     largest = joint.unflatten(1, (-1, BLOCK)).amax(-1)
-    counted_from = largest.amax(-1, keepdim=True) - MARGIN[near.z.dtype]
+    counted_from = largest.amax(-1, keepdim=True) - MARGIN[found.z.dtype]
     if not bool((least <= counted_from).all()):
         return None
 
     width = BLOCK * (1 + int((largest > counted_from).any(0).nonzero().max()))
-    return joint[:, :width], near.index[:, :width]
+    return joint[:, :width], found.index[:, :width]
 
 
 def _blocked_joint(

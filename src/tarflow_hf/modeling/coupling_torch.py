@@ -256,9 +256,8 @@ class AutoregressiveNetwork(NamedTuple):
         arXiv:2006.09790. These are their masked weights without the masked blocks.
     """
 
-    features_weight: (
-        Tensor  # (D - 1, E, 3)  of (x, elu(x), elu(-x)); nothing reads the last dimension
-    )
+    # Of (x, elu(x), elu(-x)); nothing reads the last dimension.
+    features_weight: Tensor  # (D - 1, E, 3)
     features_bias: Tensor  # (D - 1, E)
     from_features: Tensor  # (H, E D (D - 1) / 2)  to dimension 1 from 0, to 2 from 0 and 1, ...
     output_weight: Tensor  # (D, 3 K, H)  to logits, locations, log scales
@@ -422,6 +421,18 @@ class _RosenblattGradients(NamedTuple):
     mean: Tensor  # (K, d)
     log_scale: Tensor  # (K,)
 
+    def add(self, i: int, pull: Tensor, weight: Tensor, difference: Tensor) -> None:
+        """Adds dimension i of some rows to the gradients of the components.
+
+        Args:
+            i: The dimension.
+            pull: The gradients (n, K) of its locations.
+            weight: The gradients (n, K) of log N(z_i; mu_ki, sigma_k^2).
+            difference: z_i - mu_ki, (n, K).
+        """
+        self.mean[:, i] += pull.sum(0)
+        self.log_scale.add_((pull * difference - weight).sum(0))
+
 
 def rosenblatt_backward(
     z: Tensor,
@@ -467,8 +478,7 @@ def rosenblatt_backward(
             pull = pull - at.rho[:, i] * slope.unsqueeze(-1)
 
             gradients.z[rows, i] = -pull.sum(-1)
-            gradients.mean[:, i] += pull.sum(0)
-            gradients.log_scale.add_((pull * difference - demand).sum(0))
+            gradients.add(i, pull, demand, difference)
             demand = demand + grad_ui.unsqueeze(-1) * at.by_weight[:, i]
 
         gradients.logits[rows] = demand - grad_log_prob * at.prior
@@ -503,8 +513,7 @@ def rosenblatt_inverse_backward(
             pull = pull - at.rho[:, i] * slope.unsqueeze(-1)
 
             gradients.z[rows, i] = -grad_ui
-            gradients.mean[:, i] += pull.sum(0)
-            gradients.log_scale.add_((pull * difference - demand).sum(0))
+            gradients.add(i, pull, demand, difference)
             demand = demand + grad_ui.unsqueeze(-1) * at.by_weight[:, i]
 
         gradients.logits[rows] = demand
@@ -616,8 +625,7 @@ class _MixtureRosenblattLogProb(torch.autograd.Function):
                 difference = z[rows, i].unsqueeze(-1) - mean[:, i]
                 pull = weight * difference * inverse_scale * inverse_scale
                 gradients.z[rows, i] = -pull.sum(-1)
-                gradients.mean[:, i] += pull.sum(0)
-                gradients.log_scale.add_((pull * difference - weight).sum(0))
+                gradients.add(i, pull, weight, difference)
 
         return tuple(gradients)
 

@@ -20,7 +20,13 @@ from .coupling import (
     mixture_rosenblatt,
     mixture_rosenblatt_inverse,
 )
-from .coupling_head import CouplingHead, LogitsProcessor, at_least_one, true_or_false
+from .coupling_head import (
+    CouplingHead,
+    LogitsProcessor,
+    at_least_float32,
+    at_least_one,
+    true_or_false,
+)
 from .coupling_linear import with_linear_logits
 from .decoder_tarflowlm import make_decoder, run_decoder
 
@@ -131,7 +137,7 @@ class MixtureRosenblattHead(CouplingHead):
             logits = F.linear(context, *weights[0])
 
         if logits_processor is not None:
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = at_least_float32(logits)
             logits = logits_processor(logits.flatten(0, -2)).reshape(logits.shape)
 
         return mixture_rosenblatt_inverse(tokens, logits, *components)
@@ -200,8 +206,8 @@ def _processed_mixture_rosenblatt(
     """`linear_mixture_rosenblatt` of logits that are processed on the way."""
 
     def couple(z: Tensor, logits: Tensor, mean: Tensor, log_scale: Tensor):
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return mixture_rosenblatt(z, logits_processor(logits), mean, log_scale)
+        processed = logits_processor(at_least_float32(logits))
+        return mixture_rosenblatt(z, processed, mean, log_scale)
 
     rows = z.flatten(0, -2), hidden.flatten(0, -2)
     u, log_det = with_linear_logits(couple, max_logits, *rows, weight, bias, mean, log_scale)
