@@ -93,10 +93,22 @@ class Gaussians(NamedTuple):
         if product is not None:
             index = nearest(flat, product, count)
         else:
-            parts = flat.split(max(1, MAX_SCORES // len(self.mean)))
-            index = torch.cat([_largest(self.log_prob_all(part), count) for part in parts])
+            index = self._most_likely(flat, count)
 
         return index.reshape(*latents.shape[:-1], count)
+
+    def _most_likely(self, latents: Tensor, count: int) -> Tensor:
+        """`most_likely` of latents (n, d), in parts that bound the memory."""
+        rows = max(1, MAX_SCORES // len(self.mean))
+        if len(latents) > rows:
+            parts = latents.split(rows)
+            return torch.cat([self._most_likely(part, count) for part in parts])
+
+        log_prob = self.log_prob_all(latents)
+        if count == 1:  # faster, and of equals it is the first
+            return log_prob.argmax(-1, keepdim=True)
+
+        return log_prob.topk(count).indices
 
     def most_likely_token(self, latents: Tensor) -> Tensor:
         """argmax_k p(x = k | z) of latents z: (..., d) to (...)."""
@@ -137,14 +149,6 @@ class Gaussians(NamedTuple):
         )
 
         return average.reshape(*latents.shape[:-2], table.shape[-1])
-
-
-def _largest(x: Tensor, count: int) -> Tensor:
-    """The indices (n, count) of the largest of x (n, K), in this order."""
-    if count == 1:  # faster, and of equals it is the first
-        return x.argmax(-1, keepdim=True)
-
-    return x.topk(count).indices
 
 
 class Codebook(nn.Module):
