@@ -1,6 +1,7 @@
 """The house rules that a formatter can't check."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ TREES = {file: ast.parse(text) for file, text in FILES.items()}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 IMPORTS = (ast.Import, ast.ImportFrom)
 
-# Instead: "Returns the number of ...". A docstring begins with the thing or with what it does.
+# Instead: "Returns the number of ...". A sentence begins with the thing or with what it does.
 VAGUE = {"Of", "What", "Whether", "Where", "How"}
 
 LONGEST_BODY = 60
@@ -44,10 +45,12 @@ def is_kernel(function):
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_docstrings_begin_with_the_thing_or_the_verb(folder):
+def test_sentences_begin_with_the_thing_or_the_verb(folder):
+    """Those of docstrings: also behind a full stop, and behind the name of an argument."""
     documented = nodes_of(folder, ast.Module, ast.ClassDef, *FUNCTIONS)
     docstrings = [(file, ast.get_docstring(node) or "-") for file, node in documented]
-    assert [each for each in docstrings if each[1].split()[0].strip(",:") in VAGUE] == []
+    begins = re.compile(rf"(?:^|[.!?:]\s+|\n\s*\n\s*)({'|'.join(VAGUE)})\s[^?]*?[.:]")
+    assert [(file, text) for file, text in docstrings if begins.search(text)] == []
 
 
 def test_no_body_is_longer_than_a_screen():

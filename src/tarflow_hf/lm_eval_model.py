@@ -19,9 +19,9 @@ Its numbers:
 - `generate_until`: what `generate` continues, with all it says of exactness. The noise of an
   answer follows from the seed and the prompt, not from the other requests.
 
-A tokenizer that loses something of a text, as that of text8, is scored on what is left of it. How
-many characters it drops is said once; a text of which nothing is left is an error. The harness's
-bits per byte divide by the bytes of the original text.
+A tokenizer that loses something of a text, as that of text8, is scored on what is left of it. The
+number of characters that it drops is said once; a text of which nothing is left is an error. The
+harness's bits per byte divide by the bytes of the original text.
 """
 
 import zlib

@@ -175,7 +175,7 @@ class CharacterCount:
 
     Attributes:
         num_characters: The number of characters in all.
-        lost: How often each dropped character occurred.
+        lost: The number of times that each dropped character occurred.
 
     Example:
         >>> from tarflow_hf.data import character_tokenizer

@@ -20,7 +20,7 @@ class Reconstruction:
 
     Attributes:
         accuracy: The share of the tokens that come back.
-        standard_error: Of the accuracy, over the sequences.
+        standard_error: The standard error of the accuracy, over the sequences.
         num_tokens: The number of tokens in the text.
         num_text_tokens: The number of different tokens in the text.
         num_used_tokens: The number of different tokens that came back. It is smaller if entries of

@@ -32,9 +32,10 @@ class Likelihood:
     """The nats of a text: an upper bound under a TarFlowLM, exact under a discrete model.
 
     Attributes:
-        nats: In all.
-        num_tokens: In all.
-        standard_error: Of `nats_per_token`, over the sequences; it holds for text like this one.
+        nats: The sum over all sequences.
+        num_tokens: The number of all tokens.
+        standard_error: The standard error of `nats_per_token`, over the sequences; it holds for text
+            like this one.
 
     Example:
         >>> likelihood = Likelihood(nats=69.3, num_tokens=100, standard_error=0.01)
@@ -221,8 +222,8 @@ def validate(
 ) -> Likelihood:
     """Returns the `likelihood` of the first sequences. The processes share the batches.
 
-    Every process runs equally many forward passes, which sharded weights need. Where batches are
-    left over, some processes score the last one in vain.
+    Every process runs equally many forward passes, which sharded weights need. If the batches do
+    not divide evenly, some processes score the last one again, and the result is dropped.
     """
     model.eval()
     scoring = Scoring(num_flows=num_flows)
@@ -312,7 +313,7 @@ def elbo_samples(model: TarFlowLMModel, input_ids: Tensor, noise: Tensor, **opti
     """The ELBO (S, B) of ids (B, T) by the latents of each noise (S, B, T, d).
 
     Args:
-        options: Of the model's forward pass.
+        options: Options of the model's forward pass.
     """
     return torch.stack([model(input_ids, latent_noise=sample, **options).elbo for sample in noise])
 

@@ -229,7 +229,7 @@ class SampleEvaluation(Provenance):
     compared with: as many sequences of the same length.
 
     Attributes:
-        num_samples, length, seed, generate_options: How the samples were drawn.
+        num_samples, length, seed, generate_options: The settings by which the samples were drawn.
         judge: The model that read them, and the text. Null without one, as all that follows up to
             `mauve_scale`.
         generative_perplexity: The perplexity of the samples; the exponential of `generative_nats_per_token`.
@@ -353,7 +353,7 @@ def evaluate_samples(
             length.
         judge: None leaves out generative perplexity and MAUVE.
         provenance: The fields of `Provenance`, by `provenance_of`.
-        sampling: How the samples were drawn.
+        sampling: The settings by which the samples were drawn.
     """
     references = reference_sequences(text, len(samples))
     own = token_statistics([sample.input_ids for sample in samples])

@@ -470,8 +470,8 @@ def _default_top_k(vocab_size: int) -> int | None:
 def _at_depth(fields: dict[str, Any], depth: int | None, new_depth: int) -> dict[str, Any]:
     """A decoder's fields, without what states the kind of each of so many layers.
 
-    The library makes `layer_types` anew. Of the other lists a flow of fewer layers keeps the
-    beginning, since some architectures have a list for their default depth only.
+    The library makes `layer_types` anew. A flow of fewer layers keeps the beginning of the other
+    lists, since some architectures have a list for their default depth only.
     """
     changed = {}
     for name, value in fields.items():

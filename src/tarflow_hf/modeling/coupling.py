@@ -359,7 +359,7 @@ def linear_mixture_rosenblatt(
         weight, bias: The projection to logits, shapes (K, w) and (K,).
         mean, log_scale: The components' means and log standard deviations, shapes (K, d) and (K,).
         implementation: "auto", "reference" or "triton".
-        max_logits: How many logits may exist at once; 2^25 of them take 128 MiB in float32.
+        max_logits: The number of logits that may exist at once; 2^25 of them take 128 MiB in float32.
 
     Returns:
         `u` (..., d) and `log_det` (...), in nats.
@@ -594,7 +594,7 @@ def _runs_on_triton(implementation: str, *tensors: Tensor, num_components: int =
 def _runs_on_cpu(implementation: str, u: Tensor) -> bool:
     """True if a CPU's own form should take the tensor, which is not for kernels.
 
-    What those forms do depends on the values, which a graph that is exported does not have.
+    Those forms look at the values, which a graph that is exported does not have.
     """
     is_exported = torch.compiler.is_exporting()
     return implementation == "auto" and u.device.type == "cpu" and not is_exported

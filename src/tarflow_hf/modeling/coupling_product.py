@@ -5,7 +5,7 @@
 
 That is a tenth of the time of V d differences. It cancels, and so is exact to
 `_rounding`, 2^-52 (d + 3) (|z| + |mu|)^2 / sigma^2 nats: 3e-10 with scales of 0.03, d = 16 and |z|
-around 4. Where that exceeds `MAX_ROUNDING` the reference computes.
+around 4. If that exceeds `MAX_ROUNDING`, the reference computes.
 
 Sums over the codebook look at blocks of components. Blocks whose largest term is e^-MARGIN of the
 largest of all are left out, which changes a logarithm by less than V e^-MARGIN nats: 3e-13 with V =

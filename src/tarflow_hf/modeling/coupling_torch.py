@@ -274,7 +274,7 @@ class AutoregressiveNetwork(NamedTuple):
 
         Args:
             i: The dimension.
-            from_context: What the context adds to them, (..., H).
+            from_context: The terms that the context adds to them, (..., H).
             features: The features (..., E) of the dimensions j < i, or more.
         """
         if i == 0:

@@ -5,12 +5,12 @@ The reference works in logs and holds whatever it is given. Here a dimension tak
 
     F(z_i) = sum_k w_k Phi(t_k) / sum_k w_k,   t_k = (z_i - mu_ki) / sigma_k,
 
-with weights w_k that are 1 at the largest. Where F is nearly 1 the other tail is summed instead.
+with weights w_k that are 1 at the largest. If F is nearly 1, the other tail is summed instead.
 The logarithm of the last weights' sum is that of p(z), and log_det = log p(z) - sum_i log phi(u_i).
 
 Two things change the sums: weights below e^-80 are held there, and from the second dimension on
-components below e^-MARGIN of the largest are dropped where that leaves few. What these could still
-weigh is followed through all dimensions. A row in which it exceeds `MAX_SHARE` of the smaller tail
+components below e^-MARGIN of the largest are dropped where that leaves few. The weight that these could
+still have is followed through all dimensions. A row in which it exceeds `MAX_SHARE` of the smaller tail
 of some dimension, or which has a number that is not finite, is computed by the reference. So the
 tails and p(z) are exact to a share of `MAX_SHARE`: 6e-8 nats (float64: 4e-15), for any codebook.
 

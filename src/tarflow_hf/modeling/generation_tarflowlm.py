@@ -79,7 +79,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
     ) -> Tensor | TarFlowLMGenerateOutput:
         """Samples sequences: draws noise u ~ N(0, I), inverts the flows, decodes.
 
-        With a prompt it continues that; with `infill_mask` it fills gaps in a text. How exact that is:
+        With a prompt it continues that; with `infill_mask` it fills gaps in a text:
 
         - Without a prompt, exact: the tokens follow the model's distribution, if `decode` samples
           them.
@@ -174,7 +174,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
             min_p, typical_p, epsilon_cutoff, eta_cutoff (`float`): As `top_p`.
             prompt_lookup_num_tokens (`int`): Guess up to so many tokens ahead, by what followed the
                 last ones where they stood before, and verify them in one pass of the first flow.
-                Drafts change no token. How many a pass takes follows from how many were right. The
+                Drafts change no token. A pass takes as many as pay, by how many were right. The
                 first flow has to run left to right.
             assistant_model ([`PreTrainedModel`]): Guess tokens by a smaller model of the same
                 vocabulary, a causal language model or a TarFlowLM, that is given the same noise.

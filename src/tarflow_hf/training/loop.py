@@ -135,7 +135,7 @@ class Run:
         progress: The step, the stage, and its best evaluation.
         evaluated: The model that is evaluated and saved: the trained one, or its average.
         total: The sum of the losses since the log's last line.
-        origins: What each step since then was made of, for `FirstFault`.
+        origins: The batches of each step since then, for `FirstFault`.
     """
 
     def __init__(
