@@ -233,7 +233,7 @@ def test_every_option_has_its_place():
     assert set(MAY_MATTER) - fields == environment
 
     page = (ROOT / "docs" / "training.md").read_text("utf-8")
-    table = page.split("What may differ")[1].split("\n## ")[0]
+    table = page.split("Differences on resume")[1].split("\n## ")[0]
     assert [name for name in {**MAY_DIFFER, **MAY_MATTER} if f"`{name}`" not in table] == []
 
 
