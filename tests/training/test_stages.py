@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from helpers.training import STACK, assert_same_weights, config, entries, run
 from tarflow_hf import TarFlowLMModel
-from tarflow_hf.evaluation import likelihood
+from tarflow_hf.evaluation import Likelihood, likelihood
 from tarflow_hf.training import TrainingConfig, check_batches, train
 
 
@@ -170,7 +170,7 @@ def test_patience(tmp_path, data, tokenizer, monkeypatch, ema_decay):
 
     def fake(model, *_):
         seen[step[0]] = {name: weight.clone() for name, weight in model.state_dict().items()}
-        return module.Likelihood(values[step[0]], 1, 0.0)
+        return Likelihood(values[step[0]], 1, 0.0)
 
     monkeypatch.setattr(module, "validate", fake)
     options = {

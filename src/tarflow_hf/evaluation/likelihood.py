@@ -7,10 +7,9 @@ import math
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -19,6 +18,9 @@ from ..baseline import flows_of, is_discrete, negative_log_likelihood
 from ..data import PackedTokens, SentenceTokens
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from ..noise import latent_noise
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 ONE_SAMPLE = "bound, 1 sample"
 WHAT_IS_SCORED = (
@@ -216,7 +218,7 @@ def validate(
     model: PreTrainedModel,
     data: PackedTokens | SentenceTokens,
     max_sequences: int,
-    accelerator: Accelerator,
+    accelerator: "Accelerator",
     num_flows: int | None = None,
     batch_size: int = 16,
 ) -> Likelihood:
