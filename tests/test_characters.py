@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from helpers import ROOT
 from helpers.models import STACKS, make
 from helpers.scripts import script
-from helpers.tokenizers import letters_with_a_template
+from helpers.words import letters_with_a_template
 from tarflow_hf.data import (
     CharacterCount,
     PackedTokens,

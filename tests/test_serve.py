@@ -12,7 +12,7 @@ import torch
 import uvicorn
 
 from helpers.models import STACKS, separated
-from helpers.tokenizers import letters_with_a_template
+from helpers.words import letters_with_a_template
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.data import character_tokenizer, token_ids
 from tarflow_hf.serve import make_app
