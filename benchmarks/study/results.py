@@ -20,6 +20,8 @@ from tarflow_hf.report import Table
 MARK = "<!-- The tables below are made by benchmarks/study/results.py. -->"
 TITLES = {"ptb": "Penn Treebank", "wikitext2": "WikiText-2", "stacks": "Where a stack pays"}
 
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+
 # Bits per character of the test text, under the same protocol.
 PUBLISHED = [
     ("bipartite discrete flow (Tran et al. 2019)", 1.38),
@@ -143,33 +145,33 @@ def sections(rows: dict[str, list[dict]]) -> list[str]:
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    """Draws Penn Treebank's longest runs: validation curves and test scores, in bits per character.
+    """Draws Penn Treebank's widest models: validation curves and test scores, in bits per character.
 
     Validation reads its first sentences only, the test score all of the test text.
     """
     plt = pyplot("results")
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    colors = {
-        model: f"C{index}" for index, model in enumerate(dict.fromkeys(r["model"] for r in rows))
-    }
-
     rows = [row for row in rows if row.get("validation_curve")]
-    longest = max((row["num_steps"] for row in rows), default=0)
-    rows = [row for row in rows if row["num_steps"] == longest]
+    widest = max((row["hidden_size"] for row in rows), default=0)
+    rows = [row for row in rows if row["hidden_size"] == widest]
+    optimizers = sorted({row["optimizer"] for row in rows})
     first = min((row["seed"] for row in rows), default=0)
     for row in rows:
-        is_discrete = row["model"] == "discrete"
-        color = "black" if is_discrete else colors[row["model"]]
+        color = f"C{optimizers.index(row['optimizer'])}"
+        steps, bits = zip(*row["validation_curve"], strict=True)
+        name = OPTIMIZERS.get(row["optimizer"], row["optimizer"])
         axes.plot(
-            *zip(*row["validation_curve"], strict=True),
+            [step * row["batch_size"] for step in steps],
+            bits,
             color=color,
-            linestyle=":" if is_discrete else "-",
+            linestyle=":" if row["model"] == "discrete" else "-",
             marker=".",
-            label=row["model"] if row["seed"] == first else None,
+            label=f"{row['model']}, {name}" if row["seed"] == first else None,
         )
         label = "test text" if row is rows[0] else None
+        last = row["num_steps"] * row["batch_size"]
         score = row["test_bits_per_character"]
-        axes.plot(longest, score, "*", color=color, fillstyle="none", markersize=9, label=label)
+        axes.plot(last, score, "*", color=color, fillstyle="none", markersize=9, label=label)
 
     for name, bits in PUBLISHED:
         axes.axhline(bits, color="grey", linewidth=0.6)
@@ -177,7 +179,7 @@ def picture(rows: list[dict], path: Path) -> None:
         align = "bottom" if bits > 1.36 else "top"
         axes.annotate(name, (0, bits), fontsize=6, color="grey", va=align, **place)
 
-    axes.set_xlabel("step")
+    axes.set_xlabel("sentences read")
     axes.set_ylabel("bits per character (of flows: ELBO)")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
