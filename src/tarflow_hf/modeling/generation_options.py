@@ -412,7 +412,7 @@ def beside_noise(
         given: Keyword arguments.
         config: The call's generation config.
         num_tokens: T, of the noise.
-        num_prompt_tokens: Those of them that the prompt has.
+        num_prompt_tokens: The number of them in the prompt.
 
     Raises:
         ValueError: If an option contradicts the noise.
@@ -421,7 +421,6 @@ def beside_noise(
         "max_new_tokens": num_tokens - num_prompt_tokens,
         "max_length": num_tokens,
         "temperature": 1,
-        "do_sample": True,
     }
     for name, value in expected.items():
         if given.get(name) is not None and given[name] != value:
