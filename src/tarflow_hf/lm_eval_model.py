@@ -352,9 +352,7 @@ class TarFlowLMEvaluator(LM):
         """True for each continuation that `generate` writes with the noise at 0."""
         num_new = [len(after) + -len(after) % self.patch_size for _, after in pairs]
         prompts = [before for before, _ in pairs]
-        outputs = self._generate(
-            prompts, num_new, {"do_sample": False, "eos_token_id": -1}, disable_tqdm
-        )
+        outputs = self._generate(prompts, num_new, {"do_sample": False}, disable_tqdm)
 
         return [
             output[: len(after)] == after for output, (_, after) in zip(outputs, pairs, strict=True)
@@ -381,7 +379,8 @@ class TarFlowLMEvaluator(LM):
         for indices in groups.values():
             prompts = [asked[i].prompt for i in indices]
             num_new = [asked[i].num_new for i in indices]
-            outputs = self._generate(prompts, num_new, asked[indices[0]].options, disable_tqdm)
+            options = asked[indices[0]].options | self._ends
+            outputs = self._generate(prompts, num_new, options, disable_tqdm)
             for i, output in zip(indices, outputs, strict=True):
                 text = self.tokenizer.decode(
                     output, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -391,6 +390,11 @@ class TarFlowLMEvaluator(LM):
                 self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
 
         return texts
+
+    @property
+    def _ends(self) -> dict[str, Any]:
+        """The saved end-of-sequence tokens, which end answers."""
+        return {"eos_token_id": self.model.generation_config.eos_token_id}
 
     def _read_request(self, request: Instance) -> Asked:
         """Returns what a request of `generate_until` asks for, which documents the errors."""
@@ -459,12 +463,13 @@ class TarFlowLMEvaluator(LM):
                 groups.setdefault((len(prompt), length), []).append(i)
 
         seeds = self._seeds_of(prompts)
+        options = dict(options)
+        scale = options.pop("temperature", 1.0) if options.pop("do_sample") else 0.0
         with tqdm(total=len(prompts), desc="generating", disable=disable_tqdm) as bar:
             for (size, length), group in groups.items():
                 for batch in self._batches(group):
                     ids = torch.tensor([prompts[i] for i in batch], device=self._device)
                     noise = latent_noise(self.model, size + length, [seeds[i] for i in batch])[0]
-                    scale = options.get("temperature", 1.0) if options["do_sample"] else 0.0
                     tokens = self.model.generate(
                         ids if size else None, noise=scale * noise, **options
                     )[:, size:]
