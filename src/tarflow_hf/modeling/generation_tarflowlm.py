@@ -64,6 +64,8 @@ class TarFlowLMGenerateOutput(ModelOutput):
 
 
 class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
+    """`generate`, and its steps in the order in which they are taken."""
+
     @torch.no_grad()
     @assume_codebook_unchanged()
     def generate(
