@@ -380,7 +380,10 @@ class TarFlowLMConfig(PreTrainedConfig):
         own = [name for name in inspect.signature(type(self)).parameters if name != "kwargs"]
         for name in keywords:
             is_rotary = name in ROTARY_KEYWORDS
-            if name.startswith("_") or (hasattr(type(self), name) and not is_rotary):
+            is_librarys = (
+                hasattr(type(self), name) or name == "use_cache"
+            )  # which changes no number
+            if name.startswith("_") or (is_librarys and not is_rotary):
                 continue
 
             if is_rotary or hasattr(self.block_config, name):
