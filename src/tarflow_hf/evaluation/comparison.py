@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..modeling.checks_tarflowlm import is_integer
 from ..modeling.coupling_head import at_least_one
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from ..noise import check_same_space
@@ -152,7 +153,7 @@ def _check_texts(texts: Tensor) -> None:
     kind = type(texts).__name__
     if isinstance(texts, Tensor):
         kind = f"{texts.dtype}, {tuple(texts.shape)}"
-        if texts.ndim == 2 and texts.numel() > 0 and not texts.is_floating_point():
+        if texts.ndim == 2 and texts.numel() > 0 and is_integer(texts):
             return
 
     raise ValueError(
