@@ -1,7 +1,7 @@
 """Tokens per second of `generate`, compared with the library's Llama of the same size.
 
     python benchmarks/generation.py --quick                           # minutes on two CPU cores
-    python benchmarks/generation.py --output generation.jsonl         # the tables of the README, all sizes
+    python benchmarks/generation.py --output generation.jsonl         # the tables of docs/performance.md, all sizes
     python benchmarks/generation.py --checkpoint runs/demo/model      # a trained stack
     python benchmarks/generation.py --config examples/recipes/openwebtext_deep.json --patch_sizes 1   # on a GPU
 

@@ -174,7 +174,7 @@ def _describe_data(training: Mapping[str, Any]) -> str:
     if dataset and _is_on_the_hub(dataset):
         return f"[{dataset}](https://huggingface.co/datasets/{dataset})"
 
-    return f"`{Path(dataset).name}`, a text of the author's own" if dataset else ""
+    return f"`{Path(dataset).name}`, a local text" if dataset else ""
 
 
 def _describe_tokenizer(training: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Causal language models to TarFlowLMs of one Mix-d flow, and back: nothing is trained or lost."""
+"""Converts causal language models to TarFlowLMs of one Mix-d flow and back, without training or loss."""
 
 from .above import append_flow
 from .causal_lm import from_causal_lm, to_causal_lm

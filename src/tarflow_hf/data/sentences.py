@@ -26,8 +26,8 @@ class SentenceTokens(Dataset):
     The end is predicted as every token is, so it counts: bits per character are those of the
     characters and of the end, divided by length + 1.
 
-    That makes a distribution over sentences of all lengths of a model that runs left to right: it
-    does not know where the end will be. A flow that runs right to left begins there. Its stack is a
+    So a model that runs left to right is a distribution over sentences of all lengths: it does not
+    know where the end will be. A flow that runs right to left begins there. Its stack is a
     distribution over the sentences of each length, so the length costs nats of its own, those of
     `length_nats`, which `score` adds.
 

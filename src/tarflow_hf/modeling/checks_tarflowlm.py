@@ -51,7 +51,7 @@ def check_mask(attention_mask: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def require(condition: Tensor, message: str) -> None:
-    """Raises where looking at the data is free; an accelerator asserts, and nobody waits for it."""
+    """Raises a ValueError unless the condition holds; on an accelerator it asserts asynchronously."""
     if torch.compiler.is_compiling():
         return
 
@@ -103,8 +103,8 @@ def check_labels(
 ) -> None:
     """Raises a ValueError unless the labels are the ids (B, T) at all tokens that are scored.
 
-    A collator that takes every token of the id of padding for padding writes -100 there: that is
-    no other label.
+    A collator may write -100 at every token that has the padding token's id. Such a label counts as
+    equal to the id.
     """
     is_label = labels == input_ids
     if pad_token_id is not None:

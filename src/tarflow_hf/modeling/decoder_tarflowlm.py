@@ -182,8 +182,8 @@ class FlowDecoder(nn.Module):
 
     In a conditional model some positions are observed: they are no variables of the flow, but
     context. The decoder reads them first, then passes the missing positions in the flow's
-    direction; position ids say where each of them is. A missing position so sees every observed
-    one, and plain causal attention is all it takes.
+    direction; position ids say where each of them is. So plain causal attention lets a
+    missing position see every observed one.
     """
 
     def __init__(self, config: PreTrainedConfig, flow: dict[str, Any]):

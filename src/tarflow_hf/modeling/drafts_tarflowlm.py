@@ -10,9 +10,9 @@ of embeddings under p(token | state). If the codebook does not overlap, this ave
 token's own embedding to within rounding, at its mean as at any state of that token. So one pass
 over a run of guesses gives the very states that position after position would give, as long as
 tokens agree. The decoder's inputs themselves are compared: a guess counts if the state found in
-its place is read as the guess was, to within rounding. With a codebook that overlaps it is not; the
-states found are the next pass's guess then, as in the parallel form of `inversion_tarflowlm.py`,
-and count once they are read as they were.
+its place is read as the guess was, to within rounding. With a codebook that overlaps this
+may fail. Then the states found are the guess of the next pass, as in the parallel form of
+`inversion_tarflowlm.py`, and count once that pass gives the decoder the same inputs.
 
 Nothing is drawn and nothing rejected: drafts change no token, at any temperature and behind any
 processor of logits.

@@ -155,9 +155,9 @@ class FlowInverse(NamedTuple):
 class InverseReport:
     """The course of the inversion of one flow.
 
-    `residual` is the largest |G(h) - h| / (1 + |h|) over the final states, G(h) being their
-    recomputation from the final states before them: how far the result is from being its own next
-    iterate. It is 0 for a sequential inverse by construction.
+    `residual` is the largest |G(h) - h| / (1 + |h|) over the final states, where G(h) recomputes each
+    state from the final states before it: the relative change that one more iteration would make.
+    It is 0 for a sequential inverse by construction.
     """
 
     method: str  # "sequential", "parallel" or "drafts"

@@ -92,7 +92,7 @@ class FlowLayer(FlowDecoder):
     def forward(self, h: Tensor, *arguments: Any, reverse: bool = False, **options: Any):
         """Runs `transform` or, if `reverse`, `invert`.
 
-        One door for both: the hooks of offloading and sharding see calls of `forward` only.
+        Both go through `forward`, because the hooks of offloading and sharding see calls of `forward` only.
         """
         return (self.invert if reverse else self.transform)(h, *arguments, **options)
 

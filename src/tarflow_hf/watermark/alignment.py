@@ -53,7 +53,7 @@ class Alignment:
     """The average of likelihood ratios over alignments of a text with a key's numbers.
 
     Args:
-        evidence: That of the text.
+        evidence: The evidence of the text, by `read_evidence`.
         max_offset: The number of the key's numbers that may lie before the text.
     """
 
@@ -77,7 +77,7 @@ class Alignment:
         self.start = (0.25 * behind / behind.sum().clamp(min=0.5)).tolist()
 
     def log_p_value(self, observed: float, num_streams: int, generator: torch.Generator) -> float:
-        """log p of the evidence log E of a key, by as many reference keys as it takes."""
+        """Returns log p in nats for a key with evidence log E, by up to 1,023 reference keys."""
         if observed > DECISIVE:
             return -observed
 

@@ -189,7 +189,7 @@ def stratified_noise(tokens: Tensor, latent_size: int, num_samples: int) -> Tens
     """Noise (S, T, d) for the latents of a text (1, T), a Latin hypercube that follows from the text.
 
     Each number takes S quantiles of N(0, 1), of mean 0 and variance 1, in an order of its own. A
-    function that is nearly monotone in one of the numbers has a mean over them that is hardly off.
+    function that is nearly monotone in one of the numbers is averaged over them with a small error.
 
     Example:
         >>> noise = stratified_noise(torch.tensor([[3, 1, 2]]), 2, 4)

@@ -29,9 +29,9 @@ Given the text, the noise of any other key is N(0, I) and independent of it. So
 - the rank of E among the values of n fresh keys is uniform.
 
 The p-value is the rank's, made continuous by a random number that follows from the key. It is 1 / E
-where no fresh key comes near, and without fresh keys where E is above 1e6 (`DECISIVE`). It is exactly
-uniform above 1 / (n + 1), and too large, if anything, below, whoever wrote the text, however long it
-is, and whatever was searched.
+where no fresh key comes near, and without fresh keys where E is above 1e6 (`DECISIVE`). Above
+1 / (n + 1) it is exactly uniform; below, P(p <= x) <= x. Both hold whoever wrote the text, for any
+length and any search.
 
 References:
     Kirchenbauer et al., *A Watermark for Large Language Models*, ICML 2023, arXiv:2301.10226.
@@ -177,7 +177,7 @@ class NoiseWatermark:
                 prompt in front of the text is searched for.
             sampling_options: Those of `generate` that the text was written with, if that is known:
                 `temperature`, `flow_temperatures`, `mixture_temperature`, `top_k`, `top_p`,
-                `min_p`, `typical_p`, `epsilon_cutoff`, `eta_cutoff`. The p-value is exact whatever
+                `min_p`, `typical_p`, `epsilon_cutoff`, `eta_cutoff`. The p-value is valid whatever
                 they are; the right ones give it more power.
 
         Raises:
