@@ -30,6 +30,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, set_seed
 
 from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
+from tarflow_hf.baseline import longest_sequence, sample_discrete
 from tarflow_hf.conversion import adopt, append_flow, from_causal_lm, load_source
 from tarflow_hf.data import (
     PYTHON_DOCS,
@@ -414,14 +415,11 @@ def describe(train_data) -> str:
 
 def report(model, tokenizer, test_data, run: RunConfig) -> None:
     """A sample, and a table with the likelihood of held-out text."""
-    torch.manual_seed(0)
     if run.model == "ar":
-        start = torch.full((1, 1), model.config.bos_token_id, device=model.device)
-        tokens = model.generate(start, do_sample=True, top_k=0, max_new_tokens=256, pad_token_id=0)[
-            :, 1:
-        ]
+        tokens = sample_discrete(model, 1, min(256, longest_sequence(model)), seed=(0,))
     else:
         length = {"max_new_tokens": run.sequence_length} if run.sequence_length else {}
+        torch.manual_seed(0)
         tokens = model.generate(**length)
 
     sequences = test_data.first(run.test_sequences)

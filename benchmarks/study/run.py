@@ -175,7 +175,6 @@ def run(case: str, seed: int, arguments: argparse.Namespace, corpus: Data) -> di
     data = corpus.of(patch_size_of(model))
     training = training_of(case, seed, arguments, model)
     model = train(model, data["train"], data["validation"], corpus.tokenizer, training)
-    model.requires_grad_(True)
 
     return {
         "model": case,

@@ -49,7 +49,7 @@ from .data import CharacterCount, checked_ids, token_ids
 from .evaluation import cut_text, elbo_samples, latent_noise, log_mean_exp
 from .loading import check_checkpoint
 from .modeling.coupling_torch import chunks
-from .modeling.generation_options import _is_neutral
+from .modeling.generation_options import is_neutral
 from .modeling.modeling_tarflowlm import TarFlowLMModel
 
 logger = logging.get_logger(__name__)
@@ -409,7 +409,7 @@ class TarFlowLMEvaluator(LM):
         unknown = [
             name
             for name, value in options.items()
-            if name not in GENERATE_UNTIL and not _is_neutral(name, value)
+            if name not in GENERATE_UNTIL and not is_neutral(name, value)
         ]
         if unknown:
             raise ValueError(

@@ -103,3 +103,10 @@ def test_few_rounds(monkeypatch):
         coupling.mixture_rosenblatt_inverse(u[n : n + 1], parameters[0][n : n + 1], *parameters[1:])
 
     assert sum(num_rounds) / 50 <= 9
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_no_rows(name):
+    case = MIXTURES[name]
+    u, *parameters = draw(case, (0,), torch.float32, seed=0)
+    assert getattr(coupling, case.kind + "_inverse")(u, *parameters).shape == u.shape

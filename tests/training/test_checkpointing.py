@@ -16,8 +16,10 @@ from tarflow_hf.data import StreamingPackedTokens
 from tarflow_hf.training import save_model
 from tarflow_hf.training.checkpointing import Progress, save_checkpoint
 
+KINDS = ["plain", "average, accumulation", "stream", "baseline", "muon", "dropout"]
 
-@pytest.mark.parametrize("kind", ["plain", "average, accumulation", "stream", "baseline", "muon"])
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, data, tokenizer, kind):
     """A run killed at step 64 of 70 gives the same later losses and weights.
 
@@ -32,6 +34,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, data, tokenizer, kind)
 
     if kind == "baseline":
         options |= {"baseline": True}
+
+    if kind == "dropout":
+        sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+        block_config = {"model_type": "gpt_neox", **sizes, "hidden_dropout": 0.3}
+        options |= {"model_config": config(block_config=block_config)}
 
     def train_data():
         return (
@@ -179,3 +186,11 @@ def test_an_output_folder_that_can_not_be_written(tmp_path, data, tokenizer, mon
     monkeypatch.setattr(module, "compute_loss", lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(OSError, match=f"output_dir {folder} can't be written to: .*Choose another"):
         run(folder, data, tokenizer)
+
+
+def test_a_configuration_may_serve_a_run_twice(tmp_path, data, tokenizer):
+    """A model leaves its dtype in its configuration; that is no other model."""
+    shared = config()
+    run(tmp_path, data, tokenizer, shared, num_steps=4, save_every=2)
+    _, losses = run(tmp_path, data, tokenizer, shared, num_steps=6, resume=True)
+    assert len(losses) == 6

@@ -4,10 +4,16 @@ from itertools import count
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from helpers.training import STACK, config, run
+from tarflow_hf import TarFlowLMModel
 from tarflow_hf.training import compute_loss
+from tarflow_hf.training.divergence import FirstFault
 
 DIVERGENCES = [  # a parameter whose value, or gradient, diverges, or the loss itself; what is said of it
     ("codebook", "value", "the latents"),
@@ -91,3 +97,31 @@ def test_a_divergence_in_the_last_step_is_not_saved(tmp_path, data, tokenizer, m
         run(tmp_path, data, tokenizer, num_steps=1)
 
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process only."""
+    distributed.init_process_group("gloo", f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_gradients_of_sharded_weights_are_watched(one_process):
+    """Sharding (FSDP2) replaces a model's parameters after the watch has begun."""
+    model = TarFlowLMModel(config())
+    accelerator = Accelerator(cpu=True)
+    fault = FirstFault(model, accelerator)
+    fully_shard(model, mesh=one_process)
+
+    ids = torch.randint(27, (2, 8))
+    model(ids, labels=ids).loss.backward()
+    fault.see_gradients()
+    fault.end_step(1)
+    fault.check({})
+
+    next(model.flow.layers[1].parameters()).grad.fill_(torch.nan)
+    fault.see_gradients()
+    fault.end_step(2)
+    with pytest.raises(FloatingPointError, match="At step 2, the gradient of flow 2"):
+        fault.check({2: "two sequences"})

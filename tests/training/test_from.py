@@ -99,6 +99,13 @@ def test_a_run_with_lora_resumes_exactly(adapted, tmp_path, data, tokenizer):
         run(tmp_path, data, tokenizer, **{**LORA, "lora_rank": 3}, resume=True)
 
 
+def test_the_average_of_a_run_with_lora_can_be_trained_on(tmp_path, data, tokenizer):
+    pytest.importorskip("peft")
+    model = run(tmp_path, data, tokenizer, ema_decay=0.5, **LORA)
+    assert model.state_dict().keys() == converted().state_dict().keys()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 @torch.no_grad()
 def test_adapters_change_nothing_before_they_are_trained():
     pytest.importorskip("peft")

@@ -77,16 +77,11 @@ def next_token_log_probs(
     Raises:
         ValueError: If the first flow has no mixture weights of tokens, or runs right to left.
     """
-    first = model.config.flows[0]
-    if (
-        first["coupling"] != "mixture_rosenblatt"
-        or not first["tie_codebook"]
-        or first["direction"] != "left_to_right"
-        or model.config.patch_size > 1
-    ):
+    if not model.config.has_token_logits:
         raise ValueError(
             "The next token has probabilities only where the first flow is mixture_rosenblatt with tie_codebook, runs "
-            f"left_to_right, and takes one token at a time: {first}, patch_size {model.config.patch_size}."
+            f"left_to_right, and takes one token at a time: {model.config.flows[0]}, patch_size "
+            f"{model.config.patch_size}."
         )
 
     flow = model.flow.layers[0]

@@ -163,10 +163,10 @@ def start_token(source: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
     )
 
 
-def random_ids(parts: SourceParts, start: int, length: int, batch_size: int = 2) -> Tensor:
-    """Ids (B, n) that begin with the start token."""
+def random_ids(parts: SourceParts, start: int, length: int) -> Tensor:
+    """Ids (2, n) that begin with the start token."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(len(parts.table), (batch_size, length), generator=generator)
+    ids = torch.randint(len(parts.table), (2, length), generator=generator)
     ids[:, 0] = start
     return ids.to(parts.table.device)
 

@@ -75,7 +75,7 @@ class Comparison:
     def unpaired_standard_error(self) -> float:
         """The standard error of two runs with noise and texts of their own.
 
-        (this / `standard_error`)^2 is how many times as many texts they would need.
+        Unpaired runs need (this / `standard_error`)^2 times as many texts for the same precision.
         """
         a, b = self.scores
         return ((a.var() + b.var()) / len(a)).sqrt().item()
@@ -134,7 +134,7 @@ def compare(
 
     def write(model: TarFlowLMModel) -> Tensor:
         parts = noise.split(batch_size)
-        return torch.cat([model.generate(noise=part) for part in parts])
+        return torch.cat([model.generate(noise=part.to(model.device)).cpu() for part in parts])
 
     written = write(a), write(b)
     scored = written[0] if texts is None else texts
@@ -142,8 +142,8 @@ def compare(
     def score(model: TarFlowLMModel) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         parts = scored.split(batch_size)
-        elbo = torch.cat([model(part, generator=generator).elbo for part in parts])
-        return -elbo.double() / scored.shape[1] / math.log(2)
+        elbo = [model(part.to(model.device), generator=generator).elbo.cpu() for part in parts]
+        return -torch.cat(elbo).double() / scored.shape[1] / math.log(2)
 
     return Comparison(written, (score(a), score(b)))
 

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -95,12 +95,13 @@ def _versions(*tensors: Tensor) -> tuple[int, ...]:
 
 def _checksums(x: Tensor) -> tuple[int, float]:
     """The sum of the bits as integers, which any single change moves, and a sum that tells order."""
+    x = x.contiguous()
     # Words of 64 bits are summed four times as fast.
-    is_even = x.dtype == torch.float64 or x.shape[-1] % 2 == 0
-    bits = x.contiguous().view(torch.int64 if is_even else torch.int32)
+    is_even = x.dtype == torch.float64 or (x.shape[-1] % 2 == 0 and x.storage_offset() % 2 == 0)
+    bits = x.view(torch.int64 if is_even else torch.int32)
     return bits.sum().item(), (_ramp(len(x), x.dtype, x.device) @ x).sum().item()
 
 
-@cache
+@lru_cache(maxsize=4)
 def _ramp(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.linspace(1.0, 2.0, length, dtype=dtype, device=device)

@@ -179,6 +179,9 @@ def _solve_in_parts(
     u: Tensor, logits: Tensor, loc: Tensor, log_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`solve` in parts that bound the memory."""
+    if len(u) == 0:
+        return torch.empty_like(u), torch.ones(0, dtype=torch.bool)
+
     size = CHUNK_ELEMENTS // loc[0].numel()
     if len(u) <= size:
         return solve(u, logits, loc, log_scale)

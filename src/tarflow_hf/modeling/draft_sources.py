@@ -82,13 +82,13 @@ class PromptLookup:
         return found, min(sizes)
 
 
-def _num_matching(text: list[int], draft: list[int], most: int = MAX_MATCHING) -> int:
+def _num_matching(text: list[int], draft: list[int]) -> int:
     """The number of last tokens of a text behind which the draft stands elsewhere in it."""
     best = 0
     size = len(draft)
     for start in range(1, len(text) - size + 1):
         if size and text[start] == draft[0] and text[start : start + size] == draft:
-            limit = min(most, start)
+            limit = min(MAX_MATCHING, start)
             num = 0
             while num < limit and text[start - 1 - num] == text[-1 - num]:
                 num += 1

@@ -206,7 +206,7 @@ class GenerationOptions:
         from_library = {
             name: values[name]
             for name in (*LOGITS_OPTIONS, *STOP_OPTIONS)
-            if name in values and not _is_neutral(name, values[name])
+            if name in values and not is_neutral(name, values[name])
         }
         return cls(
             **{name: values[name] for name in own if name in values}, from_library=from_library
@@ -451,11 +451,11 @@ def _unsupported(options: dict[str, Any], names: Sequence[str]) -> list[str]:
         for name, value in options.items()
         if name not in (*names, *DESCRIPTIVE, *REST_OF_BATCH)
         and not name.startswith("_")
-        and not _is_neutral(name, value)
+        and not is_neutral(name, value)
     )
 
 
-def _is_neutral(name: str, value: Any) -> bool:
+def is_neutral(name: str, value: Any) -> bool:
     """True if the library's own `generate` would do the same without this option."""
     if value is None or value is False:
         return True

@@ -483,6 +483,7 @@ def _backward(
     grad_logits: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     num_components, latent_size = mean.shape
+    rows = _RowGradients(*(x.contiguous() for x in rows))  # a cotangent may have any strides
     codebook = _codebook(mean, log_scale, rows.weight_sum.dtype)
     grad_z = torch.zeros_like(z)
     grad_mean, grad_log_scale = torch.zeros_like(codebook[0]), torch.zeros_like(codebook[1])
@@ -547,7 +548,7 @@ class _MixtureRosenblatt(torch.autograd.Function):
         # As log du/dz = log p(z) - log phi(u), its gradient is that of log p plus u times that of u.
         grad_u = grad_u + grad_log_det.unsqueeze(-1) * u
         rows = _RowGradients(
-            weight_sum, log_tail, is_lower.to(torch.int8), grad_log_det.contiguous(),
+            weight_sum, log_tail, is_lower.to(torch.int8), grad_log_det,
             grad_u_slope=grad_u * log_slope.exp(),
             grad_weight=torch.where(is_lower, grad_u, -grad_u) * torch.exp(-hazard),
         )  # fmt: skip
@@ -570,7 +571,7 @@ class _MixtureRosenblattLogProb(torch.autograd.Function):
     def backward(ctx, grad):
         *inputs, weight_sum = ctx.saved_tensors
         nothing = weight_sum[:, :0]
-        rows = _RowGradients(weight_sum, nothing, nothing, grad.contiguous(), nothing, nothing)
+        rows = _RowGradients(weight_sum, nothing, nothing, grad, nothing, nothing)
         return _backward(*inputs, rows, transform=False, grad_logits=ctx.needs_input_grad[1])
 
 

@@ -17,11 +17,11 @@ from .slots_tarflowlm import make_layout
 from .vocabulary_tarflowlm import add_tokens
 
 
-def _first(names: Iterable, count: int = 8) -> str:
-    """The first of some names, and how many more there are."""
+def _first_eight(names: Iterable) -> str:
+    """The first eight of some names, and how many more there are."""
     names = sorted(map(str, names))
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return f"{names[:count]}{more}"
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"{names[:8]}{more}"
 
 
 class TarFlowLMPreTrainedModel(PreTrainedModel):
@@ -82,7 +82,7 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
         if not ignore_mismatched_sizes:
             kinds.append("mismatched_keys")
 
-        faults = [f"{kind} {_first(info[kind])}" for kind in kinds if info[kind]]
+        faults = [f"{kind} {_first_eight(info[kind])}" for kind in kinds if info[kind]]
         if faults:
             raise ValueError(
                 f"The checkpoint {args[0] if args else ''} does not fit the model: {'; '.join(faults)}."
@@ -108,7 +108,8 @@ class TarFlowLMPreTrainedModel(PreTrainedModel):
         """Switches between training and evaluation.
 
         An evaluation leaves the random numbers of training unchanged: the seed that its loop over a
-        `DataLoader` draws, between `model.eval()` and the first batch, is taken back.
+        `DataLoader` draws, between `model.eval()` and the first batch, is taken back. It is told by
+        its size, so that one seed drawn by hand in that place is taken back too.
         """
         self._state_before_evaluation = None if mode else torch.get_rng_state()
         return super().train(mode)

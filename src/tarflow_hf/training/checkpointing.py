@@ -29,7 +29,7 @@ from .batches import HeldOutData, TrainingData
 from .config import MAY_MATTER, TrainingConfig
 
 # Fields of a model's configuration that say how it was saved, not what it is.
-NOT_THE_MODEL = {"transformers_version", "architectures", "auto_map", "_name_or_path"}
+NOT_THE_MODEL = {"transformers_version", "architectures", "auto_map", "_name_or_path", "dtype"}
 
 
 @dataclass

@@ -13,7 +13,7 @@ from ..baseline import flows_of
 
 
 class FirstFault:
-    """Notes on the device, in every step, what is not finite. So nobody waits for it.
+    """Records on the device, in every step, what is not finite, without a synchronisation.
 
     `check` looks at the notes.
 
@@ -33,7 +33,7 @@ class FirstFault:
             f"flow {number}": layers[number] for number in reversed(layers)
         }
         trained |= {"the codebook": model.codebook} if layers else {"the model": model}
-        self.parameters = [list(module.parameters()) for module in trained.values()]
+        self.trained = list(trained.values())  # sharding will replace their parameters
         self.names = (
             ["the latents", *(f"the output of flow {number}" for number in layers)]
             if layers
@@ -73,10 +73,9 @@ class FirstFault:
         if self.accelerator.scaler is not None:
             return  # in fp16 gradients may overflow: such a step is not taken, and their scale is lowered
 
-        for index, parameters in enumerate(self.parameters, self.num_outputs + 1):
-            if gradients := [
-                parameter.grad for parameter in parameters if parameter.grad is not None
-            ]:
+        for index, module in enumerate(self.trained, self.num_outputs + 1):
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            if gradients:
                 norm = nn.utils.get_total_norm(gradients)
                 self._note(index, norm.full_tensor() if isinstance(norm, DTensor) else norm)
 

@@ -157,8 +157,10 @@ class Log:
     def pause(self) -> Iterator[None]:
         """Time that passes in here does not count as training."""
         self.seconds += time.perf_counter() - self.since
-        yield
-        self.since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.since = time.perf_counter()
 
     def close(self) -> None:
         self.bar.close()

@@ -359,7 +359,10 @@ class Run:
         self.total += loss.detach() / self.parts
 
     def _next_batch(self) -> dict[str, Tensor]:
-        epoch, index, batch = next(self.batches)
+        # The loader draws at the start of an epoch, and again on a resume: dropout must not see that.
+        with torch.random.fork_rng(devices=[]):
+            epoch, index, batch = next(self.batches)
+
         size = self.config.batch_size
         origin = f"{size} sequences, from number {index * (size // self.parts)} of epoch {epoch} on"
         self.origins.setdefault(self.progress.step + 1, origin)  # that of its first part
@@ -495,6 +498,7 @@ class Run:
         self.log.close()
         self.fault.close()
         self.model.requires_grad_(True)
+        self.evaluated.requires_grad_(True)  # the average may be a model of its own
         merge_lora(self.evaluated)
 
         if self.accelerator.is_main_process:
