@@ -114,6 +114,21 @@ def test_what_is_not_found_is_left_to_the_reference():
 # ------------------------------------------------------------------------------- what is left out
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("last", [-29.9, 29.9])
+def test_a_density_that_underflows_is_left_to_the_reference(size, last):
+    """Scales of a million put the density at such a root below what weights can be made of."""
+    random = generator(0)
+    mean = torch.randn(5, size, generator=random, dtype=torch.float64)
+    logits = torch.randn(2, 5, generator=random, dtype=torch.float64)
+    u = torch.randn(2, size, generator=random, dtype=torch.float64)
+    u[0, -1] = last
+    parameters = logits, mean, torch.full((5,), 14.0, dtype=torch.float64)
+    z = coupling_active.mixture_rosenblatt_inverse(u, *parameters)
+    expected = coupling_torch.mixture_rosenblatt_inverse(u, *parameters)
+    torch.testing.assert_close(z, expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", CODEBOOKS)
 def test_the_window_changes_the_tail_by_no_more_than_is_said(name):
     """Steps in place of far components change the tail at the root by less than a share of 2e-11."""

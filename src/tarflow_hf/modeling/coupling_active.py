@@ -24,7 +24,7 @@ Shapes: n rows, d dimensions, V components in all, K active ones; B intervals.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import NamedTuple
 
@@ -189,8 +189,12 @@ class _Mixture(NamedTuple):
         return cdf, [one * x for x in slope]
 
 
-class _Search:
-    """The root of one row: Newton steps, safeguarded by a bracket.
+# Yields the z at which it asks for F and its derivative over sqrt(2 pi). Returns the root.
+Search = Generator[float, tuple[float, float], float]
+
+
+def _search(u: float, low: float, high: float, start: float, small_step: float) -> Search:
+    """The root of one row, NaN if the bracket has none: Newton steps, safeguarded by the bracket.
 
     y = sqrt(-2 log F) grows almost linearly with z, as the quantile of F does, and has no need of
     it. The residual is the difference of its value at the root and at z, times a factor that makes
@@ -199,73 +203,77 @@ class _Search:
     A step out of the bracket ends at its end. If the root is not on this side of it, it is not
     found; the next time a step leaves the bracket, this is halved.
     """
+    tail = _cdf(u)
+    log_tail = math.log(tail)
+    y_root = math.sqrt(-2 * log_tail)
+    factor = y_root * tail * SQRT_2PI * math.exp(0.5 * u * u)
 
-    def __init__(self, u: float, low: float, high: float, start: float, small: float):
-        tail = _cdf(u)
-        self.log_tail = math.log(tail)
-        self.y = math.sqrt(-2 * self.log_tail)
-        self.factor = self.y * tail * SQRT_2PI * math.exp(0.5 * u * u)
-        self.low, self.high = low, high
-        self.z = min(max(start, low), high)
-        self.small = small
-        self.last_step = math.inf
-        self.num_rounds = 0
-        self.is_low_seen = False
-        self.is_high_seen = False
-        self.is_done = False
-        self.is_found = True
+    z = min(max(start, low), high)
+    last_step = math.inf
+    is_low_seen = is_high_seen = False
 
-    def advance(self, cdf: float, slope: float) -> None:
-        """Takes a step from z, where F is `cdf` and its derivative `slope` / sqrt(2 pi)."""
+    for num_rounds in range(1, MAX_ROUNDS + 1):
+        cdf, slope = yield z
         log_cdf = math.log(min(max(cdf, 1e-300), 1 - 1e-16))
         y = math.sqrt(-2 * log_cdf)
-        difference = 2 * (log_cdf - self.log_tail) / (self.y + y)  # of self.y and y
-        residual = difference * self.factor
-        is_outside = (self.z >= self.high and residual < -1e-9) or (
-            self.z <= self.low and residual > 1e-9
-        )
-
-        self.num_rounds += 1
-        if is_outside or math.isnan(cdf) or self.num_rounds > MAX_ROUNDS:
-            self.is_done = True
-            self.is_found = False
-            return
+        difference = 2 * (log_cdf - log_tail) / (y_root + y)  # of y_root and y
+        residual = difference * factor
+        is_outside = (z >= high and residual < -1e-9) or (z <= low and residual > 1e-9)
+        if is_outside or math.isnan(cdf):
+            return math.nan
 
         if residual <= 0:
-            self.low = self.z
-            self.is_low_seen = True
+            low = z
+            is_low_seen = True
         else:
-            self.high = self.z
-            self.is_high_seen = True
+            high = z
+            is_high_seen = True
 
         step = difference * y * cdf * SQRT_2PI / slope if slope > 0 else math.inf
-        is_slow = self.num_rounds > 6 and abs(step) > 0.5 * self.last_step
-        self.last_step = abs(step)
-        new = self.z - step
-        if self.low <= new <= self.high and not is_slow:
-            self.is_done = abs(step) <= self.small
+        is_slow = num_rounds > 6 and abs(step) > 0.5 * last_step
+        last_step = abs(step)
+        if low <= z - step <= high and not is_slow:
+            z -= step
+            is_done = abs(step) <= small_step
         else:
-            new = self._safe(residual)
-            self.is_done = self.high - self.low <= 1e-15 * abs(new) + 1e-300
+            z = _safe_step(low, high, residual, is_low_seen, is_high_seen)
+            is_done = high - low <= 1e-15 * abs(z) + 1e-300
 
-        self.z = new
+        if is_done:
+            return z
 
-    def _safe(self, residual: float) -> float:
-        if residual <= 0 and not self.is_high_seen:
-            return self.high
-        if residual > 0 and not self.is_low_seen:
-            return self.low
-        return 0.5 * (self.low + self.high)
+    return math.nan
 
 
-def _run(searches: list[_Search], evaluate: Evaluate) -> None:
-    """Advances the searches until all of them are done."""
-    while not all(search.is_done for search in searches):
-        for search, *values in zip(
-            searches, *evaluate([search.z for search in searches]), strict=True
-        ):
-            if not search.is_done:
-                search.advance(*values)
+def _safe_step(
+    low: float, high: float, residual: float, is_low_seen: bool, is_high_seen: bool
+) -> float:
+    """The bracket's end on the root's side, its middle once that end has been seen."""
+    if residual <= 0 and not is_high_seen:
+        return high
+    if residual > 0 and not is_low_seen:
+        return low
+    return 0.5 * (low + high)
+
+
+def _roots(searches: list[Search], evaluate: Evaluate) -> list[float]:
+    """Returns what the searches return. They are evaluated together until all of them are done."""
+    z = [next(search) for search in searches]
+    rows = list(range(len(searches)))
+
+    while rows:
+        cdf, slope = evaluate(z)
+        running = []
+        for row in rows:
+            try:
+                z[row] = searches[row].send((cdf[row], slope[row]))
+                running.append(row)
+            except StopIteration as end:
+                z[row] = end.value
+
+        rows = running
+
+    return z
 
 
 Bracket = tuple[float, float, float]  # low, high, start
@@ -276,21 +284,21 @@ def _solve_dimension(
 ) -> list[float]:
     """The mirrored roots, NaN where there is none in the bracket."""
     scale = (SQRT_HALF / mixture.inverse).amin(-1).view(-1).tolist()
-    rounds = [(SMALL_STEP[dtype], mixture.evaluate)]
-    if mixture.loc.numel() > MANY:
-        rounds = [(COARSE_STEP, mixture.coarse().evaluate), *rounds]
 
-    for small_step, evaluate in rounds:
+    def solve(mixture: _Mixture, starts: list[float], small_step: float) -> list[float]:
         searches = [
-            _Search(x, low, high, start, small_step * s)
-            for x, (low, high, start), s in zip(u, brackets, scale, strict=True)
+            _search(x, low, high, start, small_step * s)
+            for x, (low, high, _), start, s in zip(u, brackets, starts, scale, strict=True)
         ]
-        _run(searches, evaluate)
-        brackets = [
-            (low, high, search.z) for (low, high, _), search in zip(brackets, searches, strict=True)
-        ]
+        return _roots(searches, mixture.evaluate)
 
-    return [search.z if search.is_found else math.nan for search in searches]
+    starts = [start for _, _, start in brackets]
+    if mixture.loc.numel() > MANY:
+        coarse = solve(mixture.coarse(), starts, COARSE_STEP)
+        pairs = zip(coarse, starts, strict=True)
+        starts = [start if math.isnan(root) else root for root, start in pairs]
+
+    return solve(mixture, starts, SMALL_STEP[dtype])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -535,16 +543,16 @@ def _solve_few(
             for (_, weight, scale), mean in zip(components, means, strict=True)
         ]
         mixture = _FewMixture(sorted(rows))
-        small = SMALL_STEP[dtype] * min(scale for *_, scale in components)
-        search = _Search(u_i, *mixture.bracket(u_i), mixture.guess(u_i), small)
-        _run([search], mixture.evaluate)
-        root = _round(search.z, dtype)
-        z.append(sign * root if search.is_found else math.nan)
+        small_step = SMALL_STEP[dtype] * min(scale for *_, scale in components)
+        search = _search(u_i, *mixture.bracket(u_i), mixture.guess(u_i), small_step)
+        (root,) = _roots([search], mixture.evaluate)
+        root = _round(root, dtype)
+        z.append(sign * root)
 
         joint = [x * math.exp(-(((loc - root) * inverse) ** 2)) for loc, inverse, _, x in rows]
         total = sum(joint)
         if not total > MIN_DENSITY:
-            return [*z, math.nan], 0
+            return [*z[:-1], math.nan], 0  # lost: the reference finds it
 
         threshold = rarest[i] * total / len(joint)
         kept = [k for k, x in enumerate(joint) if x > threshold]

@@ -113,7 +113,7 @@ def _find_root(u, low, high, start, small, below, active, far):
 
 @_compiled
 def _search(u, low, high, start, small, below, active, far, is_coarse):
-    """The root of F(z) = Phi(u), NaN if the bracket has none: see `coupling_active._Search`."""
+    """The root of F(z) = Phi(u), NaN if the bracket has none: see `coupling_active._search`."""
     tail = _cdf(u)
     log_tail = math.log(tail)
     y_root = math.sqrt(-2 * log_tail)
