@@ -109,7 +109,7 @@ class CouplingHead(nn.Module):
     ):
         """Runs `transform`, `inverse` or `log_prob`, whichever `task` names.
 
-        One door for all three: the hooks of offloading and sharding see calls of `forward` only.
+        All go through `forward`, because the hooks of offloading and sharding see calls of `forward` only.
         """
         return getattr(self, task)(h, context, codebook, **options)
 

@@ -16,7 +16,7 @@ much better the key's noise fits it than any other noise does.
    in which correlations c < 1 stand for contexts that are not quite those of the writer (a prompt
    that is not known, a temperature that is not told). By Neyman and Pearson no statistic of (t, k) has more
    power than the true ratio; it weighs each dimension by what it tells. E log L is the
-   information, in nats, that the key has about the token, at most its surprise -log pi.
+   information, in nats, that the key has about the token, at most its surprisal -log pi.
 3. A text whose beginning is unknown, or that was edited: an average of the products of L_t over
    alignments of the text's tokens with the key's numbers, by the forward algorithm of a hidden
    Markov model. States are places in the key; a token is kept, replaced or inserted, numbers are
