@@ -89,8 +89,10 @@ study-stacks: $(VENV)/.installed
 		$(STUDY) --dataset task:$$task $(TASK_OPTIONS) --seeds $(SEEDS) --output $(RESULTS)/stacks.jsonl \
 			--cases discrete "Mix-d, one flow" "Mix-d, right to left" "Mix-d, half right to left" || exit 1; \
 	done
-	$(STUDY) $(PATCH_OPTIONS) --seeds $(SEEDS) --cases discrete
+	$(STUDY) $(PATCH_OPTIONS) --seeds $(SEEDS) --cases discrete "Mix-d, one flow"
+	$(STUDY) $(PATCH_OPTIONS) --seeds $(SEEDS) --groups "weak first flow"
 	$(STUDY) $(PATCH_OPTIONS) --seeds $(SEEDS) --groups "patches under flows"
+	$(BIN)/python benchmarks/study/above.py checkpoints/doyle --seeds $(SEEDS) --runs runs/above --output $(RESULTS)/stacks.jsonl
 
 TASK_OPTIONS = --hidden_size 32 --num_tokens 16 --latent_size 4 --num_steps 600 --batch_size 64 --learning_rate 0.003 \
 	--test_sequences 1000 --test_samples 4

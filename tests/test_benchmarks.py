@@ -17,7 +17,9 @@ from helpers import ROOT
 from helpers.causal_lms import tiny_causal_lm
 from helpers.scripts import script
 from helpers.training import TEXT
+from tarflow_hf import TarFlowLMConfig, TarFlowLMModel
 from tarflow_hf.data import character_tokenizer
+from tarflow_hf.training import save_model
 
 BOOK = """Before it
 *** START OF THIS PROJECT GUTENBERG EBOOK X ***
@@ -291,7 +293,7 @@ def study(monkeypatch):
     """Lets the folder's modules import each other, as scripts do."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "study")
     yield
-    for name in ("cases", "page", "report"):
+    for name in ("cases", "page", "report", "run"):
         sys.modules.pop(name, None)
 
 
@@ -357,6 +359,29 @@ def test_every_case_of_the_study_is_as_large_as_the_discrete_model(study):
     fields = {"vocab_size": 27, "latent_size": 5, "max_position_embeddings": 64, "hidden_size": 64}
     for case in CASES:  # a case that can't be brought within 3% raises
         assert build(case, 6, {**fields, "num_attention_heads": 2}).num_parameters() > 0
+
+
+def test_a_flow_above_a_frozen_model(tmp_path, capsys, monkeypatch, study):
+    """The first flow is what it was: cut there, the stack has the bits of the model as it is."""
+    tokenizer = character_tokenizer()
+    flow = {"coupling": "mixture_rosenblatt", "direction": "left_to_right", "num_hidden_layers": 1}
+    sizes = {"latent_size": 2, "hidden_size": 16, "num_attention_heads": 2}
+    config = TarFlowLMConfig(vocab_size=27, max_position_embeddings=32, flows=[flow], **sizes)
+    save_model(TarFlowLMModel(config), tokenizer, tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+
+    options = ["--dataset", str(tmp_path / "text.txt"), "--num_tokens", "32", "--num_steps", "4"]
+    options += ["--batch_size", "4", "--test_sequences", "4", "--test_samples", "2"]
+    options += ["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "rows.jsonl")]
+    folder = str(tmp_path / "model")
+    benchmark("study/above.py", folder, *options, capsys=capsys, monkeypatch=monkeypatch)
+
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    plain, above, adapted = rows
+    assert above["bits_after_flows"][0] == pytest.approx(plain["bits_after_flows"][0], rel=1e-2)
+    assert above["parameters"] == plain["parameters"] + above["trained_parameters"]
+    assert adapted["parameters"] == plain["parameters"]
+    assert adapted["test_bits_per_character"] != plain["test_bits_per_character"]
 
 
 def test_architectures_are_exact_or_refused(tmp_path, capsys, monkeypatch):

@@ -86,6 +86,14 @@ def halves(layers: int) -> list[dict[str, Any]]:
     return alternating([(mix_d(), layers - layers // 2), (mix_1(2), layers // 2)])
 
 
+def over_shallow(direction: str) -> Callable[[int], list[dict[str, Any]]]:
+    """A Mix-d flow of a single layer next to the data, all other layers in a flow over it."""
+    return lambda layers: [
+        {**mix_d(), "direction": "left_to_right", "num_hidden_layers": 1},
+        {**mix_1(2), "direction": direction, "num_hidden_layers": layers - 1},
+    ]
+
+
 def with_half_in_head(layers: int) -> list[dict[str, Any]]:
     """One Mix-d flow of all layers, and half as many over the tokens of a patch."""
     return alternating([(mix_d(patch_head_layers=layers // 2), layers)])
@@ -138,6 +146,13 @@ GROUPS: dict[str, dict[str, Case]] = {
         "Mix-d, right to left": Case(backwards),
         "Mix-d, half right to left": Case(halves),
         "Mix-d, half right to left, progressive": Case(halves, "progressive"),
+    },
+    "weak first flow": {
+        "shallow first flow, right to left above": Case(over_shallow("right_to_left")),
+        "shallow first flow, left to right above": Case(over_shallow("left_to_right")),
+        "shallow first flow, right to left above, progressive": Case(
+            over_shallow("right_to_left"), "progressive"
+        ),
     },
     "words": {
         "Mix-d, one flow, equal blocks": Case(
