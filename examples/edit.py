@@ -74,6 +74,13 @@ def main():
     ]
     say_what_is_lost(tokenizer, [arguments.text, arguments.towards or ""])
     length = min(map(len, texts)) // model.config.patch_size * model.config.patch_size
+    if not length:
+        raise ValueError(
+            f"The model takes {model.config.patch_size} tokens at a time: give a longer text."
+        )
+    if length < max(map(len, texts)):
+        print(f"Only the first {length} tokens of the texts are taken.", file=sys.stderr)
+
     latents = model.encode(torch.tensor([ids[:length] for ids in texts]))
     states = model.flow(latents, num_flows=arguments.num_flows).noise  # of the stack cut there
     edits = states[:1]

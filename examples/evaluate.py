@@ -15,7 +15,6 @@ that a model generates.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -25,6 +24,7 @@ from tarflow_hf.data import (
     held_out_documents,
     is_of_sentences,
     load_splits,
+    output_file,
     sentence_splits,
 )
 from tarflow_hf.evaluation import WHAT_IS_SCORED, evaluate_text, provenance_of
@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
         help="a file of text or documents; or python-docs, ptb:FOLDER, wikitext2:FOLDER or a dataset: its test split",
     )
     parser.add_argument("--text_column", default="text", help="of a file of documents or a dataset")
-    parser.add_argument("--output", type=Path, help="write all figures here, as JSON")
+    parser.add_argument("--output", type=output_file, help="write all figures here, as JSON")
     parser.add_argument(
         "--num_samples", type=int, default=16, help="of the importance-weighted bound"
     )

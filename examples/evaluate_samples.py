@@ -15,11 +15,10 @@ stopped goes on with them. Without a network the judge is a local folder. A judg
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 
-from tarflow_hf.data import PackedTokens, held_out_documents
+from tarflow_hf.data import PackedTokens, held_out_documents, output_file
 from tarflow_hf.evaluation import (
     JUDGE,
     MAUVE_SCALE,
@@ -58,9 +57,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, default=NUM_SAMPLES)
     parser.add_argument("--length", type=int, help="of a sample, in tokens; default: the model's")
     parser.add_argument(
-        "--samples", type=Path, default=Path("samples.jsonl"), help="where samples are kept"
+        "--samples", type=output_file, default="samples.jsonl", help="where samples are kept"
     )
-    parser.add_argument("--output", type=Path, help="write all figures here, as JSON")
+    parser.add_argument("--output", type=output_file, help="write all figures here, as JSON")
     parser.add_argument(
         "--temperature",
         type=float,

@@ -32,12 +32,22 @@ def main():
     training.dataloader_pin_memory &= training.device.type == "cuda"  # else torch warns
     resume = trainer_checkpoint(training)
     model, tokenizer = load_checkpoint(given.checkpoint, dtype=torch.float32)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"{given.checkpoint} is an adapter of a frozen model: merge it into the model first, or load it by PEFT "
+            "with is_trainable=True."
+        )
 
     splits = load_splits(given.data, text_column=given.text_column)
     length = model.config.max_position_embeddings
-    train, validation = (
-        PackedTokens(splits[name], tokenizer, length) for name in ("train", "validation")
-    )
+    packed = {}
+    for name in ("train", "validation"):
+        try:
+            packed[name] = PackedTokens(splits[name], tokenizer, length)
+        except ValueError as error:
+            raise ValueError(f"The {name} split of {given.data} is too short: {error}") from None
+
+    train, validation = packed["train"], packed["validation"]
     if note := train.note("the training text"):
         print(note)
 

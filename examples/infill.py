@@ -14,7 +14,7 @@ import re
 import torch
 from transformers import set_seed
 
-from tarflow_hf.data import say_what_is_lost, token_ids
+from tarflow_hf.data import continued_ids, say_what_is_lost, token_ids
 from tarflow_hf.loading import load_checkpoint
 
 
@@ -40,7 +40,13 @@ def main():
 
     ids, is_gap = [], []
     for piece in re.findall("_+|[^_]+", arguments.text):
-        piece_ids = [0] * len(piece) if piece[0] == "_" else token_ids(tokenizer, piece)
+        if piece[0] == "_":
+            piece_ids = [0] * len(piece)
+        elif not ids:
+            piece_ids = token_ids(tokenizer, piece)
+        else:
+            piece_ids = continued_ids(tokenizer, piece)
+
         ids += piece_ids
         is_gap += [piece[0] == "_"] * len(piece_ids)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from tarflow_hf.baseline import is_discrete
-from tarflow_hf.data import PackedTokens, held_out_documents
+from tarflow_hf.data import PackedTokens, held_out_documents, output_file
 from tarflow_hf.evaluation import (
     cut_text,
     evolution_of_samples,
@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_sequences", type=int, default=64, help="of the text, and samples")
     parser.add_argument("--length", type=int, help="of a sequence, in tokens; default: the model's")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--output", type=Path, help="write the measures here, as JSON")
+    parser.add_argument("--output", type=output_file, help="write the measures here, as JSON")
     parser.add_argument("--figure", type=Path, help="draw them here: .svg, .png or .pdf")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from tarflow_hf.baseline import flows_of
-from tarflow_hf.data import PackedTokens, held_out_documents, token_ids
+from tarflow_hf.data import PackedTokens, held_out_documents, output_file, token_ids
 from tarflow_hf.evaluation import (
     Judge,
     Sampling,
@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         help="a file of text or documents, or python-docs or a dataset: its test split",
     )
     parser.add_argument("--text_column", default="text", help="of a file of documents or a dataset")
-    parser.add_argument("--output", type=Path, default=Path("report.html"))
+    parser.add_argument("--output", type=output_file, default="report.html")
     parser.add_argument(
         "--judge", help="a causal language model, for generative perplexity and MAUVE"
     )

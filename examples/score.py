@@ -13,6 +13,7 @@ import argparse
 import torch
 
 from tarflow_hf.data import checked_ids, say_what_is_lost
+from tarflow_hf.evaluation import cut_text
 from tarflow_hf.loading import load_checkpoint
 
 
@@ -38,10 +39,13 @@ def main():
     patch_size = model.config.patch_size
     named = enumerate(arguments.texts, 1)
     texts = [torch.tensor(checked_ids(tokenizer, text, f"text {n}")) for n, text in named]
-    texts = [ids[: len(ids) // patch_size * patch_size] for ids in texts]  # whole patches
-    input_ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    # The last token is repeated until its patch is whole: a bound on more text bounds the text.
+    whole = [cut_text(ids, 2**31, patch_size)[0]["input_ids"] for ids in texts]
+    input_ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
+    attention_mask = torch.nn.utils.rnn.pad_sequence(
+        [torch.ones_like(ids) for ids in whole], batch_first=True
+    )
     lengths = torch.tensor([len(ids) for ids in texts])
-    attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
 
     generator = torch.Generator().manual_seed(arguments.seed)
     bound = model.importance_weighted_bound(

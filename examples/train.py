@@ -166,6 +166,20 @@ def read_recipe(name: str) -> dict:
     return recipe
 
 
+def check_options_say_something(run: RunConfig) -> None:
+    """Raises ValueError for an option that the others leave without a meaning."""
+    is_text = run.dataset == PYTHON_DOCS or Path(run.dataset).suffix.lower() == ".txt"
+    if is_text or is_of_sentences(run.dataset):
+        for name, default in (("text_column", "text"), ("dataset_config", None)):
+            if (value := getattr(run, name)) != default:
+                raise ValueError(
+                    f"--{name} {value} is for files of documents and Hub datasets, not {run.dataset}."
+                )
+
+    if run.private and not run.push_to_hub:
+        raise ValueError("--private is for a repository of the Hub: give --push_to_hub, too.")
+
+
 def default_recipe(given) -> str:
     """The recipe where none is named: with a tokenizer of one's own that of a single flow."""
     if given.source:
@@ -195,6 +209,7 @@ def parse_arguments() -> tuple[RunConfig, TrainingConfig, dict]:
     if unknown:
         raise ValueError(f"There is no option before {unknown[0]!r}.")
 
+    check_options_say_something(run)
     run.recipe = name
     run.tokenizer = run.tokenizer or training.source
     return run, training, model_fields(run, training, recipe)

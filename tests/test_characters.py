@@ -19,6 +19,7 @@ from tarflow_hf.data import (
     StreamingPackedTokens,
     character_tokenizer,
     checked_ids,
+    continued_ids,
     load_splits,
     token_ids,
     vocabulary_size,
@@ -49,13 +50,34 @@ def test_dropped_characters_of_text8(text, lost):
     characters.add(text)
     assert characters.lost == lost and characters.num_characters == len(text)
     assert (characters.note() is None) == (not lost)
-    assert characters.is_all_lost == (text == "列表")
 
 
 def test_an_unknown_token_is_a_dropped_character():
     characters = CharacterCount(words_with_a_gap())
-    characters.add("xyz")
-    assert characters.num_lost == 3
+    characters.add("w1 xyz w2 <unk>")
+    assert characters.lost == {"x": 1, "y": 1, "z": 1} and characters.num_characters == 15
+    assert checked_ids(words_with_a_gap(), "w1 xyz") == [1, 19]
+    with pytest.raises(ValueError, match=r"Nothing is left of the text: .* none of its 6"):
+        checked_ids(words_with_a_gap(), "xy zzz")
+
+
+@pytest.mark.parametrize("text", ["列表", "?!"])
+def test_a_text_of_which_nothing_is_left(text):
+    with pytest.raises(ValueError, match="Nothing is left"):
+        checked_ids(character_tokenizer(), text)
+
+
+def test_text_behind_other_text_has_no_space_in_front():
+    """As with Llama's tokenizer, whose texts begin with a space of its own."""
+    vocabulary = {"▁": 0, "a": 1, "b": 2, "▁a": 3}
+    backend = Tokenizer(models.BPE(vocabulary, [("▁", "a")]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert token_ids(tokenizer, "ab") == [3, 2] and continued_ids(tokenizer, "ab") == [1, 2]
+    assert continued_ids(tokenizer, " ab") == [3, 2]
+    for tokenizer in (character_tokenizer(), words_with_a_gap()):
+        for text in ("w1", " ab", "a b"):
+            assert continued_ids(tokenizer, text) == token_ids(tokenizer, text)
 
 
 def test_tokens_are_the_same_in_training_and_in_every_script(tmp_path, capsys, monkeypatch):

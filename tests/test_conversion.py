@@ -195,9 +195,46 @@ def test_the_sources_dtype_stays(llama):
     assert torch.equal(back(draw_ids()).logits, source(draw_ids()).logits)
 
 
+def test_a_source_as_short_as_the_probe():
+    """It has room for the start token and one token less than the probe has."""
+    source = tiny_causal_lm("gpt2", n_positions=32)
+    model = from_causal_lm(source)
+    assert model.config.max_position_embeddings == 32
+    ids = draw_ids()[:, :8]
+    start = torch.full_like(ids[:, :1], model.config.start_token_id)
+    expected = source(torch.cat([start, ids], 1), labels=torch.cat([start, ids], 1)).loss
+    torch.testing.assert_close(model(ids, labels=ids).loss, expected, rtol=1e-4, atol=1e-4)
+    assert from_causal_lm(tiny_causal_lm("gpt2", n_positions=9)).config.vocab_size == VOCABULARY
+
+
 # --------------------------------------------------------------------------------------------------
 # What is refused
 # --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_source_whose_buffers_were_rounded_is_refused(dtype):
+    """Its rotary embeddings turn otherwise, the more the further from the first token."""
+    with pytest.raises(
+        ValueError, match=r"buffer rotary_emb.inv_freq .* Load the source with dtype"
+    ):
+        from_causal_lm(tiny_causal_lm("llama").to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_position_embeddings": 0}, "max_position_embeddings"),
+        ({"dtype": torch.float64}, "LlamaForCausalLM is loaded already"),
+        ({"gguf_file": "x.gguf"}, "LlamaForCausalLM is loaded already"),
+        ({"start_token_id": "a"}, "start_token_id must be in 0"),
+        ({"source": torch.nn.Linear(2, 2)}, "source must be a causal language model"),
+        ({"source": 3}, "source must be a causal language model"),
+    ],
+)
+def test_arguments_that_say_nothing_are_refused(llama, options, message):
+    with pytest.raises(ValueError, match=message):
+        from_causal_lm(**{"source": llama, **options})
 
 
 def refused(name, **options):

@@ -13,7 +13,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
-from transformers import Trainer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Trainer
 from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from helpers import ROOT
@@ -209,7 +210,7 @@ def test_score_orders_texts_whatever_shares_their_batch(run):
 
     alone = run("score.py", "model", "a cat", "--num_samples", "2")
     assert alone == f"{-bound.item():9.3f} nats, {-bound.item() / 5:.4f} per token: a cat\n"
-    assert ": the dog bark\n" in run("score.py", "patches", "the dog barks")
+    assert ": the dog barks\n" in run("score.py", "patches", "the dog barks")  # half a patch, too
 
 
 @pytest.mark.parametrize(
@@ -491,6 +492,17 @@ def test_other_paths_that_lead_nowhere(run):
     "arguments, message",
     [
         (["infill.py", "model", "a text"], "no gap: write an underscore"),
+        (
+            ["train.py", "--dataset", "text.txt", "--text_column", "body"],
+            "--text_column body is for",
+        ),
+        (
+            ["train.py", "--dataset", "text.txt", "--dataset_config", "a"],
+            "--dataset_config a is for",
+        ),
+        (["train.py", "--private"], "give --push_to_hub, too"),
+        (["train.py", "--gguf_file", "x.gguf"], "give the source .--from., too"),
+        (["train.py", "--lora_targets", "q_proj"], "give lora_rank, too"),
         (["edit.py", "model", "a text", "--redraw", "4:10"], "beyond the text, which has 6 tokens"),
         (["flops.py", "--recipe", "demo"], "demo can't be read as JSON: .*No such file"),
         (
@@ -502,6 +514,27 @@ def test_other_paths_that_lead_nowhere(run):
 )
 def test_wrong_arguments_are_named(run, arguments, message):
     assert re.search(message, error_of(run, *arguments))
+
+
+def test_a_place_to_write_to_is_looked_at_first(run, capsys):
+    Path("folder").mkdir()
+    with pytest.raises(SystemExit):
+        run("evaluate.py", "model", "--data", "text.txt", "--output", "folder")
+    assert "folder is a folder: give the name of a file in it" in capsys.readouterr().err
+
+    options = ["--max_sequences", "1", "--num_samples", "1", "--output", "new/place/scores.json"]
+    run("evaluate.py", "model", "--data", "text.txt", *options)
+    assert Path("new/place/scores.json").is_file()
+
+
+def test_a_gap_leaves_the_rest_as_it_was(run):
+    """Also with a tokenizer that puts a space in front of each text."""
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyz"]
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained("model")
+    filled = run("infill.py", "model", "func____n of").removesuffix("\n")
+    assert len(filled) == 12 and filled.startswith("func") and filled.endswith("n of")
 
 
 @pytest.mark.parametrize("given", ["4", "4:", "7:4", "a:b", "4:4"])

@@ -121,6 +121,12 @@ def test_a_stream_that_is_cut_off_leaves_the_server_alive(server, complete):
         ({"extra_body": {"seed": True}}, "seed must be an integer"),
         ({"extra_body": {"max_tokens": True}}, "max_tokens must be an integer"),
         ({"stop": 5}, "stop must be a string"),
+        ({"stop": ["a", None]}, "stop must be a string"),
+        ({"n": 3}, "n is not served"),
+        ({"echo": True}, "echo is not served"),
+        ({"presence_penalty": 0.5}, "presence_penalty is not served"),
+        ({"extra_body": {"logit_bias": [1]}}, "options of the request"),
+        ({"prompt": "привет"}, "Nothing is left of the prompt"),
         ({"model": "other"}, "pinned to"),
         ({"suffix": "b"}, "suffix needs a model that is conditional"),
         ({"extra_body": {"generation_config": '{"num_beams": 3}'}}, "no options"),
@@ -131,6 +137,20 @@ def test_a_stream_that_is_cut_off_leaves_the_server_alive(server, complete):
 def test_bad_requests_have_their_status(complete, options, message):
     with pytest.raises(openai.BadRequestError, match=message):
         complete(**options)
+
+
+def test_what_asks_for_nothing_is_taken(complete):
+    plain = text_of(complete(seed=3, max_tokens=8))
+    assert text_of(complete(seed=3, max_tokens=8, n=1, echo=False, presence_penalty=0)) == plain
+    config = '{"return_dict_in_generate": true, "output_states": true, "max_new_tokens": 8}'
+    assert len(text_of(complete(seed=3, extra_body={"generation_config": config}))) == 8
+
+
+def test_a_bias_keeps_a_token_out(complete):
+    token = character_tokenizer()("e").input_ids[0]
+    options = {"seed": 1, "max_tokens": 16}
+    assert "e" in "".join(text_of(complete(**options, logit_bias={str(token): 50})))
+    assert "e" not in text_of(complete(**options, logit_bias={str(token): -100}))
 
 
 def test_malformed_requests(server):
@@ -154,6 +174,11 @@ def test_chats_where_there_is_a_template(server, tmp_path):
     parts = client.chat.completions.create(**options, stream=True)
     assert "".join(part.choices[0].delta.content or "" for part in parts) == answer
     assert len(answer) == 9
+    response = client.responses.create(model=name, input="hello", max_output_tokens=9)
+    assert len(response.output_text) == 9
+    with pytest.raises(openai.BadRequestError, match="top_p must be above 0"):
+        client.responses.create(model=name, input="hello", top_p=3)
+
     for messages in ([], [{"content": "hello"}]):
         with pytest.raises(openai.BadRequestError, match="messages must be a list"):
             client.chat.completions.create(model=name, messages=messages)

@@ -65,6 +65,19 @@ def test_noise_follows_from_key_stream_and_place():
     assert noise[3, :2].tolist() == pytest.approx([-1.210649901249212, -0.5757766337595299])
 
 
+def test_keys_of_other_types_are_other_keys():
+    noises = [NoiseWatermark(key).noise(0, 4, 2) for key in (42, "42", b"42", b"int:42", "int:42")]
+    assert all(not torch.equal(a, b) for n, a in enumerate(noises) for b in noises[:n])
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_streams": 1.5}, {"num_streams": 0}, {"max_offset": None}]
+)
+def test_numbers_of_streams_and_offsets(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be an integer of at least 1"):
+        NoiseWatermark(1, **options)
+
+
 def test_noise_of_keys_is_standard_normal():
     noise = torch.stack([NoiseWatermark(key).noise(0, 10, 4) for key in range(500)])
     assert kstest(noise.flatten(), "norm").pvalue > 1e-3

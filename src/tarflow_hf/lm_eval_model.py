@@ -170,15 +170,15 @@ class TarFlowLMEvaluator(LM):
         """Says once which characters of the requests' texts the tokenizer drops.
 
         Raises:
-            ValueError: If nothing is left of a context, or of a text to score. The message names
-                the document.
+            ValueError: If nothing is left of a context, of an answer, or of a text to score. The
+                message names the document.
         """
         for request in requests:
-            context = request.args[0]
-            if context.strip():
-                checked_ids(self.tokenizer, context, f"document {request.doc_id}'s text")
-
             texts = [text for text in request.args[:2] if isinstance(text, str)]
+            for name, text in zip(("text", "answer"), texts, strict=False):
+                if text.strip():
+                    checked_ids(self.tokenizer, text, f"document {request.doc_id}'s {name}")
+
             self.characters.add("".join(texts))
 
         if note := self.characters.note("the requests so far"):

@@ -11,6 +11,7 @@ and a status of 400 for what a request asks wrongly. It needs `pip install "tarf
 """
 
 import argparse
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState
 
-from .data import token_ids
+from .data import checked_ids, continued_ids, token_ids
 from .loading import check_checkpoint
 from .modeling.generation_checks import check_options
 from .modeling.generation_options import GenerationOptions
@@ -66,26 +67,53 @@ class OneModel(ModelManager):
         return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": ""}]
 
 
+# Options of OpenAI's interface that are not served, and their values that ask for nothing.
+NOT_SERVED: dict[str, tuple] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "functions": ([],),
+    "function_call": ("none",),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "previous_response_id": (),
+    "background": (False,),
+}
+
+
 class _Checked(BaseHandler):
     """A handler that refuses what the model cannot do before any work begins."""
 
     async def handle_request(self, body: dict[str, Any], request_id: str):
+        for name, neutral in NOT_SERVED.items():
+            value = body.get(name)
+            if value is not None and value not in neutral:
+                raise HTTPException(400, f"{name} is not served: leave out {value!r}.")
+
         seed = body.get("seed")
         if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
             raise HTTPException(400, f"seed must be an integer in 0, ..., 2^63 - 1, not {seed!r}.")
 
-        for name in ("max_tokens", "max_completion_tokens"):
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             value = body.get(name)
             if value is not None and not (type(value) is int and value >= 1):
                 raise HTTPException(400, f"{name} must be an integer of at least 1, not {value!r}.")
 
         stop = body.get("stop")
-        stops = [stop] if stop is None or isinstance(stop, str) else stop
-        is_text = isinstance(stops, list) and all(x is None or isinstance(x, str) for x in stops)
-        if not is_text:
+        stops = stop if isinstance(stop, list) else [stop or ""]
+        if not all(isinstance(each, str) for each in stops):
             raise HTTPException(400, f"stop must be a string or a list of strings, not {stop!r}.")
 
-        return await super().handle_request(body, request_id)
+        try:
+            return await super().handle_request(body, request_id)
+        except (FloatingPointError, ValueError) as error:  # what `generate` refuses
+            raise HTTPException(400, str(error)) from error
 
     def _build_generation_config(
         self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
@@ -93,8 +121,14 @@ class _Checked(BaseHandler):
         try:
             options = {**body, "seed": None}  # not the generator that all requests share
             config = super()._build_generation_config(options, model_generation_config, use_cb)
-        except (TypeError, ValueError) as error:
+            if bias := body.get("logit_bias"):
+                config.sequence_bias = {(int(token),): float(x) for token, x in bias.items()}
+        except (AttributeError, TypeError, ValueError) as error:
             raise HTTPException(400, f"The options of the request: {error}") from error
+
+        config.return_dict_in_generate = False  # the server wants tokens, and nothing besides
+        for name in [name for name in vars(config) if name.startswith("output_")]:
+            setattr(config, name, None)
 
         config._seed = body.get("seed")
         if config.temperature == 0:  # the mode of the noise, as do_sample=False says already
@@ -156,7 +190,9 @@ class Completions(_Checked, CompletionHandler):
         self, model: ServedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
     ) -> dict[str, Tensor]:
         """The prompt's tokens as training makes them; the library's have special tokens around."""
-        ids = token_ids(tokenizer, config._prompt)
+        is_blank = not config._prompt.strip()
+        read = token_ids if is_blank else partial(checked_ids, name="the prompt")
+        ids = read(tokenizer, config._prompt)
         return {"input_ids": torch.tensor([ids], dtype=torch.long, device=model.device)}
 
     def _streaming(
@@ -199,7 +235,7 @@ class Gap:
             )
 
         prompt = inputs["input_ids"]
-        suffix = prompt.new_tensor([token_ids(processor, self.suffix)])
+        suffix = prompt.new_tensor([continued_ids(processor, self.suffix)])
         longest = model.config.max_position_embeddings
         room = longest - prompt.shape[1] - suffix.shape[1]
         num_new = min(config.max_new_tokens, room)
@@ -223,7 +259,21 @@ class Gap:
         return processor.decode(filled, skip_special_tokens=True), prompt.shape[1], filled
 
 
-class Chats(_Checked, ChatCompletionHandler):
+class _Templated(_Checked):
+    """A handler of chats: it needs a template."""
+
+    async def handle_request(self, body: dict[str, Any], request_id: str):
+        _, _, tokenizer = self._resolve_model(dict(body))
+        if tokenizer.chat_template is None:
+            raise HTTPException(
+                400,
+                "The tokenizer has no chat template: this is a base model, see /v1/completions.",
+            )
+
+        return await super().handle_request(body, request_id)
+
+
+class Chats(_Templated, ChatCompletionHandler):
     """`/v1/chat/completions`, where the tokenizer has a template."""
 
     async def handle_request(self, body: dict[str, Any], request_id: str):
@@ -234,13 +284,6 @@ class Chats(_Checked, ChatCompletionHandler):
         )
         if not messages or not are_messages:
             raise HTTPException(400, "messages must be a list of objects with a role and content.")
-
-        _, _, tokenizer = self._resolve_model(dict(body))
-        if tokenizer.chat_template is None:
-            raise HTTPException(
-                400,
-                "The tokenizer has no chat template: this is a base model, see /v1/completions.",
-            )
 
         return await super().handle_request(body, request_id)
 
@@ -256,6 +299,27 @@ class Chats(_Checked, ChatCompletionHandler):
         self.prepare(model, inputs, config)
         self.check(model, processor, inputs, config)
         arguments = request_id, model, processor, model_id, inputs, config
+        return await super()._non_streaming(*arguments, **options)
+
+
+class Responses(_Templated, ResponseHandler):
+    """`/v1/responses`, where the tokenizer has a template."""
+
+    async def handle_request(self, body: dict[str, Any], request_id: str):
+        return await super().handle_request({"stream": False, **body}, request_id)  # as OpenAI's
+
+    def _streaming(self, request_id, model, processor, model_id, body, inputs, config, **options):
+        self.prepare(model, inputs, config)
+        self.check(model, processor, inputs, config)
+        arguments = request_id, model, processor, model_id, body, inputs, config
+        return super()._streaming(*arguments, **options)
+
+    async def _non_streaming(
+        self, request_id, model, processor, model_id, body, inputs, config, **options
+    ):
+        self.prepare(model, inputs, config)
+        self.check(model, processor, inputs, config)
+        arguments = request_id, model, processor, model_id, body, inputs, config
         return await super()._non_streaming(*arguments, **options)
 
 
@@ -281,7 +345,7 @@ def make_app(checkpoint: str, device: str | None = None, dtype: str = "auto") ->
         manager,
         Chats(**parts),
         completion_handler=Completions(**parts),
-        response_handler=ResponseHandler(**parts),
+        response_handler=Responses(**parts),
         transcription_handler=TranscriptionHandler(manager, state),
         systemone_handler=SystemOneHandler(**parts),
         generation_state=state,

@@ -25,6 +25,16 @@ def test_a_model_and_itself(flow):
     assert found.standard_error == 0 < found.unpaired_standard_error
 
 
+def test_models_are_compared_in_evaluation_mode():
+    """Whatever mode they are in, and whatever a saved config asks for."""
+    block = {"model_type": "gpt_neox", "hidden_dropout": 0.5, "intermediate_size": 32}
+    block |= {"hidden_size": 16, "num_attention_heads": 2}
+    model = make(STACKS["mix-d"], block_config=block).train()
+    model.generation_config.return_dict_in_generate = True
+    found = compare(model, model, num_texts=3, num_tokens=8)
+    assert found.is_same.all() and found.difference == 0 and model.training
+
+
 def test_scores_are_bits_of_the_bound_under_one_noise(flow, rounded):
     found = compare(flow, rounded, num_texts=2, num_tokens=8, texts=IDS, batch_size=3, seed=5)
     for model, scores in zip((flow, rounded), found.scores, strict=True):

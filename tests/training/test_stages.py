@@ -228,6 +228,10 @@ def test_patience(tmp_path, data, tokenizer, monkeypatch, ema_decay):
         ({"mode": "progressive", "num_steps": 1}, "less than one for each of 2 stages"),
         ({"mode": "progressive", "baseline": True}, "a discrete model has no flows"),
         ({"patience": 2}, "patience counts evaluations"),
+        ({"max_grad_norm": -1}, "max_grad_norm must be 0 or more, not -1"),
+        ({"weight_decay": -50}, "weight_decay must be 0 or more"),
+        ({"min_learning_rate": 0.5}, "where the learning rate falls to"),
+        ({"lora_targets": ["q_proj"]}, "give lora_rank, too"),
     ],
 )
 def test_stages_that_can_not_be(tmp_path, data, tokenizer, options, message):

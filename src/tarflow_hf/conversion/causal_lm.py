@@ -17,6 +17,7 @@ from os import PathLike
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -105,15 +106,23 @@ def from_causal_lm(
         True
     """
     # 1. The source, and the token before the first.
-    if not isinstance(source, PreTrainedModel):
+    if isinstance(source, (str, PathLike)):
         source, tokenizer = load_source(source, tokenizer, gguf_file, dtype)
+    elif not isinstance(source, PreTrainedModel):
+        raise ValueError(
+            f"source must be a causal language model, or the id or folder of one, not {source!r:.60}."
+        )
+    elif gguf_file is not None or dtype is not None:
+        raise ValueError(
+            f"gguf_file and dtype say how an id or a folder is loaded; {type(source).__name__} is loaded already."
+        )
 
     with evaluating(source):  # and back, also if it is refused
         parts = SourceParts.of(source)
         start = start_token(source, tokenizer) if start_token_id is None else start_token_id
-        if not 0 <= start < len(parts.table):
+        if not isinstance(start, int) or not 0 <= start < len(parts.table):
             raise ValueError(
-                f"start_token_id must be in 0, ..., {len(parts.table) - 1}, not {start}."
+                f"start_token_id must be in 0, ..., {len(parts.table) - 1}, not {start!r}."
             )
 
         check_causal(source, random_ids(parts, start, 8))
@@ -123,10 +132,14 @@ def from_causal_lm(
         logit_factor = measured_logit_factor(source, parts, start)
 
         # 3. The model, and its weights.
+        num_positions = max_position_embeddings
+        if num_positions is None:
+            num_positions = _num_positions(source.config)
+
         config = TarFlowLMConfig(
             vocab_size=len(parts.table),
             latent_size=latent_size,
-            max_position_embeddings=max_position_embeddings or _num_positions(source.config),
+            max_position_embeddings=num_positions,
             block_config=_block_config(source.config),
             flows=[
                 {
@@ -222,6 +235,7 @@ def _copy_weights(model: TarFlowLMModel, parts: SourceParts, logit_factor: float
             f"without the token table: {sorted(differing)[:5]}. Only such a decoder can be a flow's."
         )
 
+    _check_buffers(parts.base, flow.decoder)
     flow.decoder.load_state_dict(state)
     flow.head.projection.weight.copy_(parts.weight * logit_factor)
     if parts.bias is not None:
@@ -236,6 +250,24 @@ def _copy_weights(model: TarFlowLMModel, parts: SourceParts, logit_factor: float
         )
         flow.observed_embedding.embedding.weight.copy_(rows)
         flow.observed_embedding.marker.zero_()
+
+
+def _check_buffers(base: nn.Module, decoder: nn.Module) -> None:
+    """Raises a ValueError if buffers, such as a rotary embedding's, are not those of the config.
+
+    `source.half()` rounds them, loading with `dtype=torch.float16` does not.
+    """
+    own = dict(decoder.named_buffers())
+    for name, buffer in base.named_buffers():
+        expected = own.get(name)
+        if expected is None or not buffer.is_floating_point() or buffer.shape != expected.shape:
+            continue
+
+        if not torch.allclose(buffer.double().cpu(), expected.double().cpu(), rtol=1e-5, atol=0):
+            raise ValueError(
+                f"The buffer {name} of {type(base).__name__} is not what its config makes: {buffer.dtype} rounds it. "
+                "Load the source with dtype=..., which leaves buffers alone, in place of .half() or .to(...)."
+            )
 
 
 def _draw_codebook(model: TarFlowLMModel, log_scale: float, seed: int) -> None:

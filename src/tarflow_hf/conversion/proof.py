@@ -51,8 +51,8 @@ def probe(source: PreTrainedModel, model: TarFlowLMModel, input_ids: Tensor) -> 
 def _compare(source: PreTrainedModel, model: TarFlowLMModel, input_ids: Tensor) -> Probe:
     """A probe without the look at the codebook, which takes seconds if it is large."""
     start = torch.full_like(input_ids[:, :1], model.config.start_token_id)
-    with_start = torch.cat([start, input_ids], 1)
-    expected = source(with_start, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    before = torch.cat([start, input_ids[:, :-1]], 1)
+    expected = source(before, use_cache=False).logits.float().log_softmax(-1)
     log_prob = expected.gather(-1, input_ids.unsqueeze(-1))
     difference = (next_token_log_probs(model, input_ids) - expected).abs()
     generator = torch.Generator(input_ids.device).manual_seed(0)

@@ -220,7 +220,8 @@ def measured_logit_factor(source: PreTrainedModel, parts: SourceParts, start: in
     Raises:
         ValueError: If the source does anything else to its logits.
     """
-    ids = random_ids(parts, start, 16)
+    longest = getattr(source.config, "max_position_embeddings", None) or 16
+    ids = random_ids(parts, start, min(16, longest))
     with explained(f"{type(source).__name__} does not run as a causal language model does"):
         hidden = parts.base(ids, use_cache=False).last_hidden_state
         raw = parts.head(hidden).double()

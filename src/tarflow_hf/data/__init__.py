@@ -12,6 +12,7 @@ from .characters import (
     CharacterCount,
     check_vocabulary,
     checked_ids,
+    continued_ids,
     is_of_characters,
     say_what_is_lost,
     special_token_ids,
@@ -27,7 +28,7 @@ from .corpora import (
     symbol_tokenizer,
     word_tokenizer,
 )
-from .files import lost_path, read_json, read_text, split_documents, split_text
+from .files import lost_path, output_file, read_json, read_text, split_documents, split_text
 from .packing import PackedTokens, StreamingPackedTokens
 from .python_docs import PYTHON_DOCS, python_documentation
 from .sentences import SentenceTokens, sentence_splits
@@ -43,6 +44,7 @@ __all__ = [
     "character_tokenizer",
     "check_vocabulary",
     "checked_ids",
+    "continued_ids",
     "corpus_of",
     "held_out_documents",
     "is_of_characters",
@@ -51,6 +53,7 @@ __all__ = [
     "load_splits",
     "lost_path",
     "make_tokenizer",
+    "output_file",
     "penn_treebank_tokenizer",
     "python_documentation",
     "read_json",

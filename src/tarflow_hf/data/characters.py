@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tokenizers import models, pre_tokenizers
+from tokenizers import models
 from transformers import PreTrainedTokenizerBase
 
 SAMPLE_SIZE = 8  # characters that a note shows
@@ -48,6 +48,34 @@ def token_ids_of_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> li
 OPTIONS = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
 
 
+def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns the tokens of a text that stands behind other text.
+
+    Tokenizers of SentencePiece's kind put a space, "▁", in front of a text. Behind other text there
+    is none.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> backend = Tokenizer(models.BPE({"▁": 0, "a": 1, "b": 2}, []))
+        >>> backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+        >>> token_ids(tokenizer, "ab"), continued_ids(tokenizer, "ab"), continued_ids(tokenizer, " ab")
+        ([0, 1, 2], [1, 2], [0, 1, 2])
+    """
+    ids = token_ids(tokenizer, text)
+    is_space_put = ids and tokenizer.convert_ids_to_tokens(ids[0]).startswith("▁")
+    if not is_space_put or text[0].isspace():
+        return ids
+
+    for before in "a0,\n":  # one that does not merge with the text
+        head, both = token_ids_of_all(tokenizer, [before, before + text])
+        if both[: len(head)] == head:
+            return both[len(head) :]
+
+    return ids
+
+
 def checked_ids(tokenizer: PreTrainedTokenizerBase, text: str, name: str = "the text") -> list[int]:
     """Returns the tokens of a text of which something is left.
 
@@ -58,10 +86,9 @@ def checked_ids(tokenizer: PreTrainedTokenizerBase, text: str, name: str = "the 
         ValueError: If the text has no tokens, or only white space is left of it.
     """
     ids = token_ids(tokenizer, text)
-    characters = CharacterCount(tokenizer)
-    characters.add(text)
-
-    if not ids or characters.is_all_lost:
+    known = [token for token in ids if token != tokenizer.unk_token_id]
+    is_lost = not known or (text.strip() and not tokenizer.decode(known).strip())
+    if is_lost:
         raise ValueError(
             f"Nothing is left of {name}: the tokenizer knows none of its {len(text):,} characters ({text[:40]!r}). "
             "Give other text, or a model with a tokenizer for it."
@@ -138,13 +165,19 @@ def is_of_characters(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def is_of_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """True if a token is a whole word between spaces, so that a character says nothing on its own."""
+    """True if tokens are whole words, so that a character says nothing on its own.
+
+    Example:
+        >>> from tarflow_hf.data import character_tokenizer
+        >>> is_of_words(character_tokenizer())
+        False
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return (
-        backend is not None
-        and isinstance(backend.model, models.WordLevel)
-        and isinstance(backend.pre_tokenizer, pre_tokenizers.WhitespaceSplit)
-    )
+    if backend is None or not isinstance(backend.model, models.WordLevel):
+        return False
+
+    special = set(tokenizer.all_special_tokens)
+    return any(len(token) > 1 for token in tokenizer.get_vocab() if token not in special)
 
 
 def is_text8_with_end(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -171,7 +204,7 @@ class CharacterCount:
 
     A character is dropped if it has no tokens, an unknown one, or only white space comes back.
     One that comes back otherwise (in small letters, spelled out) is not. White space does not
-    count as dropped. A tokenizer of whole words drops words, not characters: none is counted.
+    count as dropped. A tokenizer of whole words drops words: the characters of unknown ones count.
 
     Attributes:
         num_characters: The number of characters in all.
@@ -188,31 +221,35 @@ class CharacterCount:
     tokenizer: PreTrainedTokenizerBase
     num_characters: int = 0
     lost: Counter[str] = field(default_factory=Counter)
-    _num_blank: int = 0
     _is_lost: dict[str, bool] = field(default_factory=dict)
 
     @property
     def num_lost(self) -> int:
         return self.lost.total()
 
-    @property
-    def is_all_lost(self) -> bool:
-        """True if there was something, and nothing but white space is left of it."""
-        return 0 < self.num_lost == self.num_characters - self._num_blank
+    def __post_init__(self):
+        self._is_of_words = is_of_words(self.tokenizer)
 
     def add(self, text: str) -> None:
+        if self._is_of_words:
+            self.num_characters += len(text)
+            self.lost.update("".join(self._unknown_words(text)))
+            return
+
         counts = Counter(text)
         self._learn([character for character in counts if character not in self._is_lost])
         self.num_characters += len(text)
-        self._num_blank += sum(n for character, n in counts.items() if character.isspace())
         self.lost.update({c: n for c, n in counts.items() if self._is_lost[c]})
+
+    def _unknown_words(self, text: str) -> list[str]:
+        """The words that became the unknown token, but for those that spell its name."""
+        found = self.tokenizer(text, return_offsets_mapping=True, **OPTIONS)
+        pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        words = [text[a:b] for token, (a, b) in pairs if token == self.tokenizer.unk_token_id]
+        return [word for word in words if word != self.tokenizer.unk_token]
 
     def _learn(self, characters: list[str]) -> None:
         unknown, decode = self.tokenizer.unk_token_id, self.tokenizer.decode
-        if is_of_words(self.tokenizer):
-            self._is_lost.update(dict.fromkeys(characters, False))
-            return
-
         for character, ids in zip(
             characters, token_ids_of_all(self.tokenizer, characters), strict=True
         ):

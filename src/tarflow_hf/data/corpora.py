@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from .characters import END
+from .files import read_text
 
 PENN_TREEBANK_SYMBOLS = " #$&'*-./0123456789<>N\\abcdefghijklmnopqrstuvwxyz"
 LONGEST_SENTENCE = 288  # characters of Penn Treebank, the end not counted
@@ -108,7 +109,7 @@ def load_corpus(source: str) -> dict[str, list[str]]:
                 f"{folder} has no {' or '.join(names)}, the {split} text of {corpus.name}. {corpus.origin}"
             )
 
-        text = paths[0].read_text("utf-8")
+        text = read_text(paths[0])
         splits[split] = sentences(text) if corpus.is_of_sentences else [text]
 
     return splits

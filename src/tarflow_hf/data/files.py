@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import Any
 HELD_OUT = 0.05  # of the text, for each of validation and test
 
 # Files of documents, and how the `datasets` library loads them.
-TABLES: dict[str, dict[str, str]] = {
+TABLES: dict[str, dict[str, Any]] = {
     ".json": {"path": "json"},
     ".jsonl": {"path": "json"},
-    ".csv": {"path": "csv"},
-    ".tsv": {"path": "csv", "sep": "\t"},
+    ".csv": {"path": "csv", "keep_default_na": False},  # "None" and "NA" are words
+    ".tsv": {"path": "csv", "sep": "\t", "keep_default_na": False},
     ".parquet": {"path": "parquet"},
 }
 OTHER_DATA = {*TABLES, ".arrow", ".gz", ".zip", ".zst", ".py"}
@@ -29,7 +30,7 @@ TEXT_FILE_SPLITS = {
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The content of a UTF-8 text file.
+    """The content of a UTF-8 text file, with "\\n" at the end of each line.
 
     Raises:
         ValueError: if the file is empty, binary (contains a null byte), or not UTF-8; says at which
@@ -43,6 +44,7 @@ def read_text(path: str | os.PathLike) -> str:
 
     try:
         text = content.decode("utf-8").removeprefix("\ufeff")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         byte = content[error.start]
         raise ValueError(
@@ -56,6 +58,29 @@ def read_text(path: str | os.PathLike) -> str:
     return text
 
 
+def output_file(name: str) -> Path:
+    """The path of a file to write, whose folder is made: the `type` of an option of argparse.
+
+    So a path that can't be written to is an error before the work begins.
+
+    Raises:
+        ArgumentTypeError: If it can't.
+    """
+    path = Path(name)
+    if path.is_dir():
+        raise ArgumentTypeError(f"{name} is a folder: give the name of a file in it.")
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentTypeError(f"{name} can't be written: {error}.") from None
+
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ArgumentTypeError(f"{name} can't be written: it is read-only. Choose another place.")
+
+    return path
+
+
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -63,7 +88,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         ValueError: If there is no such file, or something else in it. The message names the place.
     """
     try:
-        content = json.loads(Path(path).read_text("utf-8"))
+        content = json.loads(Path(path).read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} can't be read as JSON: {error}") from None
 

@@ -224,7 +224,7 @@ def _naming_files(source: str) -> Iterator[None]:
 
 def _check_lines(path: Path, text: str) -> None:
     """Raises ValueError for the first line that is no JSON."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             json.loads(line or "null")
         except ValueError as error:

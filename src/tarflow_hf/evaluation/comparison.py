@@ -17,8 +17,15 @@ from torch import Tensor, nn
 
 from ..modeling.checks_tarflowlm import is_integer
 from ..modeling.coupling_head import at_least_one
+from ..modeling.inversion_tarflowlm import evaluating
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from ..noise import check_same_space
+
+TOKENS_ONLY = {  # whatever a saved config asks for
+    "return_dict_in_generate": False,
+    "output_states": False,
+    "output_inverse_report": False,
+}
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,10 @@ def compare(
         >>> int(found.is_same.sum()), found.difference
         (4, 0.0)
     """
+    for model in (a, b):
+        if not isinstance(model, TarFlowLMModel):
+            raise ValueError(f"compare takes two TarFlowLMModel, not {type(model).__name__}.")
+
     check_same_space(a, b)
     at_least_one("num_texts", num_texts)
     at_least_one("num_tokens", num_tokens)
@@ -133,8 +144,8 @@ def compare(
     noise = torch.randn(num_texts, length, a.config.latent_size, generator=generator)
 
     def write(model: TarFlowLMModel) -> Tensor:
-        parts = noise.split(batch_size)
-        return torch.cat([model.generate(noise=part.to(model.device)).cpu() for part in parts])
+        parts = [part.to(model.device) for part in noise.split(batch_size)]
+        return torch.cat([model.generate(noise=part, **TOKENS_ONLY).cpu() for part in parts])
 
     written = write(a), write(b)
     scored = written[0] if texts is None else texts
@@ -142,7 +153,9 @@ def compare(
     def score(model: TarFlowLMModel) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         parts = scored.split(batch_size)
-        elbo = [model(part.to(model.device), generator=generator).elbo.cpu() for part in parts]
+        with evaluating(model):
+            elbo = [model(part.to(model.device), generator=generator).elbo.cpu() for part in parts]
+
         return -torch.cat(elbo).double() / scored.shape[1] / math.log(2)
 
     return Comparison(written, (score(a), score(b)))

@@ -37,6 +37,8 @@ def check_latents(latents: Tensor, latent_size: int, patch_size: int, longest: i
         raise ValueError(
             f"Latents and noise must have shape (B, T, d), not {tuple(latents.shape)}."
         )
+    if len(latents) == 0:
+        raise ValueError(f"Latents and noise must not be empty: {tuple(latents.shape)}.")
 
     check_length(latents.shape[1], patch_size, longest)
 
@@ -144,26 +146,21 @@ def check_positions(
     )
 
 
-def check_given(
-    input_ids: Tensor,
-    latent_size: int,
-    labels: Tensor | None,
-    observed_mask: Tensor | None,
-    latents: Tensor | None,
-    latent_noise: Tensor | None,
-) -> None:
-    """Raises a ValueError unless what stands beside ids (B, T) is None or a tensor of its shape."""
-    shape = tuple(input_ids.shape)
-    given = {"labels": (labels, shape), "observed_mask": (observed_mask, shape)}
-    given |= {
-        name: (value, (*shape, latent_size))
-        for name, value in (("latents", latents), ("latent_noise", latent_noise))
-    }
-    for name, (value, expected) in given.items():
+OF_TOKENS = ("labels", "observed_mask", "known_mask")  # the others have a latent for each token
+
+
+def check_given(shape: tuple[int, int], latent_size: int, **given: Tensor | None) -> None:
+    """Raises a ValueError unless each argument is None, or a tensor of its shape.
+
+    Args:
+        shape: (B, T) of the tokens beside which it stands.
+    """
+    for name, value in given.items():
         if value is None:
             continue
 
         check_is_tensor(name, value)
+        expected = tuple(shape) if name in OF_TOKENS else (*shape, latent_size)
         if value.shape != expected:
             raise ValueError(f"{name} must have shape {expected}, not {tuple(value.shape)}.")
 

@@ -126,15 +126,16 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def at_least_one(name: str, value: Any) -> int:
-    """Returns the value if it is an integer of at least 1.
+    """Returns the value, Python's or NumPy's, if it is an integer of at least 1.
 
     Raises:
         ValueError: If it is not; the message begins with the name.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    is_integer = hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
+    if not is_integer or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")
 
-    return value
+    return int(value)
 
 
 def number_between(name: str, value: Any, least: float, most: float) -> float:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .checks_tarflowlm import check_num_flows
 from .configuration_tarflowlm import TarFlowLMConfig
 from .drafts_tarflowlm import check_drafts
 from .generation_layout import Prompt, Text
-from .generation_options import GenerationOptions
+from .generation_options import GenerationOptions, asked_for
 from .inversion_tarflowlm import check_finite
 from .pretrained_tarflowlm import TarFlowLMPreTrainedModel
 
@@ -80,7 +81,9 @@ def check_weights(flow: nn.Module, num_flows: int | None) -> None:
                 raise ValueError(f"{part}.{name} has a weight that is not finite.")
 
 
-def check_infill(prompt: Prompt, options: dict[str, Any], patch_size: int) -> None:
+def check_infill(
+    prompt: Prompt, given: dict[str, Any], config: GenerationConfig | None, patch_size: int
+) -> None:
     """Raises a ValueError unless each text (B, T) has a gap, and all are of whole patches."""
     text, is_real, infill_mask = prompt.ids, prompt.is_real, prompt.is_gap
     if infill_mask.shape != text.shape or not text.numel():
@@ -93,7 +96,7 @@ def check_infill(prompt: Prompt, options: dict[str, Any], patch_size: int) -> No
         raise ValueError("infill_mask must be boolean, or 0 and 1.")
 
     for name in ("max_new_tokens", "max_length"):
-        if options.get(name) is not None:
+        if asked_for(name, given, config) is not None:
             raise ValueError(
                 f"{name} says nothing with infill_mask, with which a text keeps its length."
             )

@@ -415,7 +415,7 @@ def beside_noise(
         num_prompt_tokens: The number of them in the prompt.
 
     Raises:
-        ValueError: If an option contradicts the noise.
+        ValueError: If an option, as a keyword or in the call's config, contradicts the noise.
     """
     expected = {
         "max_new_tokens": num_tokens - num_prompt_tokens,
@@ -423,13 +423,26 @@ def beside_noise(
         "temperature": 1,
     }
     for name, value in expected.items():
-        if given.get(name) is not None and given[name] != value:
+        asked = asked_for(name, given, config)
+        if asked is not None and asked != value:
             raise ValueError(
-                f"noise is given, and with it {name} is {value}: leave out {name}={given[name]!r}."
+                f"noise is given, and with it {name} is {value}: leave out {name}={asked!r}."
             )
 
     ends = given.get("eos_token_id"), getattr(config, "eos_token_id", None)
     return given if any(end is not None for end in ends) else given | {"eos_token_id": -1}
+
+
+def asked_for(name: str, given: dict[str, Any], config: GenerationConfig | None) -> Any:
+    """The value of an option that a call asks for, as a keyword or in its config; None if it does not.
+
+    A config has a value of every option: one at the library's default asks for nothing.
+    """
+    if given.get(name) is not None:
+        return given[name]
+
+    value = getattr(config, name, None)
+    return None if is_neutral(name, value) else value
 
 
 def _plain_integer(value: Any) -> Any:

@@ -221,7 +221,7 @@ class TarFlowLMGenerationMixin(NoiseMixin, GenerationMixin):
         check_sources(options, noise, streamer)
         check_weights(self.flow, options.num_flows)
         if prompt.is_infill:
-            check_infill(prompt, kwargs, self.config.patch_size)
+            check_infill(prompt, kwargs, generation_config, self.config.patch_size)
 
         # 2. Where tokens are known, and where new ones go.
         text = lay_out(prompt, noise, options, self.config, self._home)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks_tarflowlm import check_is_tensor
 from .generation_layout import Text
 from .inversion_tarflowlm import check_finite
 from .slots_tarflowlm import take
@@ -21,6 +22,16 @@ from .slots_tarflowlm import take
 # Latents (B, m, d), their places (B, m) in the pieces, tokens (B, V) that are forbidden there or
 # None -> tokens (B, m)
 ChooseTokens = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def check_processed(logits: Tensor, shape: torch.Size) -> None:
+    """Raises a ValueError unless a logits processor has returned logits of the shape that it was given."""
+    check_is_tensor("What a logits processor returns", logits)
+    if logits.shape != shape:
+        raise ValueError(
+            f"A logits processor must return logits of the shape {tuple(shape)} that it is given, not "
+            f"{tuple(logits.shape)}."
+        )
 
 
 class TextEnds:
@@ -116,7 +127,9 @@ class TokenWriter:
             for rows, order, process in self.groups:
                 rows = rows.to(logits.device)
                 before = tokens[rows, : order[last]]
-                processed[rows, step] = process(before, by_token[rows, step]).to(logits.dtype)
+                made = process(before, by_token[rows, step])
+                check_processed(made, by_token[rows, step].shape)
+                processed[rows, step] = made.to(logits.dtype)
 
         self.is_forbidden = list((processed == -torch.inf).unbind(1))
         return processed.flatten(0, 1)

@@ -33,10 +33,10 @@ from .checks_tarflowlm import (
     check_not_given,
     check_size,
     check_stack_arguments,
-    require,
 )
 from .codebook import Codebook, Gaussians
 from .configuration_tarflowlm import TarFlowLMConfig
+from .coupling_head import at_least_one
 from .coupling_heads import COUPLING_HEADS
 from .decoder_tarflowlm import FlowDecoder
 from .evaluation_noise import fixed_noise
@@ -55,6 +55,7 @@ from .slots_tarflowlm import (
     known_slots,
     make_layout,
     make_order,
+    mask_of_patches,
     observe,
     to_positions,
     to_tokens,
@@ -263,6 +264,7 @@ class FlowStack(nn.Module):
         if not reverse:
             return self._transform(layers, h, codebook, layout, output_noise)
 
+        check_given(latents.shape[:2], latents.shape[2], known=known, known_mask=known_mask)
         known = self._known(layers, codebook, layout, known, known_mask)
         return self._invert(layers, h, codebook, layout, known, InverseOptions(**inverse_options))
 
@@ -331,10 +333,7 @@ class FlowStack(nn.Module):
         if known is None:
             return [None] * len(layers)
 
-        by_position = known_mask.unflatten(1, (-1, self.patch_size))
-        mask = by_position.all(-1)
-        require((mask == by_position.any(-1)).all(), "known_mask must cover whole patches.")
-
+        mask = mask_of_patches("known_mask", known_mask, self.patch_size)
         h = to_positions(known, self.patch_size)
         if len(layers) == 1 or any(layer.direction == "right_to_left" for layer in layers):
             return [Known(h, mask)] + [None] * (len(layers) - 1)
@@ -455,8 +454,8 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
 
         # 1. Which tokens are scored.
         input_ids = check_ids(input_ids, self.config, attention_mask, position_ids)
-        given = labels, observed_mask, latents, latent_noise
-        check_given(input_ids, self.config.latent_size, *given)
+        given = {"labels": labels, "observed_mask": observed_mask, "latents": latents}
+        check_given(input_ids.shape, self.config.latent_size, **given, latent_noise=latent_noise)
         if labels is not None and observed_mask is None and self.config.conditional:
             observed_mask = observed_by(labels, input_ids, attention_mask, self.config.pad_token_id)
 
@@ -514,7 +513,9 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         noise: Tensor | None = None,
     ) -> Tensor:
         """Latents (B, T, d) drawn from q(z | x), by noise (B, T, d) that is drawn or given."""
-        return self.codebook().sample(check_ids(input_ids, self.config), generator, noise)
+        ids = check_ids(input_ids, self.config)
+        check_given(ids.shape, self.config.latent_size, noise=noise)
+        return self.codebook().sample(ids, generator, noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """log p(x | z) in nats, normalised over the vocabulary: (B, T, d) to (B, T, V)."""
@@ -541,9 +542,7 @@ class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, Generat
         Raises:
             ValueError: If `num_samples` is below 1, or `forward` refuses an argument.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, not {num_samples}.")
-
+        at_least_one("num_samples", num_samples)
         input_ids = check_ids(input_ids, self.config, attention_mask)
         options = {"generator": generator, "num_flows": num_flows, "observed_mask": observed_mask}
         samples = []

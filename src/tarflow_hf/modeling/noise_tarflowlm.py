@@ -112,8 +112,9 @@ class NoiseMixin(GenerationMixin):
 
         places = [int(row.int().argmax()) for row in is_open if bool(row.any())]
         raise ValueError(
-            f"No noise in {latents.dtype} was found in {MAX_REPLAYS} draws that gives the text back: the token at "
-            f"real position {places[0]} is too unlikely there. A model in torch.float64 resolves more."
+            f"No noise was found in {MAX_REPLAYS} draws that gives the text back: the token at real position "
+            f"{places[0]} is too unlikely there for a model in {self.dtype}. A wider dtype resolves more, such as "
+            "model.float() or model.double()."
         )
 
 
@@ -152,9 +153,10 @@ def check_watermark(
     """Raises an error where a watermark is none, or has no noise to mark."""
     if watermark is None:
         return
-    if not (hasattr(watermark, "noise") and hasattr(watermark, "remember")):
+    has_methods = hasattr(watermark, "noise") and hasattr(watermark, "remember")
+    if isinstance(watermark, type) or not has_methods:
         raise TypeError(
-            f"watermark must be a tarflow_hf.watermark.NoiseWatermark, not {type(watermark).__name__}."
+            f"watermark must be a tarflow_hf.watermark.NoiseWatermark, not {watermark!r:.60}."
         )
     if noise is not None:
         raise ValueError("Give noise or a watermark, which makes noise of its own, not both.")

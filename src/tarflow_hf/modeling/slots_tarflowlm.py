@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from .checks_tarflowlm import check_mask, require
+from .checks_tarflowlm import check_is_tensor, check_mask, is_integer, require
 
 # --------------------------------------------------------------------------------------------------
 # Which positions are variables
@@ -84,6 +84,19 @@ def make_layout(h: Tensor, patch_size: int, attention_mask: Tensor | None = None
     return Layout(lengths, None, is_real, first)
 
 
+def mask_of_patches(name: str, mask: Tensor, patch_size: int) -> Tensor:
+    """The mask (B, N) of patches that a mask (B, T) of tokens covers.
+
+    Raises:
+        ValueError: If it is no mask, or covers parts of patches.
+    """
+    require(((mask == 0) | (mask == 1)).all(), f"{name} must be boolean, or 0 and 1.")
+    by_patch = (mask == 1).unflatten(1, (-1, patch_size))
+    whole = by_patch.all(-1)
+    require((whole == by_patch.any(-1)).all(), f"{name} must cover whole patches.")
+    return whole
+
+
 def add_observed(
     layout: Layout, h: Tensor, ids: Tensor | None, mask: Tensor, patch_size: int, vocab_size: int
 ) -> Layout:
@@ -100,18 +113,24 @@ def add_observed(
             sequence, or if an observed id is outside the vocabulary.
     """
     shape = (h.shape[0], h.shape[1] * patch_size)
-    if ids is None or ids.shape != shape or mask.shape != shape:
-        shapes = f"{None if ids is None else tuple(ids.shape)}, {tuple(mask.shape)}"
+    for name, value in (("observed_ids", ids), ("observed_mask", mask)):
+        check_is_tensor(name, value)
+
+    if ids.shape != shape or mask.shape != shape:
+        shapes = f"{tuple(ids.shape)}, {tuple(mask.shape)}"
         raise ValueError(
             f"observed_ids and observed_mask must have shape (B, T) = {shape}, not {shapes}."
         )
+
+    if not is_integer(ids):
+        raise ValueError(f"observed_ids must be token ids, integers, not {ids.dtype}.")
 
     require(((mask == 0) | (mask == 1)).all(), "observed_mask must be boolean, or 0 and 1.")
     mask = mask.unflatten(1, (-1, patch_size)) == 1  # (B, N, P)
     mask = layout.keep_variables(mask)
     require((mask.all(-1) == mask.any(-1)).all(), "observed_mask must cover whole patches.")
 
-    ids = torch.where(mask, ids.unflatten(1, (-1, patch_size)), -1)
+    ids = torch.where(mask, ids.long().unflatten(1, (-1, patch_size)), -1)
     is_token = (ids >= 0) & (ids < vocab_size)
     require(
         (is_token == mask).all(),

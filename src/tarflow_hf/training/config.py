@@ -143,20 +143,24 @@ class TrainingConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
-        for name in ("eval_every", "save_every", "save_minutes", "warmup_steps", "lora_rank"):
-            if getattr(self, name) < 0:
+        for name in (
+            "eval_every",
+            "save_every",
+            "save_minutes",
+            "warmup_steps",
+            "lora_rank",
+            "weight_decay",
+            "max_grad_norm",
+            "min_learning_rate",
+        ):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}.")
 
-        if self.finish and not self.resume:
-            raise ValueError("finish ends a run that is resumed: give resume (--resume), too.")
+        self._check_companions()
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, not {self.learning_rate}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), not {self.ema_decay}.")
-        if self.first_flow > 1 and self.mode == "joint":
-            raise ValueError(
-                f"first_flow is for the stages of a progressive mode, not for joint: {self.first_flow}."
-            )
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, not {self.mode!r}.")
 
@@ -172,6 +176,29 @@ class TrainingConfig:
                     f"{name} must be positive numbers, one for each stage, not {values!r}."
                 )
 
+        lowest = min(self.stage_learning_rates or [self.learning_rate])
+        if self.min_learning_rate > lowest:
+            raise ValueError(
+                f"min_learning_rate is where the learning rate falls to: {lowest} at most, not "
+                f"{self.min_learning_rate}."
+            )
+
+    def _check_companions(self) -> None:
+        """Raises a ValueError if an option says nothing, because another one is missing."""
+        if self.lora_targets and not self.lora_rank:
+            raise ValueError(
+                f"lora_targets names maps for LoRA, {self.lora_targets}: give lora_rank, too."
+            )
+        if self.gguf_file and not self.source:
+            raise ValueError(
+                f"gguf_file is a file of the source, {self.gguf_file!r}: give the source (--from), too."
+            )
+        if self.finish and not self.resume:
+            raise ValueError("finish ends a run that is resumed: give resume (--resume), too.")
+        if self.first_flow > 1 and self.mode == "joint":
+            raise ValueError(
+                f"first_flow is for the stages of a progressive mode, not for joint: {self.first_flow}."
+            )
         if self.patience < 0 or (self.patience and self.eval_every < 1):
             raise ValueError(
                 f"patience counts evaluations: it must be 0, or positive with an eval_every, not {self.patience} with "

@@ -53,13 +53,15 @@ def check_output_dir(output_dir: str | os.PathLike, resume: bool) -> None:
 def trainer_checkpoint(training: TrainingArguments) -> str | None:
     """Returns the checkpoint that `Trainer` should go on from; None for a new run.
 
-    The newest one counts if `resume_from_checkpoint` is "true". `Trainer` writes trainer_state.json
-    last: a checkpoint without it is half-written, and not taken.
+    The newest one counts if `resume_from_checkpoint` is "true", and without one the run begins
+    anew. `Trainer` writes trainer_state.json last: a checkpoint without it is half-written, and not
+    taken.
 
     Raises:
         FileExistsError: If a new run would write over another one.
     """
     given, folder = training.resume_from_checkpoint, Path(training.output_dir)
+    given = {"true": True, "false": None}.get(str(given).lower(), given)
     whole = [path for path in checkpoints_in(folder) if (path / "trainer_state.json").is_file()]
     newest = whole[-1] if whole else None
     if given is None and newest is not None:
@@ -68,7 +70,17 @@ def trainer_checkpoint(training: TrainingArguments) -> str | None:
             "--output_dir."
         )
 
-    return str(newest) if given in ("true", "True") and newest else given
+    models = [folder / name for name in ("config.json", "adapter_config.json")]
+    is_new = given is None or (given is True and newest is None)
+    if is_new and any(path.is_file() for path in models):
+        raise FileExistsError(
+            f"{folder} holds a trained model, which this run would replace: choose another --output_dir."
+        )
+
+    if given is True:
+        return None if newest is None else str(newest)
+
+    return given
 
 
 def make_output_dir(output_dir: str | os.PathLike) -> None:

@@ -52,6 +52,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..modeling.coupling_head import at_least_one
 from ..modeling.modeling_tarflowlm import TarFlowLMModel
 from ..modeling.normal import ndtri_exp
 from .alignment import Alignment
@@ -113,15 +114,12 @@ class NoiseWatermark:
     """
 
     def __init__(self, key: int | str | bytes, num_streams: int = 8, max_offset: int = 256):
-        self.key = key if isinstance(key, bytes) else f"{type(key).__name__}:{key}".encode()
+        kind = type(key).__name__.encode()
+        self.key = kind + b":" + (key if isinstance(key, bytes) else str(key).encode())
         if not isinstance(key, (int, str, bytes)) or isinstance(key, bool) or key in ("", b""):
             raise ValueError(f"key must be an integer, a string or bytes, not empty: {key!r}.")
-        if num_streams < 1 or max_offset < 1:
-            raise ValueError(
-                f"num_streams and max_offset must be at least 1: {num_streams}, {max_offset}."
-            )
-
-        self.num_streams, self.max_offset = num_streams, max_offset
+        self.num_streams = at_least_one("num_streams", num_streams)
+        self.max_offset = at_least_one("max_offset", max_offset)
         self.codebooks: set[bytes] = set()  # of the models that have written with this object
 
     def __repr__(self) -> str:
