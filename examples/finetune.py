@@ -11,8 +11,8 @@ checkpoint. SIGTERM ends a run, which is saved. Its losses are nats per token: m
 import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-from tarflow_hf.data import PackedTokens, load_splits
-from tarflow_hf.loading import load_checkpoint
+from tarflow_hf.data import load_splits, pack_split
+from tarflow_hf.loading import check_trainable, load_checkpoint
 from tarflow_hf.training import trainer_checkpoint
 
 
@@ -32,22 +32,14 @@ def main():
     training.dataloader_pin_memory &= training.device.type == "cuda"  # else torch warns
     resume = trainer_checkpoint(training)
     model, tokenizer = load_checkpoint(given.checkpoint, dtype=torch.float32)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            f"{given.checkpoint} is an adapter of a frozen model: merge it into the model first, or load it by PEFT "
-            "with is_trainable=True."
-        )
+    check_trainable(model, given.checkpoint)
 
     splits = load_splits(given.data, text_column=given.text_column)
     length = model.config.max_position_embeddings
-    packed = {}
-    for name in ("train", "validation"):
-        try:
-            packed[name] = PackedTokens(splits[name], tokenizer, length)
-        except ValueError as error:
-            raise ValueError(f"The {name} split of {given.data} is too short: {error}") from None
-
-    train, validation = packed["train"], packed["validation"]
+    train, validation = (
+        pack_split(name, splits[name], given.data, tokenizer, length)
+        for name in ("train", "validation")
+    )
     if note := train.note("the training text"):
         print(note)
 

@@ -40,13 +40,8 @@ def main():
 
     ids, is_gap = [], []
     for piece in re.findall("_+|[^_]+", arguments.text):
-        if piece[0] == "_":
-            piece_ids = [0] * len(piece)
-        elif not ids:
-            piece_ids = token_ids(tokenizer, piece)
-        else:
-            piece_ids = continued_ids(tokenizer, piece)
-
+        read = continued_ids if ids else token_ids
+        piece_ids = [0] * len(piece) if piece[0] == "_" else read(tokenizer, piece)
         ids += piece_ids
         is_gap += [piece[0] == "_"] * len(piece_ids)
 

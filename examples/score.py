@@ -4,8 +4,7 @@
     python examples/score.py USER/NAME "a text" --num_samples 64           # a tighter bound
 
 Nats of a TarFlowLM are upper bounds, of the whole text; texts of different lengths compare by nats
-per token. All texts share a batch: shorter ones are padded on the right, and masked. A file, or a
-text longer than the model's sequences: examples/evaluate.py.
+per token. A file, or a text longer than the model's sequences: examples/evaluate.py.
 """
 
 import argparse
@@ -36,14 +35,13 @@ def main():
     arguments = parse_arguments()
     model, tokenizer = load_checkpoint(arguments.checkpoint)
 
-    patch_size = model.config.patch_size
     named = enumerate(arguments.texts, 1)
     texts = [torch.tensor(checked_ids(tokenizer, text, f"text {n}")) for n, text in named]
     # The last token is repeated until its patch is whole: a bound on more text bounds the text.
-    whole = [cut_text(ids, 2**31, patch_size)[0]["input_ids"] for ids in texts]
-    input_ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
-    attention_mask = torch.nn.utils.rnn.pad_sequence(
-        [torch.ones_like(ids) for ids in whole], batch_first=True
+    whole = [cut_text(ids, 2**31, model.config.patch_size)[0]["input_ids"] for ids in texts]
+    input_ids, attention_mask = (
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        for rows in (whole, [torch.ones_like(ids) for ids in whole])
     )
     lengths = torch.tensor([len(ids) for ids in texts])
 

@@ -34,13 +34,13 @@ from tarflow_hf.baseline import longest_sequence, sample_discrete
 from tarflow_hf.conversion import adopt, append_flow, from_causal_lm, load_source
 from tarflow_hf.data import (
     PYTHON_DOCS,
-    PackedTokens,
     SentenceTokens,
     StreamingPackedTokens,
     check_vocabulary,
     is_of_sentences,
     load_splits,
     make_tokenizer,
+    pack_split,
     read_json,
     sentence_splits,
     special_token_ids,
@@ -270,10 +270,7 @@ def pack(run: RunConfig, splits, tokenizer, sequence_length: int, seed: int) -> 
             )
             continue
 
-        try:
-            packed[name] = PackedTokens(documents, tokenizer, sequence_length)
-        except ValueError as error:
-            raise ValueError(f"The {name} split of {run.dataset} is too short: {error}") from None
+        packed[name] = pack_split(name, documents, run.dataset, tokenizer, sequence_length)
 
     return packed
 

@@ -104,3 +104,16 @@ def _within(folder: Path) -> str:
         return f" It holds a run that has not ended. Its newest checkpoint is {kept[-1].parent}."
 
     return " Give the folder that save_pretrained has written."
+
+
+def check_trainable(model: PreTrainedModel, checkpoint: str) -> None:
+    """Checks that a loaded model has something to train.
+
+    Raises:
+        ValueError: If it has not: an adapter that PEFT has loaded is frozen, with its model.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"{checkpoint} is an adapter of a frozen model: merge it into the model first, or load it by PEFT with "
+            "is_trainable=True."
+        )

@@ -29,7 +29,7 @@ from .corpora import (
     word_tokenizer,
 )
 from .files import lost_path, output_file, read_json, read_text, split_documents, split_text
-from .packing import PackedTokens, StreamingPackedTokens
+from .packing import PackedTokens, StreamingPackedTokens, pack_split
 from .python_docs import PYTHON_DOCS, python_documentation
 from .sentences import SentenceTokens, sentence_splits
 from .sources import held_out_documents, load_splits
@@ -54,6 +54,7 @@ __all__ = [
     "lost_path",
     "make_tokenizer",
     "output_file",
+    "pack_split",
     "penn_treebank_tokenizer",
     "python_documentation",
     "read_json",

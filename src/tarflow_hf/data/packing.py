@@ -372,3 +372,22 @@ def _piece_end(text: str, start: int, encode: Callable) -> int:
             return cut
 
     return len(text)
+
+
+def pack_split(
+    name: str,
+    documents: Iterable[str],
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+) -> PackedTokens:
+    """Returns a split of some data, packed.
+
+    Raises:
+        ValueError: If there is not a single sequence in it. The message names the split and its
+            source.
+    """
+    try:
+        return PackedTokens(documents, tokenizer, sequence_length)
+    except ValueError as error:
+        raise ValueError(f"The {name} split of {source} is too short: {error}") from None
