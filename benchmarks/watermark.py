@@ -391,7 +391,7 @@ def main():
     else:
         writers = Writers(TarFlowLMModel.from_pretrained(arguments.checkpoint).eval())
 
-    table.facts["model"] = arguments.name or arguments.source or Path(arguments.checkpoint).name
+    table.facts["model"] = arguments.name or Path(arguments.source or arguments.checkpoint).name
     keys = Keys(arguments.num_texts, arguments.max_offset)
     texts = write_and_cost(writers, keys, arguments, table)
     power_table(texts, writers, keys, arguments, table)

@@ -88,7 +88,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         ValueError: If there is no such file, or something else in it. The message names the place.
     """
     try:
-        content = json.loads(Path(path).read_text("utf-8-sig"))
+        content = json.loads(Path(path).read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} can't be read as JSON: {error}") from None
 
