@@ -13,6 +13,7 @@ from tarflow_hf.baseline import negative_log_likelihood
 from tarflow_hf.data import (
     PackedTokens,
     SentenceTokens,
+    load_corpus,
     load_splits,
     make_tokenizer,
     penn_treebank_tokenizer,
@@ -83,6 +84,15 @@ def test_a_missing_file_says_where_the_text_is_from(folder):
         load_splits(f"ptb:{folder}")
     with pytest.raises(FileNotFoundError, match=r"github\.com/timbmg/RNNLM"):
         load_splits("ptb:nowhere")
+
+
+def test_a_file_that_is_no_text_is_named(folder):
+    path = folder / "ptb.train.txt"
+    path.write_bytes(b"\xef\xbb\xbfit fell\r\nno one\r\n")
+    assert load_corpus(f"ptb:{folder}")["train"] == ["it fell", "no one"]
+    path.write_bytes("größe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"ptb\.train\.txt is not UTF-8 text: byte 0xf6"):
+        load_corpus(f"ptb:{folder}")
 
 
 def test_the_tokenizer_gives_each_symbol_a_token():

@@ -363,6 +363,10 @@ BROKEN = {
         '{"text": "a"}\n{"text": "b"\n',
         r"train\.jsonl, line 2, can't be read as JSON: .* Mend the line",
     ),
+    "train_2028.jsonl": (  # which Python takes for the end of a line, and JSON does not
+        '{"text": "a\u2028b"}\n' * 205 + '{"text": 3 4}',
+        r"train_2028\.jsonl, line 206, can't be read as JSON",
+    ),
     "train.csv": ('text\na\n"b\n', r"train\.csv can't be read: .*row 2.* Mend it, or leave it out"),
     "train.parquet": ("no table", r"train\.parquet can't be read: .* Mend it"),
 }
@@ -429,7 +433,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("name", TABLES)
 def test_a_file_of_documents_is_read_by_its_column(tmp_path, name):
-    documents = [f"document {i:02}, a text" for i in range(40)]
+    documents = [f"document {i:02}, a text" for i in range(38)] + ["None", "NA"]  # words, not gaps
     TABLES[name](tmp_path / name, documents)
     source = str(tmp_path / name)
     assert load_splits(source, text_column="body") == split_documents(documents)

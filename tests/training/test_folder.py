@@ -7,9 +7,10 @@ import sys
 
 import pytest
 from accelerate import Accelerator
+from transformers import TrainingArguments
 
 from helpers.training import entries, run, subprocess_environment
-from tarflow_hf.training import check_output_dir
+from tarflow_hf.training import check_output_dir, trainer_checkpoint
 from tarflow_hf.training.folder import locked
 
 OPTIONS = {"num_steps": 6, "save_every": 2, "eval_sequences": 2}
@@ -81,6 +82,30 @@ def test_rotation_removes_only_what_this_run_wrote(tmp_path, data, tokenizer):
         assert json.loads((tmp_path / name / "run.json").read_text()) == other
 
     assert len(json.loads((tmp_path / "checkpoint-6" / "run.json").read_text())["run_id"]) == 32
+
+
+def test_where_the_trainer_goes_on(tmp_path):
+    """A job that always asks for the newest checkpoint begins anew where there is none."""
+
+    def checkpoint_of(given) -> str | None:
+        options = {"resume_from_checkpoint": given, "use_cpu": True, "report_to": "none"}
+        return trainer_checkpoint(TrainingArguments(output_dir=str(tmp_path), **options))
+
+    assert checkpoint_of("true") is None and checkpoint_of("False") is None
+    assert checkpoint_of("elsewhere/checkpoint-3") == "elsewhere/checkpoint-3"
+
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / name).write_text("{}")
+        for given in (None, "true"):
+            with pytest.raises(FileExistsError, match="holds a trained model"):
+                checkpoint_of(given)
+        (tmp_path / name).unlink()
+
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text("{}")
+    assert checkpoint_of("true") == str(tmp_path / "checkpoint-7")
+    with pytest.raises(FileExistsError, match="checkpoint-7"):
+        checkpoint_of(None)
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):
