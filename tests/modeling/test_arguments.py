@@ -99,6 +99,16 @@ def test_what_a_logits_processor_returns(processor, message):
         make().generate(IDS, max_new_tokens=3, logits_processor=[processor])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"forced_eos_token_id": 99}, {"prefix_allowed_tokens_fn": lambda row, ids: [99]}],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_token_that_does_not_exist(options):
+    with pytest.raises(ValueError, match=r"names a token outside 0, \.\.\., 10"):
+        make().generate(IDS, max_new_tokens=3, **options)
+
+
 def test_a_watermark_is_an_object():
     with pytest.raises(
         TypeError, match=r"must be a tarflow_hf.watermark.NoiseWatermark, not <class"

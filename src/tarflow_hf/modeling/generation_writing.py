@@ -24,14 +24,27 @@ from .slots_tarflowlm import take
 ChooseTokens = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def check_processed(logits: Tensor, shape: torch.Size) -> None:
-    """Raises a ValueError unless a logits processor has returned logits of the shape that it was given."""
-    check_is_tensor("What a logits processor returns", logits)
-    if logits.shape != shape:
+def processed(process: Callable, before: Tensor, logits: Tensor) -> Tensor:
+    """Returns what logits processors make of logits (B, V) behind ids (B, n).
+
+    Raises:
+        ValueError: If that is no tensor of their shape, or they name a token that does not exist.
+    """
+    try:
+        made = process(before, logits)
+    except IndexError as error:
         raise ValueError(
-            f"A logits processor must return logits of the shape {tuple(shape)} that it is given, not "
-            f"{tuple(logits.shape)}."
+            f"An option or a logits processor names a token outside 0, ..., {logits.shape[-1] - 1}: {error}."
+        ) from error
+
+    check_is_tensor("What a logits processor returns", made)
+    if made.shape != logits.shape:
+        raise ValueError(
+            f"A logits processor must return logits of the shape {tuple(logits.shape)} that it is given, not "
+            f"{tuple(made.shape)}."
         )
+
+    return made.to(logits.dtype)
 
 
 class TextEnds:
@@ -114,7 +127,7 @@ class TokenWriter:
                 next m, (B m, V).
         """
         by_token = logits.unflatten(0, (len(self.tokens), -1))
-        processed = by_token.clone()
+        made = by_token.clone()
         tokens = self.tokens
         for step in range(by_token.shape[1]):
             last = self.num_passed + step
@@ -127,12 +140,10 @@ class TokenWriter:
             for rows, order, process in self.groups:
                 rows = rows.to(logits.device)
                 before = tokens[rows, : order[last]]
-                made = process(before, by_token[rows, step])
-                check_processed(made, by_token[rows, step].shape)
-                processed[rows, step] = made.to(logits.dtype)
+                made[rows, step] = processed(process, before, by_token[rows, step])
 
-        self.is_forbidden = list((processed == -torch.inf).unbind(1))
-        return processed.flatten(0, 1)
+        self.is_forbidden = list((made == -torch.inf).unbind(1))
+        return made.flatten(0, 1)
 
     def put_draft(self, tokens: Tensor) -> None:
         """Shows guesses (B, m) of the next tokens to a streamer that takes them."""
