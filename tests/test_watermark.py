@@ -426,7 +426,7 @@ def test_what_cannot_be_marked_or_detected_is_said(model, text):
     for error, message, options in (
         (ValueError, "not both", {"noise": noise, "watermark": mark}),
         (ValueError, "do_sample=False", {"watermark": mark, "do_sample": False}),
-        (TypeError, "NoiseWatermark, not int", {"watermark": 42}),
+        (TypeError, "NoiseWatermark, not 42", {"watermark": 42}),
         (ValueError, "NoiseWatermark", {"watermarking_config": WatermarkingConfig()}),
         (
             ValueError,
