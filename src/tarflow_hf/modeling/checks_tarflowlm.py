@@ -37,7 +37,7 @@ def check_latents(latents: Tensor, latent_size: int, patch_size: int, longest: i
         raise ValueError(
             f"Latents and noise must have shape (B, T, d), not {tuple(latents.shape)}."
         )
-    if len(latents) == 0:
+    if latents.shape[0] == 0:
         raise ValueError(f"Latents and noise must not be empty: {tuple(latents.shape)}.")
 
     check_length(latents.shape[1], patch_size, longest)
