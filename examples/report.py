@@ -94,11 +94,6 @@ def main():
     arguments = parse_arguments()
     new_figure(1, 1)
 
-    if not arguments.output.parent.is_dir():
-        raise ValueError(
-            f"There is no folder {arguments.output.parent} to write {arguments.output.name} in."
-        )
-
     model, tokenizer = load_checkpoint(arguments.checkpoint, arguments.device)
     judge = None
     if arguments.judge:

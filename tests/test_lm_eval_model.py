@@ -236,7 +236,7 @@ def test_what_the_tokenizer_drops_is_said(caplog, monkeypatch):
     with pytest.raises(ValueError, match=r"Nothing is left of document 0's text: .*'привет'"):
         lm.generate_until([Instance("g", {}, ("привет", {}), 0, ("task", 0, 1))], True)
 
-    with pytest.raises(ValueError, match=r"Nothing is left of document 0's answer: .*' список'"):
+    with pytest.raises(ValueError, match=r"Nothing is left of document .* answer: .*' список'"):
         lm.loglikelihood(requests("l", ("the list", " список")), True)
 
 

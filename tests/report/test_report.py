@@ -284,13 +284,9 @@ def test_hostile_text_stays_text(folder):
         (["flow", "--data", "missing.txt"], "There is no file or folder missing.txt"),
         ([".", "--data", "text.txt"], "^. is no checkpoint: it has no config.json"),
         (["nowhere/at/all", "--data", "text.txt"], "nowhere/at/all"),
-        (
-            ["flow", *OPTIONS, "--output", "no/report.html"],
-            "There is no folder no to write report.html in",
-        ),
         (["flow", *OPTIONS, "--num_samples", 999], "fewer than the 999 samples"),
     ],
-    ids=["no data", "no model", "no folder", "no output folder", "too short"],
+    ids=["no data", "no model", "no folder", "too short"],
 )
 def test_what_is_missing_is_said(run, words, message, monkeypatch):
     monkeypatch.setitem(
