@@ -14,16 +14,12 @@ default it is the Python documentation.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from run import log_of, machine, scores_of
+from run import log_of, made_with, scores_of
 from torch import nn
 from transformers import set_seed
 
@@ -140,12 +136,7 @@ def run(case: str, seed: int, arguments: argparse.Namespace, splits: dict[str, l
         "test_sequences": arguments.test_sequences,
         "test_samples": arguments.test_samples,
         "training_tokens": len(data["train"].tokens),
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **made_with(),
     }
 
 

@@ -188,12 +188,7 @@ def run(case: str, seed: int, arguments: argparse.Namespace, corpus: Data) -> di
         "command": command_of(arguments, case, seed),
         **settings_of(arguments),
         "training_tokens": len(data["train"].tokens),
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **made_with(),
     }
 
 
@@ -278,6 +273,18 @@ def command_of(arguments: argparse.Namespace, case: str, seed: int) -> str:
         for word in (f"--{name}", str(value))
     ]
     return shlex.join(["python", "benchmarks/study/run.py", *words])
+
+
+def made_with() -> dict:
+    """The machine of a row, its date and the versions."""
+    return {
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def machine() -> str:
