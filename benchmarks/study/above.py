@@ -8,6 +8,8 @@ The shipped `doyle` is one Mix-d flow, as a converted language model is. Three c
 2. with a right-to-left flow of one layer above it. Only that flow is trained;
 3. adapted by LoRA instead, with about as many trained parameters, for the same steps.
 
+A row that is there is not made again, and a run that was stopped goes on.
+
 A frozen first flow hands the flow above the noise of the text. If the model were right about the
 text, the noise would be N(0, I), and nothing would be left to win: so the text is another one. By
 default it is the Python documentation.
@@ -25,7 +27,6 @@ from transformers import set_seed
 
 from tarflow_hf import TarFlowLMModel
 from tarflow_hf.conversion import append_flow
-from tarflow_hf.cost import training_flops
 from tarflow_hf.data import PYTHON_DOCS, PackedTokens, load_splits
 from tarflow_hf.loading import load_checkpoint
 from tarflow_hf.training import TrainingConfig, train
@@ -37,6 +38,8 @@ FLOW = {
     "num_components": 4,
     "head_hidden_size": 32,
 }
+SETTINGS = ("num_tokens", "num_steps", "batch_size", "learning_rate")
+SETTINGS += ("test_sequences", "test_samples")
 AS_IT_IS, ABOVE, LORA = "as it is", "a flow above, the model frozen", "LoRA"
 
 
@@ -58,10 +61,12 @@ def parser_of_arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def rank_of_equal_size(model: TarFlowLMModel, num_parameters: int) -> int:
-    """The rank at which LoRA on the first flow's decoder trains about as many parameters."""
+def lora_of_equal_size(model: TarFlowLMModel, num_parameters: int) -> tuple[int, int]:
+    """The rank at which LoRA on the first flow's decoder trains about as many parameters, and how many."""
     maps = [part for part in model.flow.layers[0].decoder.modules() if isinstance(part, nn.Linear)]
-    return max(1, round(num_parameters / sum(sum(part.weight.shape) for part in maps)))
+    of_rank_1 = sum(sum(part.weight.shape) for part in maps)
+    rank = max(1, round(num_parameters / of_rank_1))
+    return rank, rank * of_rank_1
 
 
 def num_layers_of(model: TarFlowLMModel) -> int:
@@ -102,8 +107,8 @@ def run(case: str, seed: int, arguments: argparse.Namespace, splits: dict[str, l
     }
     size, num_layers = model.num_parameters(), num_layers_of(model)
     append_flow(model, FLOW)
-    num_trained = model.num_parameters() - size
-    rank = rank_of_equal_size(model, num_trained)
+    num_above = model.num_parameters() - size
+    rank, num_adapted = lora_of_equal_size(model, num_above)
     if case != ABOVE:
         model, _ = load_checkpoint(arguments.checkpoint)
 
@@ -113,41 +118,35 @@ def run(case: str, seed: int, arguments: argparse.Namespace, splits: dict[str, l
         model = train(model, data["train"], data["validation"], tokenizer, training)
         log = log_of(Path(training.output_dir))
 
-    source, dataset = Path(arguments.checkpoint).name, Path(arguments.dataset).stem
     return {
-        "model": f"{source}, {case}",
-        "seed": seed,
+        **key_of(case, seed, arguments),
         "parameters": model.num_parameters(),
-        "trained_parameters": 0 if case == AS_IT_IS else num_trained,
-        "training_flops_per_token": training_flops(model, arguments.num_tokens)
-        / arguments.num_tokens,
+        "trained_parameters": {AS_IT_IS: 0, ABOVE: num_above, LORA: num_adapted}[case],
         **scores_of(model, data["test"], arguments),
         **log,
         "command": command_of(arguments, seed),
-        "dataset": f"{dataset} by {source}",
         "num_layers": num_layers,
         "hidden_size": model.config.hidden_size,
         "initializer_range": model.config.initializer_range,
         "optimizer": "adamw",
-        "num_tokens": arguments.num_tokens,
-        "num_steps": arguments.num_steps,
-        "batch_size": arguments.batch_size,
-        "learning_rate": arguments.learning_rate,
-        "test_sequences": arguments.test_sequences,
-        "test_samples": arguments.test_samples,
         "training_tokens": len(data["train"].tokens),
         **made_with(),
     }
 
 
+def key_of(case: str, seed: int, arguments: argparse.Namespace) -> dict:
+    """The fields of a row that tell it from others."""
+    source, dataset = Path(arguments.checkpoint).name, Path(arguments.dataset).stem
+    key = {"model": f"{source}, {case}", "seed": seed, "dataset": f"{dataset} by {source}"}
+    return key | {name: getattr(arguments, name) for name in SETTINGS}
+
+
 def command_of(arguments: argparse.Namespace, seed: int) -> str:
     """The command of a row, with the options that differ from their defaults."""
     defaults = parser_of_arguments().parse_args([arguments.checkpoint])
-    names = ("dataset", "num_tokens", "num_steps", "batch_size", "learning_rate")
-    names += ("test_sequences", "test_samples")
     words = [
         word
-        for name in names
+        for name in ("dataset", *SETTINGS)
         if getattr(arguments, name) != getattr(defaults, name)
         for word in (f"--{name}", str(getattr(arguments, name)))
     ]
@@ -159,9 +158,16 @@ def main():
     arguments = parser_of_arguments().parse_args()
     splits = load_splits(arguments.dataset)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    if arguments.output.is_file():
+        rows = [json.loads(line) for line in arguments.output.read_text("utf-8").splitlines()]
 
     for seed in arguments.seeds:
         for case in (AS_IT_IS, ABOVE, LORA):
+            key = key_of(case, seed, arguments)
+            if any(key.items() <= row.items() for row in rows):
+                continue
+
             row = run(case, seed, arguments, splits)
             print(
                 f"{row['model']}, seed {seed}: {row['test_bits_per_character']:.3f} bits",

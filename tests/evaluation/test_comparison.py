@@ -35,6 +35,15 @@ def test_models_are_compared_in_evaluation_mode():
     assert found.is_same.all() and found.difference == 0 and model.training
 
 
+def test_a_wrapped_model_is_compared_and_another_thing_is_not(flow):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    adapted = peft.get_peft_model(copy.deepcopy(flow), lora)
+    assert compare(flow, adapted, num_texts=3, num_tokens=8).difference == 0  # not trained yet
+    with pytest.raises(ValueError, match="compare takes two TarFlowLMModel, not int"):
+        compare(flow, 3)
+
+
 def test_scores_are_bits_of_the_bound_under_one_noise(flow, rounded):
     found = compare(flow, rounded, num_texts=2, num_tokens=8, texts=IDS, batch_size=3, seed=5)
     for model, scores in zip((flow, rounded), found.scores, strict=True):

@@ -118,8 +118,8 @@ def compare(
         >>> int(found.is_same.sum()), found.difference
         (4, 0.0)
     """
-    for model in (a, b):
-        if not isinstance(model, TarFlowLMModel):
+    for model in (a, b):  # a checkpoint's own class will do, and one that PEFT has wrapped
+        if getattr(getattr(model, "config", None), "model_type", None) != "tarflowlm":
             raise ValueError(f"compare takes two TarFlowLMModel, not {type(model).__name__}.")
 
     check_same_space(a, b)
