@@ -156,7 +156,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     },
     "words": {
         "Mix-d, one flow, equal blocks": Case(
-            alone(), "joint", "blocks", {"initial_log_scale": -2.0}
+            alone(), "joint", "blocks", {"initial_log_scale": -3.0}
         ),
     },
     "patches under flows": {

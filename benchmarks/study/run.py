@@ -337,7 +337,8 @@ def reconstruction_bits(
     for batch in batches_of_equal_length(sequences, 16):
         input_ids = stack_ids(batch).to(model.device)
         latents = model.encode(input_ids, generator=generator)
-        log_prob = model.decode(latents).gather(-1, input_ids.unsqueeze(-1))
+        codebook = model.codebook()
+        log_prob = codebook.log_prob(latents, input_ids) - codebook.log_total(latents)
         nats -= log_prob.double().sum().item()
         num_tokens += input_ids.numel()
 

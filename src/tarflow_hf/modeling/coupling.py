@@ -345,7 +345,7 @@ def linear_mixture_rosenblatt(
     log_scale: Tensor,
     *,
     implementation: str = "auto",
-    max_logits: int = 2**25,
+    max_logits: int = 2**26,
 ) -> tuple[Tensor, Tensor]:
     """`mixture_rosenblatt` with `logits = hidden @ weight.T + bias`, which never exist all at once.
 
@@ -359,7 +359,7 @@ def linear_mixture_rosenblatt(
         weight, bias: The projection to logits, shapes (K, w) and (K,).
         mean, log_scale: The components' means and log standard deviations, shapes (K, d) and (K,).
         implementation: "auto", "reference" or "triton".
-        max_logits: The number of logits that may exist at once; 2^25 of them take 128 MiB in float32.
+        max_logits: The number of logits that may exist at once; 2^26 of them take 256 MiB in float32.
 
     Returns:
         `u` (..., d) and `log_det` (...), in nats.
@@ -390,7 +390,7 @@ def linear_mixture_rosenblatt_inverse(
     log_scale: Tensor,
     *,
     implementation: str = "auto",
-    max_logits: int = 2**25,
+    max_logits: int = 2**26,
 ) -> Tensor:
     """Inverse of `linear_mixture_rosenblatt`.
 
@@ -416,7 +416,7 @@ def linear_mixture_rosenblatt_log_prob(
     log_scale: Tensor,
     *,
     implementation: str = "auto",
-    max_logits: int = 2**25,
+    max_logits: int = 2**26,
 ) -> Tensor:
     """Log-density `log p(z)` (...) in nats, without a distribution function.
 

@@ -38,7 +38,7 @@ class _InChunks(torch.autograd.Function):
         outputs = []
 
         for rows in chunks(len(z), size):
-            logits = _matmul(hidden[rows].to(dtype), weight.T) + bias
+            logits = _matmul(hidden[rows].to(dtype), weight.T).add_(bias)
             out = coupling(z[rows], logits, *shared)
             outputs.append(out if isinstance(out, tuple) else (out,))
 
@@ -59,7 +59,7 @@ class _InChunks(torch.autograd.Function):
 
         for rows in chunks(len(z), ctx.size):
             half_hidden = hidden[rows].to(ctx.dtype)
-            leaves = [z[rows], _matmul(half_hidden, half_weight.T) + bias, *shared]
+            leaves = [z[rows], _matmul(half_hidden, half_weight.T).add_(bias), *shared]
             leaves = [x.detach().requires_grad_() for x in leaves]
             with torch.enable_grad():
                 out = ctx.coupling(*leaves)

@@ -49,7 +49,7 @@ class MixtureRosenblattHead(CouplingHead):
     takes_logits_processor = True
 
     # At once: those of a large vocabulary are made, used, and made again in the backward pass.
-    max_logits = 2**25
+    max_logits = 2**26
 
     def __init__(self, config: PreTrainedConfig, flow: dict[str, Any]):
         super().__init__()
