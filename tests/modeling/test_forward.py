@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -336,6 +337,29 @@ def test_generation_inside_a_trainer(tmp_path):
     assert (out.predictions[:, :8] == ids_of(4, 8).numpy()).all()
     assert (out.predictions[:, 12:] == 0).all()  # the trainer's own padding
     assert out.metrics["test_loss"] > 0
+
+
+@pytest.mark.parametrize("stack", ["mix-d", "mix-d, mix-1, mix-1"])
+def test_predictions_of_a_trainer_are_the_bounds(stack, tmp_path):
+    rows = [{"input_ids": row, "labels": row.clone()} for row in ids_of(6, 8)]
+    model = make(STACKS[stack]).float().eval()
+    seen = []
+
+    def compute_metrics(evaluation):
+        seen.append(evaluation)
+        return {"bits": -evaluation.predictions.sum() / evaluation.label_ids.size / math.log(2)}
+
+    arguments = TrainingArguments(
+        tmp_path, per_device_eval_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, eval_dataset=rows, compute_metrics=compute_metrics)
+    metrics = trainer.evaluate()
+    assert seen[0].predictions.shape == (6,)
+    assert metrics["eval_bits"] == pytest.approx(metrics["eval_loss"] / math.log(2), rel=1e-5)
+    with torch.no_grad():
+        bounds = model(ids_of(6, 8)).elbo
+
+    np.testing.assert_allclose(trainer.predict(rows).predictions, bounds, rtol=1e-5)
 
 
 def test_collators_that_pad_with_the_end_token(tmp_path):

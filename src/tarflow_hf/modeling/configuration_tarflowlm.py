@@ -122,8 +122,8 @@ class TarFlowLMConfig(PreTrainedConfig):
 
     model_type = "tarflowlm"
     sub_configs = {"block_config": AutoConfig}
+    # The library's `Trainer` takes what is left as predictions: the bound of each sequence.
     keys_to_ignore_at_inference = [
-        "elbo",
         "reconstruction_log_prob",
         "prior_log_prob",
         "posterior_log_prob",
