@@ -441,7 +441,7 @@ def trained_flows(model: TarFlowLMModel, arguments: argparse.Namespace, table: R
         for index in reversed(range(len(model.flow.layers))):
             layer, facts = model.flow.layers[index], model.config.flows[index]
             runs = {
-                method: partial(layer, u, codebook, options=FlowInverse(method), reverse=True)
+                method: partial(layer, u, codebook, options=FlowInverse(method), task="invert")
                 for method in ("sequential", "parallel")
             }
 

@@ -200,7 +200,7 @@ def test_known_positions_are_kept_and_the_others_follow_from_them(coupling, dire
             model.codebook(),
             known=Known(known, mask),
             options=FlowInverse(**{x.removeprefix("inverse_"): options[x] for x in options}),
-            reverse=True,
+            task="invert",
         )
         again, _ = layer(h, model.codebook())
 

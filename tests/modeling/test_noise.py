@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from helpers import ROOT
 from helpers.causal_lms import tiny_causal_lm
@@ -51,6 +52,45 @@ def test_noise_of_a_converted_model(name):
     tokens[:, 5] = model.config.eos_token_id
     noise = model.noise_of(tokens)
     assert torch.equal(model.generate(noise=noise), tokens)
+
+
+def test_noise_of_unlikely_tokens_in_half_precision():
+    """Weights that bfloat16 rounds are those of the same pass, forward and back."""
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = from_causal_lm(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+    tokens = torch.randint(300, (2, 64))
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+
+    codebook = model.codebook()
+    noise = model.flow(sample_decoded(codebook, tokens[:1])).noise.detach()
+    assert not torch.equal(model.generate(noise=noise), tokens[:1])
+
+    noise = model.noise_of(tokens[:1])
+    assert torch.equal(model.generate(noise=noise), tokens[:1])
+    assert torch.equal(model.generate(tokens[:1, :20], noise=noise), tokens[:1])
+
+    again = model.generate(noise=model.noise_of(tokens, mask), attention_mask=mask)
+    assert torch.equal(again[mask == 1], tokens[mask == 1])
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("stack", EVERY_STACK)
+def test_noise_by_steps_is_that_of_the_whole_pass(stack, patch_size):
+    if stack in PATCH_STACKS and patch_size == 1:
+        pytest.skip("has a head for patches")
+
+    model = make(EVERY_STACK[stack], patch_size)
+    latents = torch.randn(3, 12, 2, dtype=torch.float64)
+    mask = torch.ones(3, 12)
+    mask[1, 8:] = mask[2, :4] = 0
+    with torch.no_grad():
+        expected = model.flow(latents, mask).noise
+        torch.testing.assert_close(model._noise_by_steps(latents, mask), expected)
 
 
 def test_a_text_as_long_as_the_model_is_its_own_prompt():

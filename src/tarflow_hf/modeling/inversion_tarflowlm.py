@@ -145,6 +145,26 @@ def invert_sequentially(
     return F.pad(h, (0, 0, 0, num_positions - h.shape[1])), report
 
 
+def transform_sequentially(
+    flow: nn.Module, h: Tensor, codebook: Gaussians, observed: Observed | None
+) -> Tensor:
+    """The noise (B, N, D) of states h (B, N, D), both in the flow's own order, slot by slot.
+
+    It is that of `transform` but for rounding: each context is computed as `invert_sequentially`
+    computes it. In half precision a context's rounding can move a mixture's weights by more than an
+    unlikely component has.
+    """
+    cache = make_cache(flow.decoder, h.shape[1])
+    noise = []
+    for n in range(h.shape[1]):
+        inputs = flow.inputs(h, codebook, observed, n, n + 1)
+        context = flow.context(inputs, observed, n, cache)
+        u, _ = flow.head(h[:, n : n + 1], context[:, -1:], codebook)
+        noise.append(u)
+
+    return torch.cat(noise, 1)
+
+
 def invert_by_captured_step(
     flow: nn.Module,
     u: Tensor,

@@ -42,7 +42,7 @@ from .decoder_tarflowlm import FlowDecoder
 from .evaluation_noise import fixed_noise
 from .generation_tarflowlm import TarFlowLMGenerationMixin
 from .inverse_options import FlowInverse, InverseOptions, InverseReport
-from .inversion_tarflowlm import evaluating, invert
+from .inversion_tarflowlm import evaluating, invert, transform_sequentially
 from .normal import normal_log_prob
 from .outputs_tarflowlm import FlowOutput, TarFlowLMOutput, mean_loss, observed_by, scored_tokens
 from .pretrained_tarflowlm import TarFlowLMPreTrainedModel
@@ -90,12 +90,12 @@ class FlowLayer(FlowDecoder):
         is_shallow = flow["context"] == "latent" and flow["num_hidden_layers"] <= 4
         self.is_shallow = is_shallow and self.head.is_smooth
 
-    def forward(self, h: Tensor, *arguments: Any, reverse: bool = False, **options: Any):
-        """Runs `transform` or, if `reverse`, `invert`.
+    def forward(self, h: Tensor, *arguments: Any, task: str = "transform", **options: Any):
+        """Runs `transform`, `transform_sequentially` or `invert`, whichever `task` names.
 
-        Both go through `forward`, because the hooks of offloading and sharding see calls of `forward` only.
+        All go through `forward`, because the hooks of offloading and sharding see calls of `forward` only.
         """
-        return (self.invert if reverse else self.transform)(h, *arguments, **options)
+        return getattr(self, task)(h, *arguments, **options)
 
     def transform(
         self,
@@ -113,8 +113,7 @@ class FlowLayer(FlowDecoder):
             log_prob_only: Return log p(h) only; no distribution function is computed.
 
         Returns:
-            The noise u (B, N, D), 0 at what is no variable, and log_det (B,) in nats; or log p(h)
-            (B,) in nats.
+            The noise u (B, N, D), 0 at what is no variable, and log_det (B,) in nats; or log p(h) (B,) in nats.
         """
         order = self.order(h, layout)
         observed = observe(layout, order, self.observed_embedding)
@@ -131,6 +130,13 @@ class FlowLayer(FlowDecoder):
         log_det = layout.keep_variables(order.from_slots(log_det)).sum(-1)
         return layout.keep_variables(order.rearrange(u)), log_det
 
+    def transform_sequentially(self, h: Tensor, codebook: Gaussians, layout: Layout) -> Tensor:
+        """The noise of `transform`, from contexts that are rounded as those of `invert`."""
+        order = self.order(h, layout)
+        observed = observe(layout, order, self.observed_embedding)
+        u = transform_sequentially(self, order.arrange(h), codebook, observed)
+        return layout.keep_variables(order.rearrange(u))
+
     def invert(
         self,
         u: Tensor,
@@ -144,8 +150,7 @@ class FlowLayer(FlowDecoder):
         Args:
             u: Output of the flow.
             codebook, layout: As in `transform`.
-            known: States that are given at some positions, and come back as they are. The noise
-                there is not read.
+            known: States that are given at some positions, and come back as they are; the noise is not read there.
             options: The options of this flow; `on_position` gets latents (B, P, d).
 
         Returns:
@@ -216,23 +221,20 @@ class FlowStack(nn.Module):
     ) -> FlowOutput:
         """Maps latents to noise, or with `reverse` noise to latents.
 
-        log p(z) = sum_l log|det dh_l/dh_(l-1)| + log N(h_L; 0, I). A mixture coupling's
-        log-determinant is log p_mix(h_(l-1)) - log N(h_l; 0, I), so that the last flow's share is
-        its log p_mix: without `output_noise` that flow computes no distribution function.
+        log p(z) = sum_l log|det dh_l/dh_(l-1)| + log N(h_L; 0, I). A mixture coupling's log-determinant is
+        log p_mix(h_(l-1)) - log N(h_l; 0, I), so that the last flow's share is its log p_mix: without
+        `output_noise` that flow computes no distribution function.
 
         Args:
             latents: (B, T, d); the noise, with `reverse`.
             attention_mask: (B, T), 1 for real tokens and 0 for padding, on the right or the left.
-            num_flows: Cut the stack after its first flows; it is a model of its own, with base
-                N(0, I).
-            output_noise: Compute `noise`, `log_det` and the last of the `states`, not `log_prob`
-                only.
+            num_flows: Cut the stack after its first flows; it is a model of its own, with base N(0, I).
+            output_noise: Compute `noise`, `log_det` and the last of the `states`, not `log_prob` only.
             known, known_mask: With `reverse`, latents (B, T, d) that are held fixed, and where, (B, T). If no flow
                 runs right to left, those before the first unknown one are given to every flow, which is exact: the
                 others follow p(z_new | z_known). All others are held fixed in the first flow only.
-            observed_ids, observed_mask: In a conditional model, token ids (B, T) and where they are
-                observed, (B, T). Only the other tokens have latents: the flow is that of
-                p(z_missing | x_observed), both ways.
+            observed_ids, observed_mask: In a conditional model, token ids (B, T) and where they are observed, (B, T).
+                Only the other tokens have latents: the flow is that of p(z_missing | x_observed), both ways.
             codebook: The codebook's tensors, if they have been read already.
             inverse_options: With `reverse`, the fields of [`InverseOptions`].
 
@@ -310,7 +312,7 @@ class FlowStack(nn.Module):
             inverse.show(h, self.patch_size)
             with evaluating(layers[index]):
                 h, report = layers[index](
-                    h, codebook, layout, known[index], options[index], reverse=True
+                    h, codebook, layout, known[index], options[index], task="invert"
                 )
 
             reports.append(report)
@@ -356,8 +358,7 @@ class FlowStack(nn.Module):
 class TarFlowLMModel(TarFlowLMPreTrainedModel, TarFlowLMGenerationMixin, GenerationMixin):
     """A language model that flows: tokens to latents by a codebook, latents to noise by flows.
 
-    `model.flow` is the stack, `model.codebook` the encoder and decoder. `generate` inverts the
-    stack.
+    `model.flow` is the stack, `model.codebook` the encoder and decoder. `generate` inverts the stack.
 
     Example:
         >>> import torch

@@ -27,7 +27,7 @@ from .generation_layout import Text
 from .generation_options import GenerationOptions
 from .inversion_tarflowlm import check_finite, evaluating
 from .outputs_tarflowlm import FlowOutput
-from .slots_tarflowlm import Pieces
+from .slots_tarflowlm import Pieces, make_layout, to_positions, to_tokens
 
 # Draws of a latent until it decodes to its token: this many rounds of this many.
 NUM_ROUNDS, DRAWS_A_ROUND = 16, 64
@@ -99,10 +99,13 @@ class NoiseMixin(GenerationMixin):
         codebook = self.codebook()
         latents = codebook.mean.new_zeros(*ids.shape, self.config.latent_size)
         is_open = is_real
-        for _ in range(MAX_REPLAYS):
+        for replay in range(MAX_REPLAYS):
             latents[is_open] = sample_decoded(codebook, ids[is_open], generator)
             with evaluating(self.flow):
-                noise = self.flow(latents, mask).noise
+                if replay == 0:
+                    noise = self.flow(latents, mask).noise
+                else:
+                    noise = self._noise_by_steps(latents, mask)
 
             check_finite(noise, "The noise of the text")
             replayed = self.flow(noise, mask, reverse=True).latents
@@ -116,6 +119,16 @@ class NoiseMixin(GenerationMixin):
             f"{places[0]} is too unlikely there for a model in {self.dtype}. A wider dtype resolves more, such as "
             "model.float() or model.double()."
         )
+
+    def _noise_by_steps(self, latents: Tensor, mask: Tensor | None) -> Tensor:
+        """The noise of latents (B, n, d), rounded as the sequential inverse rounds: slow."""
+        codebook, patch_size = self.codebook(), self.config.patch_size
+        h = to_positions(latents, patch_size)
+        layout = make_layout(h, patch_size, mask)
+        for layer in self.flow.layers:
+            h = layer(h, codebook, layout, task="transform_sequentially")
+
+        return to_tokens(h, patch_size)
 
 
 class Replay(NamedTuple):
