@@ -88,8 +88,11 @@ WORDS_OPTIONS = --num_tokens 64 --latent_size 16 --num_steps 4000 --batch_size 1
 study-stacks: $(VENV)/.installed
 	for task in addition addition-reversed sum-in-front checksum; do \
 		$(STUDY) --dataset task:$$task $(TASK_OPTIONS) --seeds $(SEEDS) --output $(RESULTS)/stacks.jsonl \
-			--cases discrete "Mix-d, one flow" "Mix-d, right to left" "Mix-d, half right to left" || exit 1; \
+			--cases discrete "Mix-d, one flow" "Mix-d, right to left" "Mix-d, half right to left" \
+			"Mix-d, half right to left, progressive" || exit 1; \
 	done
+	$(STUDY) --dataset task:addition-reversed $(TASK_OPTIONS) --num_steps 3000 --optimizer muon --learning_rate 0.004 \
+		--initializer_range 0.06 --output $(RESULTS)/stacks.jsonl --cases discrete "Mix-d, half right to left"
 	$(STUDY) $(PATCH_OPTIONS) --seeds $(SEEDS) --cases discrete "Mix-d, one flow"
 	$(STUDY) $(PATCH_OPTIONS) --seeds $(SEEDS) --groups "weak first flow"
 	$(STUDY) $(PATCH_OPTIONS) --seeds $(SEEDS) --groups "patches under flows"
