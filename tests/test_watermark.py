@@ -149,7 +149,7 @@ def test_p_values_of_wrong_keys_are_uniform(model, text, num_prompt_tokens, num_
     """Whatever `detect` is told, right or not: this text was written at temperature 1."""
     first = 0 if num_prompt_tokens else 6
     evidence = read_evidence(model, text[:, first:22], num_prompt_tokens, **options)
-    marks = [NoiseWatermark(key, num_streams, max_offset=8) for key in range(1000, 1500)]
+    marks = [NoiseWatermark(key, num_streams, max_offset=8) for key in range(1000, 2000)]
     results = [mark.test(evidence) for mark in marks]
     assert kstest([each.p_value for each in results], "uniform").pvalue > 1e-3
     assert kstest([each.z_score for each in results], "norm").pvalue > 1e-3
