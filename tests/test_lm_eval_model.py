@@ -236,8 +236,8 @@ def test_what_the_tokenizer_drops_is_said(caplog, monkeypatch):
     with pytest.raises(ValueError, match=r"Nothing is left of document 0's text: .*'привет'"):
         lm.generate_until([Instance("g", {}, ("привет", {}), 0, ("task", 0, 1))], True)
 
-    with pytest.raises(ValueError, match=r"Nothing is left of document .* answer: .*' список'"):
-        lm.loglikelihood(requests("l", ("the list", " список")), True)
+    with pytest.raises(ValueError, match=r"Nothing is left of document 0's answer: .*' список'"):
+        lm.loglikelihood([Instance("l", {}, ("the list", " список"), 0, ("task", 0, 1))], True)
 
 
 def test_bad_input(flow_folder):

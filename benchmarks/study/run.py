@@ -334,10 +334,10 @@ def reconstruction_bits(
 ) -> float:
     nats, num_tokens = 0.0, 0
     generator = torch.Generator(model.device).manual_seed(0)
+    codebook = model.codebook()
     for batch in batches_of_equal_length(sequences, 16):
         input_ids = stack_ids(batch).to(model.device)
         latents = model.encode(input_ids, generator=generator)
-        codebook = model.codebook()
         log_prob = codebook.log_prob(latents, input_ids) - codebook.log_total(latents)
         nats -= log_prob.double().sum().item()
         num_tokens += input_ids.numel()

@@ -159,7 +159,7 @@ def transform_sequentially(
     for n in range(h.shape[1]):
         inputs = flow.inputs(h, codebook, observed, n, n + 1)
         context = flow.context(inputs, observed, n, cache)
-        u, _ = flow.head(h[:, n : n + 1], context[:, -1:], codebook)
+        u, _ = flow.head(h[:, n : n + 1], context, codebook)
         noise.append(u)
 
     return torch.cat(noise, 1)
